@@ -1,0 +1,63 @@
+"""Everything that Tarsia refuses, as one tree.
+
+TarsiaError
+ +-- ConfigError        a recipe, an option or a method's configuration that makes no sense
+ +-- AnatomyError       a model that is not, or not wholly, understood
+ +-- SelectionError     a selection that matches nothing, or not all that it names
+ +-- AttachError        a patch that can not be put where it was asked for
+ +-- RouteError         rows of a batch that can not be told apart
+ +-- DataError          a row, a picture or a template that would spoil training
+ +-- AdapterError       an adapter's files that are broken, foreign or incomplete
+ |    +-- BaseMismatch  an adapter that belongs to another base
+ +-- TrainingError      a run that can not go on: no gradient, not a number, no space
+"""
+
+from __future__ import annotations
+
+
+class TarsiaError(Exception):
+    """A refusal that says what was given, what was allowed and what to do.
+
+    ``what`` is one sentence; ``given``, ``allowed`` and ``do`` are shown below it, each on its line.
+    """
+
+    def __init__(self, what: str, *, given: object = None, allowed: object = None, do: str | None = None) -> None:
+        self.what, self.given, self.allowed, self.do = what, given, allowed, do
+        lines = [("given", given), ("allowed", allowed), ("to do", do)]
+        super().__init__("\n".join([what, *(f"  {k + ':':9}{v}" for k, v in lines if v is not None)]))
+
+
+class ConfigError(TarsiaError):
+    """A recipe, an option or a method's configuration that makes no sense."""
+
+
+class AnatomyError(TarsiaError):
+    """A model that is not, or not wholly, understood."""
+
+
+class SelectionError(TarsiaError):
+    """A selection that matches nothing, or not all that it names."""
+
+
+class AttachError(TarsiaError):
+    """A patch that can not be put where it was asked for."""
+
+
+class RouteError(TarsiaError):
+    """Rows of a batch that can not be told apart."""
+
+
+class DataError(TarsiaError):
+    """A row, a picture or a template that would spoil training."""
+
+
+class AdapterError(TarsiaError):
+    """An adapter's files that are broken, foreign or incomplete."""
+
+
+class BaseMismatch(AdapterError):
+    """An adapter that belongs to another base."""
+
+
+class TrainingError(TarsiaError):
+    """A run that can not go on: no gradient, not a number, no space."""

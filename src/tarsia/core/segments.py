@@ -1,0 +1,63 @@
+"""Which row of a batch owns which slice of what a site sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tarsia.core.errors import RouteError
+from tarsia.core.site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """For each stream, how many entries along a site's first dimension belong to each row, in order.
+
+    Three rows with 0, 1 and 2 pictures of 64 patches each: ``{"rows": (1, 1, 1), "pictures":
+    (0, 1, 2), "patches": (0, 64, 128)}``. Nothing here is inferred from the size of an activation.
+    """
+
+    counts: Mapping[str, tuple[int, ...]]
+
+    def owners(self, site: Site, length: int) -> Tensor:
+        """Row number of each of the ``length`` entries that ``site`` sees, int64 [length].
+
+        Raises RouteError where the site has no stream or the stream is not of this length.
+        """
+        if site.stream is None or site.stream not in self.counts:
+            raise RouteError(
+                f"Rows can not be told apart at {site.path}.",
+                given=f"stream {site.stream}",
+                allowed=", ".join(self.counts),
+                do="give these rows one adapter, or run them apart",
+            )
+        counts = self.counts[site.stream]
+        if sum(counts) != length:
+            raise RouteError(
+                f"{site.path} sees {length} entries, but the batch has {sum(counts)} {site.stream}.",
+                given=f"{site.stream} by row: {counts}",
+                do="pass the same inputs to segments() as to the model",
+            )
+        return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The adapter of each row (None: the base), and the batch's segments."""
+
+    names: tuple[str | None, ...]
+    segments: Segments
+
+    def groups(self, site: Site, length: int) -> Sequence[tuple[str | None, Tensor]]:
+        """The entries of each adapter at ``site``: (name, int64 indices), in order of first use."""
+        owners = self.segments.owners(site, length)
+        if owners.numel() and int(owners.max()) >= len(self.names):
+            raise RouteError(
+                "The batch has more rows than the route.", given=f"{len(self.names)} names", do="name every row"
+            )
+        order = list(dict.fromkeys(self.names))
+        number = torch.tensor([order.index(name) for name in self.names])
+        return [(name, (number[owners] == i).nonzero()[:, 0]) for i, name in enumerate(order)]

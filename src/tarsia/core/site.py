@@ -1,0 +1,86 @@
+"""Where a patch can go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Component(StrEnum):
+    """The three parts of a vision-language model."""
+
+    VISION = "vision"
+    PROJECTOR = "projector"
+    LANGUAGE = "language"
+
+
+class Role(StrEnum):
+    """What a site does in its block. The spelling is what a selection uses."""
+
+    Q = "q"
+    K = "k"
+    V = "v"
+    O = "o"  # noqa: E741 (the field's name for it)
+    QKV = "qkv"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    GATE_UP = "gate_up"
+    ROUTER = "router"
+    PROJ = "proj"
+    EMBED = "embed"
+    HEAD = "head"
+    NORM = "norm"
+    PATCH = "patch"
+    POSITION = "position"
+    TOKEN = "token"
+    SCALE = "scale"
+    POOL = "pool"
+
+
+class Kind(StrEnum):
+    """What a site's main tensor is.
+
+    WEIGHT: a linear layer, (out, in). EMBEDDING: rows looked up by id, (rows, width). CONV: a
+    convolution. TENSOR: any other parameter (norms, tables, bare tensors). EXPERT: one 3-D tensor
+    that holds a linear layer for each expert.
+    """
+
+    WEIGHT = "weight"
+    EMBEDDING = "embedding"
+    CONV = "conv"
+    TENSOR = "tensor"
+    EXPERT = "expert"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place of a model that a patch can change.
+
+    ``path`` is the module's name as the model spells it, or the parameter's where the module holds
+    several that are sites of their own. ``weight`` and ``bias`` are full parameter names; together
+    they are all that the site owns. ``stream`` names the sequence that the site sees along its
+    first dimension (see ``Segments``), or is None where rows can not be told apart. ``dead`` says why
+    no gradient can reach the site, or is None.
+    """
+
+    path: str
+    component: Component
+    role: Role
+    layer: int | None
+    kind: Kind
+    shape: tuple[int, ...]
+    weight: str
+    bias: str | None = None
+    stream: str | None = None
+    dead: str | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the site's tensors ("" for the model itself)."""
+        return self.weight.rpartition(".")[0]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Full names of the parameters that the site owns."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
