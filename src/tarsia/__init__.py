@@ -1,0 +1,5 @@
+"""Tarsia: small trained pieces, inlaid into a frozen vision-language model."""
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__"]

@@ -1,0 +1,38 @@
+"""The command line: ``tarsia VERB ...``, one file a verb.
+
+Exit codes: 0 done, 1 a check failed, 2 a refusal (its text on stderr), 130 interrupted, 141 nobody
+reads the output any more. Anything else is a defect of Tarsia and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tarsia.cli.parser import parser
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. ``argv`` leaves out the program's name."""
+    try:
+        args = parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit, which would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from tarsia.core.errors import TarsiaError
+
+        if not isinstance(error, TarsiaError):
+            raise
+        print(f"tarsia: {error}", file=sys.stderr)
+        return 2
+    return code
