@@ -1,0 +1,102 @@
+"""Low-rank adaptation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tarsia.core.errors import ConfigError
+from tarsia.core.method import method
+from tarsia.core.patch import Base, Patch
+from tarsia.core.site import Role, Site
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAConfig:
+    """``rank`` and ``alpha`` of the update, and how they make its scale.
+
+    ``scaling``: alpha/r (the paper's) or alpha/sqrt(r) (rsLoRA, arXiv:2312.03732, eq. 3). ``ranks`` and ``alphas``
+    give other values by glob over site paths. ``dropout`` is applied to the patch's input.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    dropout: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.ranks.values()):
+            if not isinstance(rank, int) or rank < 1:
+                raise ConfigError("A rank must be a whole number of at least 1.", given=rank)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("Dropout must be at least 0 and below 1.", given=self.dropout)
+        if self.scaling not in ("alpha/r", "alpha/sqrt(r)"):
+            raise ConfigError("Unknown scaling.", given=self.scaling, allowed="alpha/r, alpha/sqrt(r)")
+
+    def scale(self, site: Site) -> tuple[int, float]:
+        """Rank and effective scale at ``site``; the last glob that matches wins."""
+        rank = _last(self.ranks, site.path, self.rank)
+        alpha = _last(self.alphas, site.path, self.alpha)
+        return rank, alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
+
+
+def _last(table: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((v for glob, v in reversed(list(table.items())) if fnmatchcase(path, glob)), default)
+
+
+@method(
+    "lora",
+    config=LoRAConfig,
+    source="arXiv:2106.09685, eq. 3",
+    roles=frozenset(Role) - {Role.HEAD, Role.EMBED, Role.ROUTER},
+    folds=True,
+    identity=True,
+)
+class LoRA(Patch):
+    """W' = W + scale * B A with A [rank, in] uniform (Kaiming, a = sqrt 5) and B [out, rank] zero."""
+
+    constants = ("scale", "dropout")
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.dropout = scale, dropout
+
+    @classmethod
+    def create(cls, site: Site, config: LoRAConfig, base: Base, generator: torch.Generator) -> Self:
+        rank, scale = config.scale(site)
+        out, into = site.shape
+        bound = 1 / math.sqrt(into)
+        a = torch.empty(rank, into).uniform_(-bound, bound, generator=generator)
+        return cls(a, torch.zeros(out, rank), scale, config.dropout)
+
+    @classmethod
+    def restore(cls, site: Site, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Any]) -> Self:
+        return cls(torch.empty(shapes["A"]), torch.empty(shapes["B"]), **constants)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return (weight.to(self.B.dtype) + self.scale * (self.B @ self.A)).to(weight.dtype), bias
+
+    def update(self, x: Tensor) -> Tensor:
+        """scale * B A x for x [..., in], in the dtype of x."""
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.scale * self.B.to(x.dtype))
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        return base(x) + self.update(x)
+
+    @staticmethod
+    def batched(patches: Sequence[tuple[LoRA, Tensor]], x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        for patch, rows in patches:
+            y = y.index_add(0, rows, patch.update(x[rows]))
+        return y
