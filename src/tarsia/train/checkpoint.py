@@ -1,0 +1,149 @@
+"""Checkpoints that are whole or not there, and the lock that keeps two runs out of one folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from tarsia.core.errors import ConfigError, TrainingError
+
+KEEP = 2
+"""Checkpoints that stay: the newest, and one to fall back on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All that a run needs to go on: tensors, and plain values as JSON."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``folder/step-000123`` and drop what is older than the last two. Returns its path.
+
+    The folder appears under its name only when every byte is on the disk. Raises TrainingError where the
+    disk refuses; the older checkpoints are then as they were.
+    """
+    final = folder / f"step-{checkpoint.step:06d}"
+    partial = folder / f".partial-{checkpoint.step:06d}"
+    tensors = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
+    values = {"step": checkpoint.step, "sha256": hashlib.sha256(tensors).hexdigest(), **checkpoint.values}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_synced(partial / "tensors.safetensors", tensors)
+        write_synced(partial / "state.json", json.dumps(values, indent=1).encode())
+        sync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = ", ".join(path.name for path in found(folder)) or "none"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise TrainingError(
+            f"The checkpoint of step {checkpoint.step} can not be written" + (": the disk is full." if full else "."),
+            given=f"{final}: {error.strerror or error}",
+            do=f"free {len(tensors) / 1e6:.1f} MB and run again; it goes on from the last checkpoint ({kept})",
+        ) from error
+    for old in found(folder)[KEEP:]:
+        shutil.rmtree(old)
+    return final
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has the folder's own entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def found(folder: Path) -> list[Path]:
+    """Checkpoints in ``folder``, the newest first, readable or not."""
+    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint. Raises TrainingError where a byte is wrong or a file is missing."""
+    try:
+        values = json.loads((path / "state.json").read_bytes())
+        content = (path / "tensors.safetensors").read_bytes()
+        if hashlib.sha256(content).hexdigest() != values.pop("sha256"):
+            raise ValueError("the tensors are not those that were written")
+        return Checkpoint(values.pop("step"), load(content), values)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(
+            "A checkpoint is damaged.", given=f"{path}: {error}", do="remove it to go on from the one before"
+        ) from error
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest checkpoint that is whole, and what to tell the user about damaged ones.
+
+    Raises TrainingError where there are checkpoints and none can be read.
+    """
+    told: list[str] = []
+    for path in found(folder):
+        try:
+            return read(path), tuple(told)
+        except TrainingError as error:
+            told.append(f"{error.what} {error.given}")
+    if told:
+        raise TrainingError(
+            "No checkpoint can be read.", given="; ".join(told), do=f"remove {folder} to start from step 0"
+        )
+    return None, ()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other runs out of ``out``. The system lifts the lock with the process, however it ends.
+
+    Raises ConfigError where another run holds it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            "The run's folder can not be written.", given=f"{out}: {error.strerror}", do="choose another out"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 64, 0).decode() or "unknown"
+            raise ConfigError(
+                "Another run is writing to this folder.", given=f"{out} (process {owner})", do="wait for it, or choose another out"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)

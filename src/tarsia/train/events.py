@@ -1,0 +1,145 @@
+"""What a training run says, as values: the curve, the coverage, the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+from tarsia.core.attach import Covered
+from tarsia.core.errors import TrainingError
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Before step 0, or before the first step after a resume."""
+
+    kind: ClassVar[str] = "started"
+    coverage: tuple[Covered, ...]
+    trained: int
+    """Parameters that are trained."""
+    share: float
+    """``trained`` as a share of the base's parameters, 0..1."""
+    steps: int
+    """Optimiser steps of the whole run."""
+    resumed: int
+    """Steps that a checkpoint had done already; 0 for a new run."""
+    recipe: Mapping[str, Any]
+    """The recipe with every default filled in, and its hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that the user must see and that does not stop the run."""
+
+    kind: ClassVar[str] = "notice"
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step. ``loss`` is the mean over all labelled tokens of the step, in nats."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    """Steps done, from 1."""
+    loss: float
+    lr: tuple[float, ...]
+    """Learning rate of each part, in the recipe's order."""
+    grad_norm: float
+    """2-norm of the whole gradient before clipping."""
+    tokens: int
+    """Labelled tokens."""
+    rows: Mapping[str, int]
+    """Rows of each source."""
+    losses: Mapping[str, float]
+    """Mean loss over each source's labelled tokens."""
+    tokens_by_source: Mapping[str, int]
+    """Labelled tokens of each source."""
+    tokens_per_second: float = field(compare=False)
+    """Labelled tokens over the wall time of the step; the one field that is not reproducible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What the injected evaluator found after ``step`` steps."""
+
+    kind: ClassVar[str] = "evaluated"
+    step: int
+    results: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint is on the disk, whole."""
+
+    kind: ClassVar[str] = "saved"
+    path: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end: the adapter as a value, and the folder that holds it."""
+
+    kind: ClassVar[str] = "finished"
+    adapter: Any
+    folder: str
+    seconds: float = field(compare=False)
+
+
+Event: TypeAlias = Started | Notice | Step | Evaluated | Saved | Finished
+
+
+def as_json(event: Event) -> str:
+    """One line of JSON with the event's kind first. An adapter is left out: its folder names it."""
+    values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event) if f.name != "adapter"}
+    if isinstance(event, Started):
+        values["coverage"] = [dataclasses.asdict(line) for line in event.coverage]
+    return json.dumps({"event": event.kind, **values}, allow_nan=False)
+
+
+class Log:
+    """``events.jsonl``: append-only, cut back to a checkpoint's length when a run goes on from there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: Event) -> None:
+        """Write one event. Raises TrainingError where the disk refuses."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(as_json(event) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                "The event log can not be written.", given=f"{self.path}: {error.strerror}", do="free some space, then run again"
+            ) from error
+
+    def sync(self) -> int:
+        """Force the log to the disk. Returns its length in bytes."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut(self, length: int) -> None:
+        """Drop what lies beyond ``length`` bytes. Raises TrainingError where the log is shorter than that."""
+        held = self.path.stat().st_size if self.path.exists() else 0
+        if held < length:
+            raise TrainingError(
+                "The event log has lost lines that the checkpoint counts on.",
+                given=f"{self.path}: {held} bytes, {length} expected",
+                do="restore the file, or train into another folder",
+            )
+        with self.path.open("ab") as file:
+            file.truncate(length)
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a log, in order, as dictionaries."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

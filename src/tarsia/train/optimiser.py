@@ -1,0 +1,88 @@
+"""AdamW over patches: one learning rate for each part, warm-up and decay for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Decay = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Learning rate as a share of its peak: linear warm-up over ``warmup`` of ``steps``, then ``decay`` to 0."""
+
+    steps: int
+    warmup: int
+    decay: Decay
+
+    def share(self, step: int) -> float:
+        """Share of the peak for the step with index ``step`` (from 0), 0..1. The first step's is above 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def adamw(
+    parts: Sequence[Mapping[str, nn.Parameter]], rates: Sequence[float], betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101, algorithm 2) over the named tensors of each part.
+
+    Matrices decay; vectors (biases, norms, scales) do not. A group knows its part's index and peak rate.
+    """
+    groups = []
+    for index, (tensors, rate) in enumerate(zip(parts, rates, strict=True)):
+        for decayed in (True, False):
+            members = {name: p for name, p in tensors.items() if (p.ndim > 1) is decayed}
+            if members:
+                groups.append(
+                    {
+                        "params": list(members.values()),
+                        "names": list(members),
+                        "part": index,
+                        "peak": rate,
+                        "lr": rate,
+                        "weight_decay": weight_decay if decayed else 0.0,
+                    }
+                )
+    return torch.optim.AdamW(groups, betas=betas)
+
+
+def set_rates(optimiser: torch.optim.Optimizer, share: float) -> tuple[float, ...]:
+    """Set every group to ``share`` of its peak. Returns the rates by part."""
+    rates: dict[int, float] = {}
+    for group in optimiser.param_groups:
+        group["lr"] = rates[group["part"]] = group["peak"] * share
+    return tuple(rates[part] for part in sorted(rates))
+
+
+def state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of the optimiser's state, by ``{parameter}/{name}``."""
+    found = {}
+    for group in optimiser.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in optimiser.state.get(parameter, {}).items():
+                found[f"{name}/{key}"] = torch.as_tensor(value)
+    return found
+
+
+def restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what ``state`` gave. Raises KeyError for a tensor that belongs to no parameter."""
+    members = {
+        name: parameter
+        for group in optimiser.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("/")
+        # AdamW counts its steps in a tensor that stays on the CPU
+        place = value.device if key == "step" else members[name].device
+        optimiser.state[members[name]][key] = value.to(place)

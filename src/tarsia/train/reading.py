@@ -1,0 +1,62 @@
+"""YAML without its surprises: 1e-4 is a number, and a key that stands twice is an error."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tarsia.core.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers; no repeated keys; no words that turn into true or false."""
+
+
+# YAML 1.1 takes 1e-4 for a text, because it wants a point and a sign
+_FLOAT = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$")
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:null")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ConfigError("A key is a text.", given=f"{key!r} in line {key_node.start_mark.line + 1}")
+        if key in values:
+            raise ConfigError(f"The key {key!r} stands twice.", given=f"line {key_node.start_mark.line + 1}", do="keep one")
+        values[key] = loader.construct_object(value_node, deep=True)
+    return values
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file. Raises ConfigError where it can not be read or is not YAML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("The recipe can not be read.", given=f"{path}: {error}", do="check the path") from None
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError("The recipe is not YAML.", given=f"{path}: {error}") from None
+
+
+def parse_value(text: str) -> Any:
+    """One value as YAML reads it: ``1e-4``, ``true``, ``[1, 2]``, ``a text``."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError("That is no value.", given=f"{text!r}: {error}") from None

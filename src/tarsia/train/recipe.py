@@ -1,0 +1,290 @@
+"""A run as a value: one YAML file, checked wholly before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from tarsia.core.errors import ConfigError
+from tarsia.data.sources import Source
+from tarsia.train.reading import parse_value, read_yaml
+
+RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "full": 2e-5}
+"""Peak learning rates where a part names none: the usual ones for models of billions of parameters."""
+
+_UNHASHED: Final = ("out", "threads")
+"""Fields that do not change what is computed. (Threads change the last bits; a resume checks them apart.)"""
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PartRecipe(BaseModel):
+    """One method on one selection, with its own peak learning rate. Other keys are the method's options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    method: str
+    select: str
+    lr: Rate | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What belongs to the method."""
+        return dict(self.model_extra or {})
+
+    def configure(self) -> Any:
+        """The method's configuration. Raises ConfigError for an unknown method or option, or a wrong type."""
+        import tarsia.methods  # noqa: F401 (fills the registry; imports torch)
+        from tarsia.core.method import find
+
+        found = find(self.method)
+        try:
+            TypeAdapter(found.config).validate_json(json.dumps(self.options), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"The option {_dotted(first['loc'])!r} of the method {self.method!r} can not be used: {first['msg']}.",
+                given=repr(first["input"]),
+            ) from None
+        return found.configure(self.options)
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate. Raises ConfigError where neither the part nor RATES names one."""
+        if self.lr is None and self.method not in RATES:
+            raise ConfigError(
+                f"The method {self.method!r} has no usual learning rate.", do="give the part an lr, for example lr: 1e-4"
+            )
+        return RATES[self.method] if self.lr is None else self.lr
+
+
+class TrainSource(Source):
+    """A source that is trained on; rows are drawn from the sources in proportion to their weights."""
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class DataRecipe(BaseModel):
+    """Rows to train on, and rows to evaluate on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    eval: tuple[Source, ...] = ()
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run. The same recipe on the same machine gives the same bits.
+
+    ``model`` is a folder, a hub id or "mini-1". Exactly one of ``steps`` and ``epochs`` is given; an epoch is
+    as many rows as all sources hold together. ``batch`` rows make a micro-batch, ``accumulate`` of them a
+    step. ``warmup`` is in steps, or a share of all steps where it lies below 1. ``clip`` bounds the 2-norm of
+    the gradient. ``precision`` is the frozen base's: patches are float32 always. ``checkpointing`` recomputes
+    activations in the backward pass. ``save_every`` and ``eval_every`` are in steps; the last step is always saved.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(min_length=1)]
+    parts: Annotated[tuple[PartRecipe, ...], Field(min_length=1)]
+    data: DataRecipe
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    batch: Positive = 8
+    accumulate: Positive = 1
+    warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.03
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    clip: Rate | None = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpointing: bool = False
+    seed: NotNegative = 0
+    save_every: Positive = 100
+    eval_every: Positive | None = None
+    max_length: Positive | None = None
+    threads: Positive | None = None
+    out: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(
+                "A recipe gives either steps or epochs.",
+                given="neither" if self.steps is None else f"steps {self.steps} and epochs {self.epochs}",
+                do="for example steps: 300",
+            )
+        if self.warmup >= 1 and not self.warmup.is_integer():
+            raise ConfigError("A warm-up is a whole number of steps, or a share below 1.", given=self.warmup)
+        names = [source.title for source in self.data.train]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError("Two sources have one name.", given=twice[0], do="give each source a name of its own")
+        if not any(source.weight for source in self.data.train):
+            raise ConfigError("Every source has the weight 0.", do="give at least one a weight above 0")
+        for part in self.parts:
+            part.configure()
+            _ = part.rate
+        return self
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply ``key=value`` overrides, such as ``parts.0.lr=1e-4``.
+
+        Raises ConfigError, naming the nearest key, for anything that is not understood.
+        """
+        return cls.of(read_yaml(Path(path)), overrides)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Build from plain values, as a YAML file holds them."""
+        values = json.loads(_plain(values))
+        for override in overrides:
+            _override(values, override)
+        try:
+            # JSON mode takes a list for a tuple and still no string for a number
+            return cls.model_validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            raise _refusal(error, cls) from None
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Every value, defaults too, as plain JSON values; methods' defaults filled in."""
+        values = self.model_dump(mode="json")
+        values["parts"] = [
+            {"method": p.method, "select": p.select, "lr": p.rate, **dataclasses.asdict(p.configure())} for p in self.parts
+        ]
+        return values
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the values that decide what is computed, whatever the order of the keys.
+
+        Only inside a method's tables (ranks by glob, for one) the order has a meaning and counts.
+        """
+        values = {key: value for key, value in self.resolved.items() if key not in _UNHASHED}
+        values["parts"] = [
+            {key: list(value.items()) if isinstance(value, Mapping) else value for key, value in part.items()}
+            for part in values["parts"]
+        ]
+        return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
+
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps of the whole run where the sources hold ``rows`` rows together."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * rows / (self.batch * self.accumulate)))
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of warm-up. Raises ConfigError where they would fill the whole run."""
+        warmup = int(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)
+        if warmup >= steps and warmup > 0:
+            raise ConfigError("The warm-up is as long as the run.", given=f"{warmup} of {steps} steps", do="shorten it")
+        return warmup
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
+    """``key: theirs -> ours`` for every value that differs between two resolved recipes."""
+    a, b = dict(_leaves(ours)), dict(_leaves(theirs))
+    keys = [key for key in {**b, **a} if key.split(".")[0] not in _UNHASHED]
+    return tuple(f"{key}: {b.get(key, '(none)')} -> {a.get(key, '(none)')}" for key in keys if a.get(key) != b.get(key))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping | list) and value:
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _canonical(value: Any) -> Any:
+    """16 and 16.0 are one number."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _plain(values: Any) -> str:
+    if not isinstance(values, Mapping):
+        raise ConfigError("A recipe is a table of keys and values.", given=type(values).__name__)
+    try:
+        return json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError("A recipe holds text, numbers, true, false, lists and tables.", given=str(error)) from None
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError("An override is written key=value.", given=repr(text), do="for example parts.0.lr=1e-4")
+    place: Any = values
+    for key in keys[:-1]:
+        if isinstance(place, dict) and key not in place:
+            place[key] = {}
+        place = _enter(place, key, text)
+    if isinstance(place, list):
+        _enter(place, keys[-1], text)
+        place[int(keys[-1])] = parse_value(value)
+    elif isinstance(place, dict):
+        place[keys[-1]] = parse_value(value)
+    else:
+        raise ConfigError("An override goes through a value that holds no others.", given=repr(text))
+
+
+def _enter(place: Any, key: str, text: str) -> Any:
+    if isinstance(place, dict):
+        return place[key]
+    if not isinstance(place, list):
+        raise ConfigError("An override goes through a value that holds no others.", given=repr(text))
+    if not re.fullmatch(r"\d+", key) or int(key) >= len(place):
+        raise ConfigError(
+            "An override names no entry of the list.", given=repr(text), allowed=f"0..{len(place) - 1} for {key!r}"
+        )
+    return place[int(key)]
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    return ".".join(map(str, location))
+
+
+def _refusal(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """The first thing that is wrong, with the nearest key where one is unknown or missing."""
+    # a misspelt key is also a missing one: the misspelling is what helps
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where, kind = _dotted(first["loc"]), first["type"]
+    if kind == "extra_forbidden":
+        allowed = sorted(_fields(model, first["loc"][:-1]))
+        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, 1, 0.3)
+        do = f"did you mean {near[0]}?" if near else "remove it"
+        return ConfigError(f"A recipe has no key {where!r}.", given=where, allowed=", ".join(allowed), do=do)
+    if kind == "missing":
+        return ConfigError(f"The recipe's {where!r} is missing.", do=f"add {where}")
+    return ConfigError(f"The recipe's {where!r} can not be used: {first['msg']}.", given=repr(first["input"]))
+
+
+def _fields(model: type[BaseModel], location: Sequence[int | str]) -> Iterator[str]:
+    """Names of the keys that are known at this place."""
+    nested: Mapping[tuple[str, ...], type[BaseModel]] = {
+        (): model,
+        ("parts",): PartRecipe,
+        ("data",): DataRecipe,
+        ("data", "train"): TrainSource,
+        ("data", "eval"): Source,
+    }
+    yield from nested[tuple(str(key) for key in location if isinstance(key, str))].model_fields
