@@ -122,6 +122,23 @@ def _patches(config: PretrainedConfig) -> int:
     return (SIDE // CELL) ** 2
 
 
+_CROPS = ((16, 16), (8, 16), (12, 8))  # of pictures in their own size, padded to SIDE x SIDE
+
+
+def _native(
+    config: PretrainedConfig, pictures: Sequence[int], generator: torch.Generator
+) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Pictures in their own sizes, [pictures, 3, SIDE, SIDE] with zeros around (Pixtral)."""
+    if not sum(pictures):
+        return [], {}
+    sizes = [_CROPS[i % len(_CROPS)] for i in range(sum(pictures))]
+    pixels = torch.zeros(len(sizes), 3, SIDE, SIDE)
+    for picture, (height, width) in zip(pixels, sizes, strict=True):
+        picture[:, :height, :width] = torch.randn(3, height, width, generator=generator)
+    spans = [[START, *[IMAGE] * (height // CELL * (width // CELL)), END] for height, width in sizes]
+    return spans, {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+
 _SIZES = ((16, 32), (32, 16), (24, 32), (32, 32))  # of original pictures: height, width
 
 
@@ -390,5 +407,25 @@ VARIANTS: dict[str, Family] = {
         _variant("paligemma", "paligemma2", text_config={"model_type": "gemma2", **_GEMMA}),
         _variant("gemma3", "gemma3-head", vision_config=_SIGLIP_HEAD),
         _variant("internvl", "internvl-llama", text_config=_LLAMA),
+        _variant(
+            "internvl", "internvl-normed", text_config={"model_type": "qwen3", **_GEMMA},
+            vision_config={
+                **_VISION, "use_qk_norm": True, "use_mask_token": True, "use_mean_pooling": False, "attention_bias": True,
+            },
+        ),
+        replace(
+            _variant(
+                "llava", "llava-pixtral", text_config=_MISTRAL, vision_feature_select_strategy="full",
+                vision_feature_layer=-1, vision_config={**_VISION, "model_type": "pixtral", "head_dim": 6},
+            ),
+            pictures=_native,
+        ),
+        *(
+            _variant("llava", f"llava-{name}", text_config={"model_type": name, **text})
+            for name, text in {
+                "gemma": _GEMMA, "gemma2": _GEMMA, "gemma3_text": _GEMMA3, "granite": _TEXT, "phi3": _TEXT,
+                "qwen3": _GEMMA, "qwen3_moe": {**_GEMMA, **_MOE},
+            }.items()
+        ),
     )
 }

@@ -1,0 +1,78 @@
+"""Text decoders, by the ``model_type`` of their configuration; families use them below a prefix."""
+
+from __future__ import annotations
+
+from tarsia.anatomy.streams import ROWS, TOKENS
+from tarsia.anatomy.table import Config, Part, rules
+from tarsia.core.errors import AnatomyError
+from tarsia.core.site import Component, Kind, Role
+
+LLAMA = rules({
+    "embed_tokens": Role.EMBED,
+    "layers.#.self_attn.q_proj": Role.Q,
+    "layers.#.self_attn.k_proj": Role.K,
+    "layers.#.self_attn.v_proj": Role.V,
+    "layers.#.self_attn.o_proj": Role.O,
+    "layers.#.self_attn.q_norm": Role.NORM,
+    "layers.#.self_attn.k_norm": Role.NORM,
+    "layers.#.mlp.gate_proj": Role.GATE,
+    "layers.#.mlp.up_proj": Role.UP,
+    "layers.#.mlp.down_proj": Role.DOWN,
+    "layers.#.input_layernorm": Role.NORM,
+    "layers.#.post_attention_layernorm": Role.NORM,
+    "layers.#.pre_feedforward_layernorm": Role.NORM,
+    "layers.#.post_feedforward_layernorm": Role.NORM,
+    "norm": Role.NORM,
+})
+PHI3 = (*LLAMA, *rules({"layers.#.self_attn.qkv_proj": Role.QKV, "layers.#.mlp.gate_up_proj": Role.GATE_UP}))
+# One tensor holds all experts; router and experts see the rows' tokens end to end.
+EXPERTS = (
+    *LLAMA,
+    *rules({"layers.#.mlp.gate": Role.ROUTER}, stream=TOKENS),
+    *rules(
+        {"layers.#.mlp.experts.gate_up_proj": Role.GATE_UP, "layers.#.mlp.experts.down_proj": Role.DOWN},
+        stream=TOKENS, kind=Kind.EXPERT,
+    ),
+)
+OPT = (
+    *rules({
+        "embed_tokens": Role.EMBED,
+        "project_in": Role.PROJ,
+        "project_out": Role.PROJ,
+        "final_layer_norm": Role.NORM,
+        "layers.#.self_attn.q_proj": Role.Q,
+        "layers.#.self_attn.k_proj": Role.K,
+        "layers.#.self_attn.v_proj": Role.V,
+        "layers.#.self_attn.out_proj": Role.O,
+        "layers.#.self_attn_layer_norm": Role.NORM,
+        "layers.#.fc1": Role.UP,
+        "layers.#.fc2": Role.DOWN,
+        "layers.#.final_layer_norm": Role.NORM,
+    }),
+    *rules({"embed_positions": Role.POSITION}, stream=None),
+)
+
+DECODERS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite"), LLAMA),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), LLAMA),
+    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe_text"), EXPERTS),
+    "phi3": PHI3,
+    "opt": OPT,
+}
+
+
+def language(prefix: str, config: Config) -> Part:
+    """The part of a known decoder. Raises AnatomyError where the configuration's decoder is not known."""
+    if config.model_type not in DECODERS:
+        raise AnatomyError(
+            "This text model is not known.",
+            given=config.model_type,
+            allowed=", ".join(DECODERS),
+            do="use a model with a known text model, or add its rules to tarsia/anatomy/decoders.py",
+        )
+    return Part(Component.LANGUAGE, prefix, DECODERS[config.model_type], ROWS)
+
+
+def head(path: str = "lm_head") -> Part:
+    """The language head, which is a site only where it is not tied to the embedding."""
+    return Part(Component.LANGUAGE, path, rules({"": Role.HEAD}), ROWS)

@@ -1,0 +1,23 @@
+"""Gemma 3 (arXiv:2503.19786): its projector is a norm and a bare tensor, (in, out)."""
+
+from __future__ import annotations
+
+from tarsia.anatomy.decoders import head, language
+from tarsia.anatomy.streams import PICTURES, flat
+from tarsia.anatomy.table import Config, Family, Part, rules
+from tarsia.anatomy.towers import vision
+from tarsia.core.site import Component, Role
+
+_PROJECTOR = rules({"mm_input_projection_weight": Role.PROJ, "mm_soft_emb_norm": Role.NORM})
+
+
+def _parts(config: Config) -> tuple[Part, ...]:
+    return (
+        vision("vision_tower", config.vision_config, PICTURES),
+        Part(Component.PROJECTOR, "multi_modal_projector", _PROJECTOR, PICTURES),
+        language("language_model", config.text_config),
+        head(),
+    )
+
+
+FAMILY = Family("gemma3", _parts, flat(PICTURES, lambda config: int(config.mm_tokens_per_image)))

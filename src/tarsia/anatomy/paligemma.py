@@ -1,0 +1,21 @@
+"""PaliGemma (arXiv:2407.07726) and PaliGemma 2 (arXiv:2412.03555), which differ in their text model."""
+
+from __future__ import annotations
+
+from tarsia.anatomy.decoders import head, language
+from tarsia.anatomy.streams import PICTURES, flat
+from tarsia.anatomy.table import Config, Family, Part, rules
+from tarsia.anatomy.towers import patches, vision
+from tarsia.core.site import Component, Role
+
+
+def _parts(config: Config) -> tuple[Part, ...]:
+    return (
+        vision("vision_tower", config.vision_config, PICTURES),
+        Part(Component.PROJECTOR, "multi_modal_projector", rules({"linear": Role.PROJ}), PICTURES),
+        language("language_model", config.text_config),
+        head(),
+    )
+
+
+FAMILY = Family("paligemma", _parts, flat(PICTURES, lambda config: patches(config.vision_config)))
