@@ -34,7 +34,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
 }
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx512_vnni", "asimd", "bf16", "sve")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-OPENMP = re.compile(r"\S*/lib(?:gomp|iomp5|omp)[-.\w]*\.so\S*|\S*/libi?omp5?\.dylib")
+OPENMP = re.compile(r"\S*/lib(?:gomp|iomp5|omp)(?:-\w+)?\.(?:so|dylib)\S*")
 GIB = 2**30
 
 

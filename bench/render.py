@@ -1,0 +1,54 @@
+"""Fill README.md and docs/ from bench/results: ``python -m bench.render``.
+
+The text between ``<!-- result: CASE -->`` and ``<!-- end -->`` is the last line of that case's results
+as a table. No number is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bench.run import RESULTS
+
+ROOT = RESULTS.parents[1]
+BLOCK = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(line: dict[str, Any]) -> str:
+    """One line of results as Markdown: its values, then where they come from."""
+    values: dict[str, dict[str, float | str]] = line["values"]
+    columns = list(dict.fromkeys(column for row in values.values() for column in row))
+    head = f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}\n"
+    body = "".join(f"| {name} | {' | '.join(_cell(row, c) for c in columns)} |\n" for name, row in values.items())
+    where = f"{line['processor']}, {line['cores']} cores, torch {line['versions']['torch']}"
+    return (
+        f"{head}{body}\n<sub>bench/results/{line['case']}.jsonl: {line['at'][:10]}, {line['commit']}, {where}</sub>\n"
+    )
+
+
+def _cell(row: dict[str, float | str], column: str) -> str:
+    value = row.get(column, "")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every block filled. Raises FileNotFoundError where a case has no results."""
+
+    def fill(match: re.Match[str]) -> str:
+        lines = (results / f"{match[2]}.jsonl").read_text(encoding="utf8").splitlines()
+        return match[1] + table(json.loads(lines[-1])) + match[3]
+
+    return BLOCK.sub(fill, text)
+
+
+def pages() -> list[Path]:
+    """Every document that may hold results."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(render(page.read_text(encoding="utf8")), encoding="utf8")

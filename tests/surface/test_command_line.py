@@ -1,0 +1,133 @@
+"""The command line: quick help without torch, refusals in words, defects with their traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+import tarsia.cli
+from tarsia.core.errors import ConfigError
+
+HEAVY = {"torch", "transformers", "numpy", "pyarrow", "datasets", "pydantic", "rich", "PIL", "yaml"}
+LIMIT = 0.3  # seconds, of `tarsia --help`
+LOOK = """
+import json, sys
+from tarsia.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+"""
+
+
+def tarsia_(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tarsia", *arguments], capture_output=True, text=True, check=False)
+
+
+def imported(*arguments: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", LOOK, *arguments], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def verb(monkeypatch: pytest.MonkeyPatch, action: Callable[[object], int]) -> None:
+    """Let ``tarsia doctor`` do something else."""
+    monkeypatch.setattr("tarsia.cli.doctor.run", action)
+
+
+def raising(error: BaseException) -> Callable[[object], int]:
+    def action(_: object) -> int:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["doctor", "--help"]], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    modules = imported(*arguments)
+    assert modules & HEAVY == set()
+    assert len(modules) < 250
+
+
+def test_looking_at_imports_sees_torch() -> None:
+    assert "torch" in imported("doctor", "--json")
+
+
+def test_help_is_quick() -> None:
+    """The least of several times: other processes may slow this one down, nothing speeds it up."""
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        assert tarsia_("--help").returncode == 0
+        best = min(best, time.perf_counter() - began)
+        if best < LIMIT:
+            return
+    pytest.fail(f"tarsia --help takes {best:.2f} s")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        tarsia.cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"tarsia {tarsia.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["doctr"], ["given:   doctr", "allowed:", "did you mean doctor?"]),
+        ([], ["VERB", "tarsia --help"]),
+        (["doctor", "--jsn"], ["--jsn", "--help"]),
+        (["doctor", "--js"], ["--js", "--help"]),
+    ],
+)
+def test_a_misspelt_command_is_refused_in_words(arguments: list[str], words: list[str]) -> None:
+    done = tarsia_(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_refusal_is_shown_without_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb(monkeypatch, raising(ConfigError("It can not be.", given="this", allowed="that", do="the other")))
+    assert tarsia.cli.main(["doctor"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == ["tarsia: It can not be.", "  given:   this", "  allowed: that", "  to do:   the other"]
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    verb(monkeypatch, raising(KeyError("lost")))
+    with pytest.raises(KeyError, match="lost"):
+        tarsia.cli.main(["doctor"])
+
+
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(monkeypatch, raising(KeyboardInterrupt()))
+    assert tarsia.cli.main(["doctor"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_nobody_reading_is_no_error() -> None:
+    program = "import sys, tarsia.cli, tarsia.cli.doctor as d\nd.run = lambda a: print('x' * 10**6) or 0\n"
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f'"{sys.executable}" -c "$0" | head -c 1; exit ${{PIPESTATUS[0]}}',
+            program + "sys.exit(tarsia.cli.main(['doctor']))",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x", "")
