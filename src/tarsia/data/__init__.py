@@ -1,0 +1,33 @@
+"""Conversations with pictures: read, mixed, and made into batches with labels on the answers only."""
+
+from tarsia.data.chat import Rendered, Template
+from tarsia.data.encode import IGNORED, Batch, Encoder
+from tarsia.data.formats import FORMATS, Format, Place, read_row, row_format
+from tarsia.data.mixture import Mixture, Share
+from tarsia.data.samples import PICTURE, ROLES, Message, Picture, Placeholder, Sample
+from tarsia.data.sources import Rows, Source, Table, read
+
+__all__ = [
+    "FORMATS",
+    "IGNORED",
+    "PICTURE",
+    "ROLES",
+    "Batch",
+    "Encoder",
+    "Format",
+    "Message",
+    "Mixture",
+    "Picture",
+    "Place",
+    "Placeholder",
+    "Rendered",
+    "Rows",
+    "Sample",
+    "Share",
+    "Source",
+    "Table",
+    "Template",
+    "read",
+    "read_row",
+    "row_format",
+]

@@ -1,0 +1,130 @@
+"""A conversation with its pictures, as every format is read into it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tarsia.core.errors import DataError
+
+ROLES: Final = ("system", "user", "assistant")
+# Modes with more than 8 bits a channel: convert("RGB") clips them to white without a word.
+_DEEP: Final = ("I", "F")
+
+
+class Placeholder(Enum):
+    """Where a picture stands among the parts of a message."""
+
+    PICTURE = "picture"
+
+
+PICTURE: Final = Placeholder.PICTURE
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: ``role`` is one of ROLES; ``parts`` are texts and ``PICTURE`` in their order."""
+
+    role: str
+    parts: tuple[str | Placeholder, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn's texts, joined, without its pictures."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def n_pictures(self) -> int:
+        """How many pictures stand in the turn."""
+        return sum(part is PICTURE for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that is decoded only when it is wanted.
+
+    ``content`` is a file's path, an encoded file's bytes, or a picture in memory; ``name`` is what
+    errors call it; ``source`` and ``row`` say which row owns it.
+    """
+
+    content: Path | bytes | Image.Image
+    name: str
+    source: str
+    row: int
+
+    def load(self) -> Image.Image:
+        """Decode to 8-bit RGB, turned upright by its EXIF orientation.
+
+        Raises DataError, naming row and file, where the file is missing, unreadable, cut off, of zero
+        size, larger than PIL's limit for decompression bombs, or deeper than 8 bits a channel.
+        """
+        try:
+            picture = self._open()
+            self._check(picture)
+            return ImageOps.exif_transpose(picture).convert("RGB")
+        except FileNotFoundError:
+            raise self._error("is missing", "put the file there, or take the row out") from None
+        except Image.DecompressionBombError as error:
+            raise self._error(f"is too large to be decoded safely ({error})", "scale it down") from None
+        except UnidentifiedImageError:
+            raise self._error("is not a picture in any format that can be read", "convert it to PNG or JPEG") from None
+        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+            raise self._error(f"can not be decoded: {error}", "replace the file, or take the row out") from None
+
+    def _open(self) -> Image.Image:
+        if isinstance(self.content, Image.Image):
+            return self.content
+        if isinstance(self.content, bytes):
+            return Image.open(io.BytesIO(self.content))
+        return Image.open(self.content)
+
+    def _check(self, picture: Image.Image) -> None:
+        width, height = picture.size
+        if not width or not height:
+            raise self._error(f"has no pixels ({width} x {height})", "replace the file, or take the row out")
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and width * height > limit:
+            raise self._error(f"is too large to be decoded safely ({width} x {height})", "scale it down")
+        if picture.mode.partition(";")[0] in _DEEP:
+            raise self._error(f"has more than 8 bits a channel (mode {picture.mode})", "convert it to 8 bits")
+
+    def _error(self, what: str, do: str) -> DataError:
+        return DataError(f"A picture of row {self.row} of {self.source} {what}.", given=self.name, do=do)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row: a conversation and its pictures, in the order in which their placeholders stand.
+
+    Raises DataError where a role is unknown, nothing is said, or placeholders and pictures differ in number.
+    """
+
+    messages: tuple[Message, ...]
+    pictures: tuple[Picture, ...]
+    source: str
+    row: int
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise DataError(f"Row {self.row} of {self.source} has no messages.", do="take the row out")
+        for message in self.messages:
+            if message.role not in ROLES:
+                raise DataError(
+                    f"Row {self.row} of {self.source} has a message of an unknown role.",
+                    given=repr(message.role),
+                    allowed=", ".join(ROLES),
+                )
+        placeholders = sum(message.n_pictures for message in self.messages)
+        if placeholders != len(self.pictures):
+            more = "more" if placeholders > len(self.pictures) else "fewer"
+            raise DataError(
+                f"Row {self.row} of {self.source} has {more} picture placeholders than pictures.",
+                given=f"{placeholders} placeholders, {len(self.pictures)} pictures",
+                allowed="one placeholder for each picture",
+                do="correct the row's markers or its list of pictures",
+            )
