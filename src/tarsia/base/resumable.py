@@ -110,6 +110,13 @@ def load(path: Path, model: nn.Module, optimisers: Sequence[Optimizer]) -> int:
     return step
 
 
+def cut(log: Path, step: int) -> None:
+    """Forget what the log says of steps after ``step``, which a resumed run does again."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
+        log.write_text("".join(f"{line}\n" for line in lines))
+
+
 def note(log: Path, **entry: object) -> None:
     """Append one line to the run's log and show it."""
     line = json.dumps(entry)

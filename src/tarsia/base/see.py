@@ -180,6 +180,7 @@ def main() -> None:
     pair = resumable.optimisers(model, [model.tower.encoder], args.lr)
     checkpoint, log = args.work / "see.safetensors", args.work / "see.jsonl"
     first = resumable.load(checkpoint, model, pair)
+    resumable.cut(log, first)
     world = World(args.photographs, args.seed)
     began = saved = time.monotonic()
     right, losses = [], []
