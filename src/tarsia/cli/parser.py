@@ -8,9 +8,9 @@ import re
 from typing import Any, NoReturn
 
 import tarsia
-from tarsia.cli import doctor
+from tarsia.cli import doctor, sites
 
-VERBS = (doctor,)
+VERBS = (sites, doctor)
 
 
 class Parser(argparse.ArgumentParser):
