@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tarsia.core.errors import ConfigError
+from tarsia.core.errors import AttachError, ConfigError
 from tarsia.core.method import method
 from tarsia.core.patch import Base, Patch
 from tarsia.core.site import Role, Site
@@ -81,6 +81,13 @@ class LoRA(Patch):
 
     @classmethod
     def restore(cls, site: Site, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Any]) -> Self:
+        (out, into), (rank, width), (height, depth) = site.shape, shapes["A"], shapes["B"]
+        if (width, height, depth) != (into, out, rank):
+            raise AttachError(
+                f"The low-rank factors do not fit {site.path}.",
+                given=f"A {shapes['A']}, B {shapes['B']}" + ("; A and B are swapped" if (rank, depth) == (out, into) else ""),
+                allowed=f"A (rank, {into}), B ({out}, rank)",
+            )
         return cls(torch.empty(shapes["A"]), torch.empty(shapes["B"]), **constants)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
