@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tarsia.core.errors import AttachError, RouteError
+from tarsia.core.errors import AttachError
 from tarsia.core.method import find
-from tarsia.core.patch import Ground, Patch
+from tarsia.core.patch import Ground, Patch, Tied
 from tarsia.core.segments import Route, Segments
 from tarsia.core.select import select
-from tarsia.core.site import Component, Role, Site
+from tarsia.core.site import Component, Kind, Role, Site
 from tarsia.core.slot import Slot
 
 
@@ -43,6 +43,7 @@ class Covered:
     """``trained`` as a share of all parameters of the base model, 0..1."""
 
 
+@torch.inference_mode(False)
 def attach(
     model: nn.Module, sites: Sequence[Site], parts: Sequence[Part], *, name: str = "default", seed: int = 0
 ) -> tuple[Covered, ...]:
@@ -52,11 +53,28 @@ def attach(
     """
     if not parts:
         raise AttachError("An adapter needs at least one part.", do='for example method "lora" on "language.*.{q,v}"')
+    chosen = _choose(sites, parts)
+    _check(model, [site for _, site in chosen], name)
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for part, site in chosen:
+        module = model.get_submodule(site.module)
+        ground = Ground(module, site, module.forward)
+        made.append((site, part.method, find(part.method).patch.create(site, part.config, ground, generator)))
+    install(model, [(site, patch) for site, _, patch in made], name=name)
+    return _coverage(model, made)
+
+
+def _choose(sites: Sequence[Site], parts: Sequence[Part]) -> list[tuple[Part, Site]]:
+    """The sites of every part. Raises where two parts claim one site, or a configuration speaks of others."""
     claimed: dict[str, str] = {}
-    chosen: list[tuple[Part, Site]] = []
+    chosen = []
     for part in parts:
         method = find(part.method)
-        for site in select(part.select, sites, method.kinds, method.roles):
+        selected = select(part.select, sites, method.kinds, method.roles)
+        if hasattr(part.config, "check"):
+            part.config.check(selected)
+        for site in selected:
             if site.path in claimed:
                 raise AttachError(
                     f"Two parts claim {site.path}.",
@@ -65,37 +83,75 @@ def attach(
                 )
             claimed[site.path] = part.select
             chosen.append((part, site))
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for part, site in chosen:
-        module = model.get_submodule(site.module)
-        below = Ground(module, site, module.forward)
-        made.append((site, part.method, find(part.method).patch.create(site, part.config, below, generator)))
-    install(model, [(site, patch) for site, _, patch in made], name=name)
-    return _coverage(model, made)
+    return chosen
 
 
 def install(model: nn.Module, patches: Sequence[tuple[Site, Patch]], *, name: str) -> None:
     """Put finished patches in under ``name``. Freezes the base; refuses a name that is taken."""
+    _check(model, [site for site, _ in patches], name)
+    for site, patch in patches:
+        if site.tied and type(patch).fold is Patch.fold:
+            raise AttachError(
+                f"{site.path} is used again as {', '.join(site.tied)}, where only a patch that folds can act.",
+                given=type(patch).__name__,
+            )
+    if not slots(model):
+        model.__dict__["tarsia_frozen"] = tuple(n for n, p in model.named_parameters() if p.requires_grad)
+        model.requires_grad_(False)
+    for site, patch in patches:
+        for place, piece in ((site, patch), *((_place(site, tied), Tied(patch)) for tied in site.tied)):
+            module = model.get_submodule(place.module)
+            held = module._modules.get("slot")
+            slot = held if isinstance(held, Slot) else Slot(module)
+            slot.train(module.training)
+            slot.add(name, place, piece.train(module.training).to(_device(module)))
+
+
+def _place(site: Site, tied: str) -> Site:
+    """The site as it is seen where its weight is used a second time."""
+    return replace(site, path=tied.rpartition(".")[0], kind=Kind.TENSOR, weight=tied, bias=None, tied=())
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where ``module`` computes."""
+    hook = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next((p.device for p in module.parameters(recurse=False) if not p.is_meta), torch.device(hook or "cpu"))
+
+
+def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
+    """Raise AttachError for whatever would stop ``install`` half-way, or make a patch that does not act."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AttachError("That is no adapter name.", given=repr(name), allowed="letters, digits, - and _")
     if name in adapters(model):
         raise AttachError(f"An adapter {name!r} is attached already.", do="choose another name, or detach it first")
-    for site, _ in patches:
-        held = model.get_submodule(site.module)._modules.get("slot")
-        if isinstance(held, Slot):
-            held.check_outermost()
-    if not slots(model):
-        frozen = [n for n, p in model.named_parameters() if p.requires_grad]
-        model.__dict__["tarsia_frozen"] = tuple(frozen)
-        model.requires_grad_(False)
-    for site, patch in patches:
-        module = model.get_submodule(site.module)
-        held = module._modules.get("slot")
-        slot = held if isinstance(held, Slot) else Slot(module)
-        patch.train(module.training)
-        device = next((p.device for p in module.parameters(recurse=False) if not p.is_meta), torch.device("cpu"))
-        slot.add(name, site, patch.to(device))
+    _unmerged(model)
+    modules = dict(model.named_modules())
+    names: dict[int, set[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(key)
+    for site in sites:
+        for weight in (site.weight, *site.tied):
+            module = modules.get(weight.rpartition(".")[0])
+            own = None if module is None else module._parameters.get(weight.rpartition(".")[2])
+            if module is None or own is None:
+                raise AttachError(f"This model has no parameter {weight}.", do="take the sites from its own anatomy")
+            _free(module)
+            others = names[id(own)] - {site.weight, *site.tied}
+            if others:
+                raise AttachError(f"{weight} is the same tensor as {', '.join(others)}, which its site does not name.")
+
+
+def _free(module: nn.Module) -> None:
+    held = getattr(module, "slot", None)
+    if isinstance(held, Slot):
+        held.seat()
+    elif held is not None:
+        raise AttachError("The module has something of its own that is called `slot`.", given=type(module).__name__)
+
+
+def _unmerged(model: nn.Module) -> None:
+    if any(slot.kept is not None for slot in slots(model)):
+        raise AttachError("The patches are merged into the weights in memory.", do="unmerge first")
 
 
 def slots(model: nn.Module) -> tuple[Slot, ...]:
@@ -104,7 +160,7 @@ def slots(model: nn.Module) -> tuple[Slot, ...]:
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the attached adapters, in the order in which they were attached."""
+    """Names of the attached adapters, in the order in which the model's modules meet them."""
     return tuple(dict.fromkeys(name for slot in slots(model) for name in slot.patches))
 
 
@@ -112,7 +168,10 @@ def patches(model: nn.Module, name: str) -> dict[Site, Patch]:
     """Site to patch of one adapter, in module order. Raises AttachError where there is none."""
     _known(model, [name])
     return {
-        slot.sites[key]: patch for slot in slots(model) if name in slot.patches for key, patch in slot.patches[name].items()
+        slot.sites[key]: patch
+        for slot in slots(model)
+        for key, patch in slot.held(name).items()
+        if not isinstance(patch, Tied)
     }
 
 
@@ -120,13 +179,18 @@ def _known(model: nn.Module, names: Sequence[str]) -> None:
     unknown = sorted(set(names) - set(adapters(model)))
     if unknown:
         raise AttachError(
-            f"No adapter {unknown[0]!r} is attached.", given=", ".join(unknown), allowed=", ".join(adapters(model)) or "(none)"
+            f"No adapter {unknown[0]!r} is attached.",
+            given=", ".join(unknown),
+            allowed=", ".join(adapters(model)) or "(none)",
         )
 
 
 def activate(model: nn.Module, *names: str) -> None:
     """Let exactly these adapters act on every row, the first lowest. No name: the bare base."""
     _known(model, names)
+    _unmerged(model)
+    if len(set(names)) < len(names):
+        raise AttachError("An adapter can act only once.", given=", ".join(names))
     for slot in slots(model):
         slot.active = tuple(name for name in names if name in slot.patches)
 
@@ -135,62 +199,76 @@ def activate(model: nn.Module, *names: str) -> None:
 def routed(model: nn.Module, names: Sequence[str | None], segments: Segments) -> Iterator[None]:
     """Give each row of the batch its own adapter (None: the base) for the calls inside.
 
-    Raises RouteError for merged patches and AttachError for a name that is not attached.
+    The route belongs to the model: call it from one thread at a time, and go backward inside where
+    activations are checkpointed. Raises RouteError where the segments are not of these rows, and
+    AttachError for merged patches or a name that is not attached.
     """
     _known(model, [name for name in names if name is not None])
-    held = slots(model)
-    if any(slot.kept is not None for slot in held):
-        raise RouteError("Merged patches act on every row.", do="unmerge first")
+    _unmerged(model)
+    route = Route(tuple(names), segments)
+    before = [(slot, slot.route) for slot in slots(model)]
     try:
-        for slot in held:
-            slot.route = Route(tuple(names), segments)
+        for slot, _ in before:
+            slot.route = route
         yield
     finally:
-        for slot in held:
-            slot.route = None
+        for slot, outer in before:
+            slot.route = outer
 
 
 def merge(model: nn.Module) -> None:
-    """Fold the active patches into the weights in memory; ``unmerge`` restores every bit."""
-    done = []
+    """Fold the active patches into the weights in memory; ``unmerge`` restores every bit.
+
+    Raises AttachError, with nothing changed, where that can not be.
+    """
+    _unmerged(model)
     for slot in slots(model):
+        if slot.route is not None:
+            raise AttachError("Rows are routed to adapters of their own.", do="merge outside `routed`")
         for name in slot.active:
-            for patch in slot.patches[name].values():
+            for patch in slot.held(name).values():
                 if type(patch).fold is Patch.fold:
                     raise AttachError(f"The method of {type(patch).__name__} does not fold.", given=name)
     try:
         for slot in slots(model):
             slot.merge()
-            done.append(slot)
     except BaseException:
-        for slot in done:
-            slot.unmerge()
+        unmerge(model)
         raise
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put every original tensor back."""
+    """Put every original tensor back. Does nothing where nothing is merged."""
     for slot in slots(model):
         slot.unmerge()
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Take an adapter out. With the last one every trace goes, and what was trainable is so again."""
+    """Take an adapter out; whatever is merged is unmerged first.
+
+    With the last one every trace goes, and what was trainable is so again. Raises AttachError, with
+    the adapter in place, where something else wraps a patched module.
+    """
     _known(model, [name])
     held = [slot for slot in slots(model) if name in slot.patches]
     for slot in held:
-        slot.check_outermost()
+        slot.seat()
+    unmerge(model)
     for slot in held:
         slot.remove(name)
     if not slots(model):
-        parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
         for key in model.__dict__.pop("tarsia_frozen", ()):
-            parameters[key].requires_grad_(True)
+            model.get_parameter(key).requires_grad_(True)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters by name: all but those of patches."""
+    ours = {id(parameter) for slot in slots(model) for parameter in slot.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ours}
 
 
 def _coverage(model: nn.Module, made: Sequence[tuple[Site, str, Patch]]) -> tuple[Covered, ...]:
-    ours = {id(p) for _, _, patch in made for p in patch.parameters()}
-    total = sum(p.numel() for n, p in model.named_parameters() if id(p) not in ours and ".slot." not in n)
+    total = sum(parameter.numel() for parameter in base_parameters(model).values())
     groups: dict[tuple[str, Component, Role], list[Patch]] = {}
     for site, method, patch in made:
         groups.setdefault((method, site.component, site.role), []).append(patch)

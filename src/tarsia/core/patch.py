@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from types import MappingProxyType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 from tarsia.core.errors import AttachError
 from tarsia.core.site import Kind, Site
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+Forward = Callable[..., Any]
+Keywords = Mapping[str, Any]
+_NONE: Keywords = MappingProxyType({})
 
 
 class Base(Protocol):
@@ -71,43 +73,40 @@ class Batched(Protocol):
         ...
 
 
-class Ground:
-    """The module itself, as the lowest base of one call."""
+class Tied(Patch):
+    """A patch's second place, where the base uses the same tensor again: there it acts through its fold."""
 
-    __slots__ = ("below", "extra", "keywords", "module", "positional", "site")
+    def __init__(self, patch: Patch) -> None:
+        super().__init__()
+        # a list hides the patch from nn.Module: its tensors are saved, and counted, where it is at home
+        self.home = [patch]
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with loaded(self.home[0]):
+            return self.home[0].fold(weight, bias)
+
+
+class Ground:
+    """The module itself, as the lowest base of one call with these arguments; ``x`` takes the first's place."""
+
+    __slots__ = ("args", "below", "keywords", "module", "site")
 
     def __init__(
-        self,
-        module: nn.Module,
-        site: Site,
-        below: Callable[..., Any],
-        extra: tuple[Any, ...] = (),
-        keywords: Mapping[str, Any] | None = None,
-        positional: bool = True,
+        self, module: nn.Module, site: Site, below: Forward, args: tuple[Any, ...] = (), keywords: Keywords = _NONE
     ) -> None:
-        self.module, self.site, self.below = module, site, below
-        self.extra, self.keywords, self.positional = extra, keywords or {}, positional
-
-    def _call(self, function: Callable[..., Any], x: Any) -> Any:
-        return function(*((x, *self.extra) if self.positional else ()), **self.keywords)
+        self.module, self.site, self.below, self.args, self.keywords = module, site, below, args, keywords
 
     def __call__(self, x: Any) -> Any:
-        return self._call(self.below, x)
+        return self.below(*((x, *self.args[1:]) if self.args else ()), **self.keywords)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.site.bias is None else tensor(self.module, self.site.bias.rpartition(".")[2])
-        return tensor(self.module, self.site.weight.rpartition(".")[2]), bias
+        return dense(self.module, self.site)
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Any) -> Any:
         if self.site.kind is Kind.WEIGHT:
             return F.linear(x, weight, bias)
-        replaced = {self.site.weight.rpartition(".")[2]: weight}
-        if self.site.bias is not None and bias is not None:
-            replaced[self.site.bias.rpartition(".")[2]] = bias
-        with swapped(self.module, replaced):
-            # accelerate's hook would put the offloaded tensors back over the ones just set
-            offloaded = hasattr(self.module, "_hf_hook")
-            return self._call(type(self.module).forward.__get__(self.module) if offloaded else self.below, x)
+        with swapped(self.module, named(self.module, self.site, weight, bias)):
+            return self(x)
 
 
 class Over:
@@ -122,38 +121,69 @@ class Over:
         return self.patch(x, self.base)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.patch.fold(*self.base.dense())
+        with loaded(self.patch):
+            return self.patch.fold(*self.base.dense())
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Any) -> Any:
         return self.base.apply(weight, bias, x)
 
 
-def tensor(module: nn.Module, name: str) -> Tensor:
-    """A module's own parameter, also where accelerate keeps it elsewhere.
+def dense(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """The site's own weight and bias, also where accelerate keeps them elsewhere.
 
-    Raises AttachError where it is not there or is no floating-point tensor.
+    Raises AttachError where they are not there or are no floating-point tensors.
     """
-    value = module._parameters.get(name)
-    if value is not None and value.is_meta:
-        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        value = None if kept is None else kept[name]
-    if value is None or not value.is_floating_point():
-        raise AttachError(
-            f"The base's {name} can not be read as numbers.",
-            given="nothing there" if value is None else str(value.dtype),
-            allowed="a floating-point parameter, in memory or offloaded by accelerate",
-            do="load the base's weights before a patch that needs them is attached",
-        )
-    return value
+    found = []
+    with loaded(module):
+        for name in (full.rpartition(".")[2] for full in site.tensors):
+            value = module._parameters.get(name)
+            if value is None or value.is_meta or not value.is_floating_point():
+                raise AttachError(
+                    f"The numbers of {site.path} can not be read.",
+                    given=f"{name}: {'nothing' if value is None else value.device if value.is_meta else value.dtype}",
+                    allowed="a floating-point parameter, in memory or offloaded by accelerate",
+                    do="load the base's weights before a patch that needs them is attached",
+                )
+            found.append(value)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def named(module: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+    """A folded weight and bias under the names that ``module`` gives them.
+
+    Raises AttachError for a bias where the module has no place for one.
+    """
+    if bias is None and site.bias is None:
+        return {site.key: weight}
+    name = (site.bias or "bias").rpartition(".")[2]
+    if name not in module._parameters:
+        raise AttachError(f"{site.path} has no place for a bias.", given=type(module).__name__)
+    return {site.key: weight, name: bias}
 
 
 @contextmanager
-def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let ``module`` see these tensors in place of its own parameters."""
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Bring in the module's own tensors where accelerate has offloaded them, for the calls inside."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not any(p is not None and p.is_meta for p in module._parameters.values()):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+@contextmanager
+def swapped(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Let ``module`` see these tensors in place of its own parameters.
+
+    Others see them too while it lasts: call one model from one thread at a time.
+    """
     kept = {name: module._parameters[name] for name in tensors}
     try:
-        for name, value in tensors.items():
-            module._parameters[name] = value  # type: ignore[assignment]
+        module._parameters.update(tensors)  # type: ignore[arg-type]
         yield
     finally:
         module._parameters.update(kept)

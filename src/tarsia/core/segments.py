@@ -46,18 +46,30 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The adapter of each row (None: the base), and the batch's segments."""
+    """The adapter of each row (None: the base), and the batch's segments.
+
+    Raises RouteError where they do not speak of the same rows.
+    """
 
     names: tuple[str | None, ...]
     segments: Segments
 
+    def __post_init__(self) -> None:
+        for stream, counts in self.segments.counts.items():
+            if len(counts) != len(self.names):
+                raise RouteError(
+                    "The route and the batch are not of as many rows.",
+                    given=f"{len(self.names)} names, {stream} of {len(counts)} rows",
+                    do="name every row once; None is the base",
+                )
+
+    @property
+    def order(self) -> tuple[str | None, ...]:
+        """Each adapter once, in order of first use."""
+        return tuple(dict.fromkeys(self.names))
+
     def groups(self, site: Site, length: int) -> Sequence[tuple[str | None, Tensor]]:
         """The entries of each adapter at ``site``: (name, int64 indices), in order of first use."""
         owners = self.segments.owners(site, length)
-        if owners.numel() and int(owners.max()) >= len(self.names):
-            raise RouteError(
-                "The batch has more rows than the route.", given=f"{len(self.names)} names", do="name every row"
-            )
-        order = list(dict.fromkeys(self.names))
-        number = torch.tensor([order.index(name) for name in self.names])
-        return [(name, (number[owners] == i).nonzero()[:, 0]) for i, name in enumerate(order)]
+        number = torch.tensor([self.order.index(name) for name in self.names])
+        return [(name, (number[owners] == i).nonzero()[:, 0]) for i, name in enumerate(self.order)]

@@ -61,7 +61,8 @@ class Site:
     several that are sites of their own. ``weight`` and ``bias`` are full parameter names; together
     they are all that the site owns. ``stream`` names the sequence that the site sees along its
     first dimension (see ``Segments``), or is None where rows can not be told apart. ``dead`` says why
-    no gradient can reach the site, or is None.
+    no gradient can reach the site, or is None. ``tied`` are further names of the same ``weight``, as of
+    a language head that is the embedding: a patch acts there too.
     """
 
     path: str
@@ -74,11 +75,17 @@ class Site:
     bias: str | None = None
     stream: str | None = None
     dead: str | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
         """Name of the module that holds the site's tensors ("" for the model itself)."""
         return self.weight.rpartition(".")[0]
+
+    @property
+    def key(self) -> str:
+        """Name of the main tensor within its module."""
+        return self.weight.rpartition(".")[2]
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -1,21 +1,25 @@
 """All lifecycle, once: what stands between a frozen module and its patches.
 
 A slot is a child module named ``slot`` of the module that it serves, and chains whatever that module's
-``forward`` was. Keys and types of the base stay as they were.
+``forward`` was. Keys and types of the base stay as they were. Where accelerate has hooked the module,
+the slot stands inside the hook, whichever came first: it sees loaded weights and moved inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tarsia.core.errors import AttachError, RouteError
-from tarsia.core.patch import Base, Ground, Over, Patch
+from tarsia.core.patch import Base, Forward, Ground, Keywords, Over, Patch, named
 from tarsia.core.segments import Route
 from tarsia.core.site import Kind, Site
+
+_HOOKED = "_old_forward"  # where accelerate keeps the forward that its hook calls
 
 
 class Slot(nn.Module):
@@ -23,151 +27,186 @@ class Slot(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        if "slot" in module._modules or hasattr(module, "slot"):
-            raise AttachError("The module has a child of its own that is called `slot`.", given=type(module).__name__)
         self.patches = nn.ModuleDict()
         self.sites: dict[str, Site] = {}
         self.active: tuple[str, ...] = ()
         self.route: Route | None = None
         self.kept: dict[str, nn.Parameter | None] | None = None
-        self.chained = "forward" in module.__dict__
-        self.below: Callable[..., Any] = module.forward
+        self.folded: dict[str, nn.Parameter | None] = {}
+        seat = _HOOKED if _HOOKED in module.__dict__ else "forward"
+        self.chained = seat in module.__dict__
+        self.below: Forward = getattr(module, seat)
+        self.first = next(iter([*inspect.signature(type(module).forward).parameters][1:]), "")
         # a list hides the parent from nn.Module, which would otherwise register it as a child
         self.parent = [module]
         module.slot = self
-        module.forward = self.run
+        module.__dict__[seat] = self.run
 
     def add(self, name: str, site: Site, patch: Patch) -> None:
         """Put ``patch`` in for adapter ``name`` and let it act."""
-        key = site.weight.rpartition(".")[2]
-        held = self.patches[name] if name in self.patches else nn.ModuleDict()
-        if key in held:
-            raise AttachError(f"{site.path} already has a patch of the adapter {name!r}.", given=name)
-        held[key] = patch
-        self.patches[name] = held
-        self.sites[key] = site
+        if name not in self.patches:
+            self.patches[name] = nn.ModuleDict()
+        self.patches[name].add_module(site.key, patch)
+        self.sites[site.key] = site
         if name not in self.active:
             self.active = (*self.active, name)
 
-    def over(self, names: Sequence[str], ground: Callable[[Site], Base]) -> dict[str, Base]:
-        """The pile of patches of ``names`` by tensor, each on its own ground."""
-        piles: dict[str, Base] = {}
+    def held(self, name: str | None) -> dict[str, Patch]:
+        """The patches of one adapter, by tensor."""
+        children = self.patches[name]._modules if name is not None and name in self.patches else {}
+        return {key: patch for key, patch in children.items() if isinstance(patch, Patch)}
+
+    def pile(self, names: Sequence[str | None], ground: Ground) -> Base:
+        """The patches of ``names`` for the ground's tensor, each over the one before."""
+        base: Base = ground
         for name in names:
-            for key, patch in self.patches[name].items() if name in self.patches else ():
-                piles[key] = Over(patch, piles.get(key) or ground(self.sites[key]))
-        return piles
+            patch = self.held(name).get(ground.site.key)
+            base = base if patch is None else Over(patch, base)
+        return base
 
     def run(self, *args: Any, **keywords: Any) -> Any:
         """The module's forward with its active, or routed, patches."""
-        if self.kept is not None or (self.route is None and not self.active):
+        if self.kept is not None:
             return self.below(*args, **keywords)
+        if not args and self.first in keywords:
+            args = (keywords.pop(self.first),)
         if self.route is not None:
-            return self._routed(self.route, *args, **keywords)
-        return self._pass(self.active, *args, **keywords)
+            return self._routed(self.route, args, keywords)
+        return self._pass(self.active, args, keywords)
 
-    def _pass(self, names: Sequence[str], *args: Any, **keywords: Any) -> Any:
+    def _pass(self, names: Sequence[str | None], args: tuple[Any, ...], keywords: Keywords) -> Any:
         """Through every tensor's pile; a module with several sites runs one inside the other."""
-        call, module = self.below, self.parent[0]
-        x = args[0] if args else None
-        for key in self.sites:
-
-            def ground(site: Site, call: Callable[..., Any] = call) -> Base:
-                return Ground(module, site, call, args[1:], keywords, bool(args))
-
-            pile = self.over([n for n in names if n in self.patches and key in self.patches[n]], ground).get(key)
-            if pile is not None:
-                call = _Call(pile, x)
+        call = self.below
+        for site in self.sites.values():
+            pile = self.pile(names, Ground(self.parent[0], site, call, args, keywords))
+            call = _Call(pile) if isinstance(pile, Over) else call
         return call(*args, **keywords)
 
-    def _routed(self, route: Route, *args: Any, **keywords: Any) -> Any:
+    def _routed(self, route: Route, args: tuple[Any, ...], keywords: Keywords) -> Any:
+        names = [name for name in route.order if name is None or name in self.patches]
+        if len(route.order) == 1 or not any(names):
+            return self._pass(names, args, keywords)
         site = next(iter(self.sites.values()))
-        if len(args) != 1 or keywords or not isinstance(args[0], Tensor):
-            names = set(route.names)
-            if len(names) == 1:
-                return self._pass([n for n in names if n is not None], *args, **keywords)
+        if not args or not isinstance(args[0], Tensor) or not all(map(_plain, (*args[1:], *keywords.values()))):
             raise RouteError(
                 f"{site.path} takes more than one input, so rows of different adapters can not share a pass.",
-                given=", ".join(sorted(str(n) for n in names)),
+                given=", ".join(sorted(str(n) for n in route.order)),
                 do="give these rows one adapter, or run them apart",
             )
         x: Tensor = args[0]
         groups = [(name, index.to(x.device)) for name, index in route.groups(site, len(x)) if len(index)]
         if not groups:
-            return self.below(x)
-        fast = self._batched(site, groups, x)
+            return self.below(*args, **keywords)
+        fast = self._batched(site, groups, args, keywords)
         if fast is not None:
             return fast
-        parts = [self._pass([] if name is None else [name], x[index]) for name, index in groups]
+        parts = [self._pass([name], (x[index], *args[1:]), keywords) for name, index in groups]
+        for (_, index), part in zip(groups, parts, strict=True):
+            if not isinstance(part, Tensor) or len(part) != len(index):
+                raise RouteError(
+                    f"{site.path} does not give one output for each input, so its rows can not be told apart.",
+                    given=f"{len(index)} inputs, output {tuple(getattr(part, 'shape', ()))}",
+                    do="give these rows one adapter, or run them apart",
+                )
         return torch.cat(parts)[torch.cat([index for _, index in groups]).argsort()]
 
-    def _batched(self, site: Site, groups: Sequence[tuple[str | None, Tensor]], x: Tensor) -> Tensor | None:
+    def _batched(
+        self, site: Site, groups: Sequence[tuple[str | None, Tensor]], args: tuple[Any, ...], keywords: Keywords
+    ) -> Tensor | None:
         """The method's own batched path where all patches here are of one kind that has it."""
         if len(self.sites) != 1 or site.kind is not Kind.WEIGHT:
             return None
-        key = next(iter(self.sites))
-        pairs = [(self.patches[n][key], index) for n, index in groups if n in self.patches and key in self.patches[n]]
+        pairs = [(patch, index) for name, index in groups if (patch := self.held(name).get(site.key))]
         kinds = {type(patch) for patch, _ in pairs}
-        if len(kinds) != 1 or not hasattr(next(iter(kinds)), "batched"):
+        batched = getattr(kinds.pop(), "batched", None) if len(kinds) == 1 else None
+        # an offloaded patch is loaded only while it is called
+        if batched is None or any(p.is_meta for patch, _ in pairs for p in patch.parameters()):
             return None
-        result: Tensor = next(iter(kinds)).batched(pairs, x, Ground(self.parent[0], site, self.below))
+        result: Tensor = batched(pairs, args[0], Ground(self.parent[0], site, self.below, args, keywords))
         return result
 
     def merge(self) -> None:
         """Put the folded tensors in place of the module's own, which are kept untouched."""
-        if self.kept is not None:
-            raise AttachError("The patches are already merged.", do="unmerge first")
-        module, kept = self.parent[0], {}
-        for key, pile in self.over(self.active, lambda site: Ground(self.parent[0], site, self.below)).items():
-            with torch.no_grad():
-                weight, bias = pile.dense()
-            site = self.sites[key]
-            folded = {key: weight} | ({} if bias is None else {(site.bias or "bias").rpartition(".")[2]: bias})
-            for name, value in folded.items():
-                if name not in module._parameters:
-                    raise AttachError(f"{site.path} has no place for a folded {name}.", given=type(module).__name__)
-                kept[name] = module._parameters[name]
-                module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
-        self.kept = kept
+        module = self.parent[0]
+        folded: dict[str, Tensor | None] = {}
+        for site in self.sites.values():
+            pile = self.pile(self.active, Ground(module, site, self.below))
+            if isinstance(pile, Over):
+                with torch.no_grad():
+                    folded |= named(module, site, *pile.dense())
+        for name, value in folded.items():
+            own = module._parameters[name]
+            wanted = value if own is None else own
+            if value is None or wanted is None:
+                continue
+            if wanted.is_meta or (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
+                raise AttachError(
+                    f"The folded {name} of {type(module).__name__} can not take the place of its own.",
+                    given=f"{value.dtype} {tuple(value.shape)}",
+                    allowed=f"{wanted.dtype} {tuple(wanted.shape)} in memory, not {wanted.device}",
+                    do="merge before the weights are offloaded",
+                )
+        self.kept = {name: module._parameters[name] for name in folded}
+        self.folded = {
+            name: None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+            for name, value in folded.items()
+        }
+        module._parameters.update(self.folded)
 
     def unmerge(self) -> None:
         """Put the module's own tensors back: the same objects, so every bit is as it was."""
-        if self.kept is not None:
-            self.parent[0]._parameters.update(self.kept)
-            self.kept = None
+        module = self.parent[0]
+        for name, own in (self.kept or {}).items():
+            now = module._parameters[name]
+            if now is not self.folded[name]:
+                raise AttachError(
+                    f"Something has since replaced the merged {name} of {type(module).__name__}.",
+                    do="undo that first, for instance with accelerate's remove_hook_from_submodules(model)",
+                )
+            if own is not None and now is not None and own.device != now.device:
+                own.data = own.data.to(now.device)  # the model was moved meanwhile
+        module._parameters.update(self.kept or {})
+        self.kept, self.folded = None, {}
 
     def remove(self, name: str) -> None:
         """Take the adapter ``name`` out, and the slot itself with its last adapter."""
-        self.check_outermost()
-        self.unmerge()
+        seat = self.seat()
         self.active = tuple(n for n in self.active if n != name)
-        if name in self.patches:
-            del self.patches[name]
-        self.sites = {k: s for k, s in self.sites.items() if any(k in held for held in self.patches.values())}
+        del self.patches[name]
+        self.sites = {k: s for k, s in self.sites.items() if any(k in self.held(n) for n in self.patches)}
         if not self.patches:
             module = self.parent[0]
-            if self.chained:
-                module.forward = self.below
+            if self.chained or seat == _HOOKED:
+                module.__dict__[seat] = self.below
             else:
-                del module.__dict__["forward"]
+                del module.__dict__[seat]
             del module._modules["slot"]
 
-    def check_outermost(self) -> None:
-        """Raise AttachError where something else has since wrapped the module's forward."""
-        if self.parent[0].__dict__.get("forward") != self.run:
-            raise AttachError(
-                "The patches can not be removed: something else wraps this module's forward now.",
-                given=repr(self.parent[0].__dict__.get("forward"))[:120],
-                do="remove that first, for instance with accelerate's remove_hook_from_submodules(model)",
-            )
+    def seat(self) -> str:
+        """The attribute of the module that calls this slot. Raises AttachError where something else wraps it."""
+        held = self.parent[0].__dict__
+        for name in (_HOOKED, "forward"):
+            if held.get(name) == self.run:
+                return name
+        raise AttachError(
+            "The patches can not be changed: something else wraps this module's forward now.",
+            given=repr(held.get("forward"))[:120],
+            do="remove that first",
+        )
 
 
 class _Call:
-    """A pile of patches as the forward that lies below the next tensor's pile."""
+    """A pile of patches, called as the forward that it stands for."""
 
-    __slots__ = ("pile", "x")
+    __slots__ = ("pile",)
 
-    def __init__(self, pile: Base, x: Any) -> None:
-        self.pile, self.x = pile, x
+    def __init__(self, pile: Over) -> None:
+        self.pile = pile
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self.pile(args[0] if args else self.x)
+        return self.pile(args[0] if args else None)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a further argument is the same for every row."""
+    return value is None or isinstance(value, bool | int | float | str)
