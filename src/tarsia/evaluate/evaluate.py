@@ -1,0 +1,128 @@
+"""How well a host answers the rows of its sources: freely, and with the answers to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from torch import Tensor
+
+from tarsia.adapter import Host
+from tarsia.core.attach import slots
+from tarsia.core.errors import ConfigError, DataError
+from tarsia.data import Sample
+from tarsia.evaluate import metrics
+from tarsia.evaluate.bootstrap import RESAMPLES, interval
+from tarsia.evaluate.chat import reference
+from tarsia.evaluate.choose import chances
+from tarsia.evaluate.generate import generate
+from tarsia.evaluate.report import Report, Result, Row
+
+MOST_ANSWERS: Final = 64
+"""Where a source's references are more than these, they are no set to choose from."""
+
+
+def evaluate(
+    host: Host,
+    sources: Mapping[str, Sequence[Sample]],
+    *,
+    metric: str = "exact",
+    answers: Mapping[str, Sequence[str]] | None = None,
+    max_new_tokens: int = 32,
+    batch: int = 16,
+    seed: int = 0,
+) -> Report:
+    """Answer every row of ``sources`` (name to samples) with the adapters that act now.
+
+    ``answers`` are the answers to choose from, by source; where a source has none they are its own
+    references, at most MOST_ANSWERS. Raises DataError for a source without rows, a row without a reference,
+    and a row that no answer of its set can satisfy; ConfigError for an unknown metric or source.
+    """
+    judge = metrics.find(metric)
+    unknown = sorted(set(answers or {}) - set(sources))
+    if unknown:
+        raise ConfigError(
+            "Answers are given for a source that is not evaluated.", given=unknown[0], allowed=", ".join(sources)
+        )
+    if not sources:
+        raise ConfigError("There is nothing to evaluate.", do="give a source of rows")
+    results, ways = [], []
+    for name, members in sources.items():
+        rows = tuple(members)
+        if not rows:
+            raise DataError(f"The source {name} has no rows.")
+        choice, origin = _choice(name, rows, (answers or {}).get(name), judge)
+        said = generate(host, rows, max_new_tokens, batch)
+        scored = chances(host, rows, choice, batch)
+        ways.append(scored.way)
+        judged = tuple(
+            _row(row, text, choice, found, tokens, judge)
+            for row, text, found, tokens in zip(rows, said, scored.found, scored.tokens, strict=True)
+        )
+        results.append(_result(name, judged, choice, origin, seed))
+    return Report(
+        base=host.name,
+        digest=host.fingerprint.weights,
+        adapters=active(host),
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        scoring="; ".join(dict.fromkeys(ways)),
+        seed=seed,
+        resamples=RESAMPLES,
+        results=tuple(results),
+    )
+
+
+def active(host: Host) -> tuple[str, ...]:
+    """Names of the adapters that act on every row now."""
+    return tuple(dict.fromkeys(name for slot in slots(host.model) for name in slot.active))
+
+
+def _choice(
+    name: str, rows: Sequence[Sample], given: Sequence[str] | None, judge: metrics.Metric
+) -> tuple[tuple[str, ...], str]:
+    """The answers to choose from, and where they come from or why there are none."""
+    references = tuple(dict.fromkeys(reference(row) for row in rows))
+    if given is None:
+        if len(references) > MOST_ANSWERS:
+            return (), f"none: {len(references)} different references, more than {MOST_ANSWERS}"
+        return tuple(sorted(references)), "the references of these rows"
+    choice = tuple(dict.fromkeys(given))
+    for wanted in references:
+        if not any(judge(answer, wanted) == 1.0 for answer in choice):
+            raise DataError(
+                f"No answer of the set is right for a row of {name}.",
+                given=repr(wanted),
+                allowed=", ".join(map(repr, choice)),
+                do="complete the set of answers",
+            )
+    return choice, "given"
+
+
+def _row(sample: Sample, said: str, choice: Sequence[str], chances: Tensor, tokens: int, judge: metrics.Metric) -> Row:
+    """``chances`` are log-probabilities of the choice's answers and then of the reference, of ``tokens`` ids."""
+    wanted = reference(sample)
+    chosen = choice[int(chances[:-1].argmax())] if choice else None
+    return Row(
+        row=sample.row,
+        reference=wanted,
+        said=said,
+        free_score=judge(said, wanted),
+        chosen=chosen,
+        chosen_score=None if chosen is None else judge(chosen, wanted),
+        loss=-float(chances[-1]) / tokens,
+        tokens=tokens,
+    )
+
+
+def _result(name: str, rows: tuple[Row, ...], choice: tuple[str, ...], origin: str, seed: int) -> Result:
+    chosen = [row.chosen_score for row in rows if row.chosen_score is not None]
+    return Result(
+        source=name,
+        free=interval([row.free_score for row in rows], seed),
+        constrained=interval(chosen, seed) if chosen else None,
+        loss=sum(row.loss * row.tokens for row in rows) / sum(row.tokens for row in rows),
+        answers=choice,
+        answers_from=origin,
+        rows=rows,
+    )

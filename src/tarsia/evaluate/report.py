@@ -1,0 +1,227 @@
+"""What an evaluation found, as values that go to JSON and back, and how two of them differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from tarsia.core.errors import ConfigError
+from tarsia.evaluate.bootstrap import LEVEL, Interval, paired
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_FROZEN: Final = ConfigDict(frozen=True, extra="forbid")
+
+
+class Row(BaseModel):
+    """One row: what was right, what was said freely, and what was chosen from the answers (None: no choice).
+
+    ``free_score`` and ``chosen_score`` are the metric's, 0..1; ``loss`` is the mean over the reference's
+    ``tokens`` labels, in nats, end of turn included.
+    """
+
+    model_config = _FROZEN
+
+    row: int
+    reference: str
+    said: str
+    free_score: float
+    chosen: str | None
+    chosen_score: float | None
+    loss: float
+    tokens: int
+
+
+class Result(BaseModel):
+    """One source: means with bootstrap intervals, 0..1, free and constrained to ``answers``.
+
+    ``constrained`` is None where ``answers`` is empty; ``answers_from`` says where they come from, or why there
+    are none. ``loss`` is the mean over all labels of the source, in nats.
+    """
+
+    model_config = _FROZEN
+
+    source: str
+    free: Interval
+    constrained: Interval | None
+    loss: float
+    answers: tuple[str, ...]
+    answers_from: str
+    rows: tuple[Row, ...]
+
+    @property
+    def n(self) -> int:
+        """How many rows."""
+        return len(self.rows)
+
+
+class Report(BaseModel):
+    """One evaluation of one model. ``base`` is its name, ``digest`` the digest of its weights, ``adapters`` what
+    acted. ``scoring`` says how answers were scored; ``seed`` and ``resamples`` are the bootstrap's."""
+
+    model_config = _FROZEN
+
+    base: str
+    digest: str
+    adapters: tuple[str, ...]
+    metric: str
+    max_new_tokens: int
+    scoring: str
+    seed: int
+    resamples: int
+    results: tuple[Result, ...]
+
+    def json_text(self) -> str:
+        """The whole report as one JSON object on one line."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``json_text`` wrote. Raises ConfigError for anything else."""
+        try:
+            return cls.model_validate_json(text)
+        except ValueError as error:
+            raise ConfigError("This is no evaluation report.", given=str(error).splitlines()[-1]) from None
+
+    def table(self) -> Table:
+        """A table for people: one line a source, shares in percent."""
+        acting = " + ".join(self.adapters) or "no adapter"
+        table = _table(
+            f"{self.base} ({short(self.digest)}), {acting}: {self.metric}, {LEVEL:.0%} intervals",
+            ("source", "rows", "free", "constrained", "answers", "loss"),
+        )
+        for r in self.results:
+            among = str(len(r.answers)) if r.answers else r.answers_from
+            table.add_row(r.source, str(r.n), _share(r.free), _share(r.constrained), among, f"{r.loss:.3f}")
+        return table
+
+
+class Change(BaseModel):
+    """One source before and after: shares 0..1, and the interval of their paired difference.
+
+    ``forgetting`` is what was lost of free answers, in points (percent of rows); a gain is negative.
+    """
+
+    model_config = _FROZEN
+
+    source: str
+    n: int
+    free: tuple[float, float]
+    free_change: Interval
+    constrained: tuple[float, float] | None
+    constrained_change: Interval | None
+    loss: tuple[float, float]
+
+    @property
+    def forgetting(self) -> float:
+        """Points lost: 100 * (before - after) of free answers."""
+        return -100 * self.free_change.mean
+
+
+class Comparison(BaseModel):
+    """Two reports of the same rows, source by source."""
+
+    model_config = _FROZEN
+
+    base: str
+    digest: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    metric: str
+    changes: tuple[Change, ...]
+
+    def table(self) -> Table:
+        """A table for people: one line a source, in percent and points."""
+        names = [" + ".join(adapters) or "no adapter" for adapters in (self.before, self.after)]
+        table = _table(
+            f"{self.base} ({short(self.digest)}), {names[0]} -> {names[1]}: {self.metric}, {LEVEL:.0%} intervals",
+            ("source", "rows", "free", "change", "constrained", "change", "loss"),
+        )
+        for c in self.changes:
+            table.add_row(
+                c.source,
+                str(c.n),
+                _arrow(c.free),
+                _points(c.free_change),
+                _arrow(c.constrained),
+                _points(c.constrained_change),
+                f"{c.loss[0]:.3f} -> {c.loss[1]:.3f}",
+            )
+        return table
+
+
+def compare(before: Report, after: Report) -> Comparison:
+    """What changed, source by source, on the same rows.
+
+    Raises ConfigError where base, metric, sources, rows or answers differ.
+    """
+    for name, a, b in [
+        ("bases", before.digest, after.digest),
+        ("metrics", before.metric, after.metric),
+        ("lengths of answers", before.max_new_tokens, after.max_new_tokens),
+        ("sources", [r.source for r in before.results], [r.source for r in after.results]),
+    ]:
+        if a != b:
+            raise ConfigError(f"Reports of different {name} can not be compared.", given=f"{a} and {b}")
+    pairs = zip(before.results, after.results, strict=True)
+    return Comparison(
+        base=before.base,
+        digest=before.digest,
+        before=before.adapters,
+        after=after.adapters,
+        metric=before.metric,
+        changes=tuple(_change(a, b, before.seed, before.resamples) for a, b in pairs),
+    )
+
+
+def _change(before: Result, after: Result, seed: int, resamples: int) -> Change:
+    if [(r.row, r.reference) for r in before.rows] != [(r.row, r.reference) for r in after.rows]:
+        raise ConfigError("Reports of different rows can not be compared.", given=before.source)
+    if before.answers != after.answers:
+        raise ConfigError("Reports of different sets of answers can not be compared.", given=before.source)
+    chosen = constrained = None
+    if before.constrained and after.constrained:
+        constrained = (before.constrained.mean, after.constrained.mean)
+        chosen = paired(_chosen(before.rows), _chosen(after.rows), seed, resamples)
+    return Change(
+        source=before.source,
+        n=before.n,
+        free=(before.free.mean, after.free.mean),
+        free_change=paired([r.free_score for r in before.rows], [r.free_score for r in after.rows], seed, resamples),
+        constrained=constrained,
+        constrained_change=chosen,
+        loss=(before.loss, after.loss),
+    )
+
+
+def _chosen(rows: Sequence[Row]) -> list[float]:
+    return [r.chosen_score for r in rows if r.chosen_score is not None]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
+    return table
+
+
+def _share(found: Interval | None) -> str:
+    return "-" if found is None else f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
+
+
+def _arrow(pair: tuple[float, float] | None) -> str:
+    return "-" if pair is None else f"{pair[0]:.1%} -> {pair[1]:.1%}"
+
+
+def _points(change: Interval | None) -> str:
+    return "-" if change is None else f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+
+
+def short(digest: str) -> str:
+    """Enough of a digest to tell it by."""
+    return digest.rpartition(":")[2][:12]
