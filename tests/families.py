@@ -293,7 +293,8 @@ _RATIOS = [[1, 1], [1, 2], [2, 1]]
 _DEFINED = (
     Family(
         "llava", "LlavaConfig", "LlavaForConditionalGeneration",
-        {"vision_config": _CLIP, "text_config": _LLAMA, "image_seq_length": 16, **_IDS}, _flat(_patches),
+        {"vision_config": _CLIP, "text_config": _LLAMA, "image_seq_length": 16, **_IDS},
+        _flat(lambda config: config.image_seq_length),
     ),
     Family(
         "llava_next", "LlavaNextConfig", "LlavaNextForConditionalGeneration",
@@ -410,7 +411,8 @@ VARIANTS: dict[str, Family] = {
         _variant(
             "internvl", "internvl-normed", text_config={"model_type": "qwen3", **_GEMMA},
             vision_config={
-                **_VISION, "use_qk_norm": True, "use_mask_token": True, "use_mean_pooling": False, "attention_bias": True,
+                **_VISION, "attention_bias": True, "use_qk_norm": True, "use_mask_token": True,
+                "use_mean_pooling": False,
             },
         ),
         replace(

@@ -45,10 +45,10 @@ OPT = (
         "layers.#.self_attn.v_proj": Role.V,
         "layers.#.self_attn.out_proj": Role.O,
         "layers.#.self_attn_layer_norm": Role.NORM,
-        "layers.#.fc1": Role.UP,
-        "layers.#.fc2": Role.DOWN,
-        "layers.#.final_layer_norm": Role.NORM,
     }),
+    # rows are laid end to end for the feed-forward; its norm stands before or after that, by configuration
+    *rules({"layers.#.fc1": Role.UP, "layers.#.fc2": Role.DOWN}, stream=TOKENS),
+    *rules({"layers.#.final_layer_norm": Role.NORM}, stream=None),
     *rules({"embed_positions": Role.POSITION}, stream=None),
 )
 

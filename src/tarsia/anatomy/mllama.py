@@ -16,9 +16,8 @@ _LAYER = {
     "layers.#.mlp.fc2": Role.DOWN,
     "layers.#.input_layernorm": Role.NORM,
     "layers.#.post_attention_layernorm": Role.NORM,
-    "layers.#.gate_attn": Role.SCALE,
-    "layers.#.gate_ffn": Role.SCALE,
 }
+_GATES = {"layers.#.gate_attn": Role.SCALE, "layers.#.gate_ffn": Role.SCALE}
 _EMBEDDINGS = (
     *rules({"patch_embedding": Role.PATCH}, stream=TILES),
     *rules(
@@ -59,7 +58,7 @@ def _parts(config: Config) -> tuple[Part, ...]:
         Part(Component.VISION, "vision_model", _EMBEDDINGS, PICTURES),
         Part(Component.VISION, "vision_model.transformer", rules(_LAYER), PICTURES),
         # the global layers run after the local ones and are numbered after them
-        Part(Component.VISION, "vision_model.global_transformer", rules(_LAYER), PICTURES, offset=local),
+        Part(Component.VISION, "vision_model.global_transformer", rules(_LAYER | _GATES), PICTURES, offset=local),
         Part(Component.PROJECTOR, "multi_modal_projector", rules({"": Role.PROJ}), ROWS),
         Part(Component.LANGUAGE, "language_model", (*LLAMA, *_CROSS), ROWS),
         head(),

@@ -127,7 +127,8 @@ class Anatomy:
             if len(found) != 1 or site is not None or leaf == "bias":
                 raise self._foreign(name, [rule.path for _, rule, _ in found])
             sites[path] = self._site(path, name, parameter, modules[name.rpartition(".")[0]], found[0])
-        return tuple(sites.values())
+        tied = _tied(model)
+        return tuple(replace(site, tied=tied.get(site.weight, ())) for site in sites.values())
 
     def _site(
         self, path: str, name: str, parameter: Tensor, module: nn.Module, found: tuple[re.Match[str], Rule, Part]
@@ -164,15 +165,10 @@ class Anatomy:
     def untouched(self, model: nn.Module) -> dict[str, str]:
         """The names of ``model``'s parameters that are on no site, and why: those tied to one that is.
 
-        A tied head is the embedding's tensor under a second name, so its site is the embedding.
+        A tied head is the embedding's tensor under a second name, so its site is the embedding, which has
+        that name in its ``tied``.
         """
-        first: dict[int, str] = {}
-        reasons: dict[str, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            known = first.setdefault(id(parameter), name)
-            if known != name:
-                reasons[name] = f"tied to {known}"
-        return reasons
+        return {name: f"tied to {first}" for first, names in _tied(model).items() for name in names}
 
     def dead(self, model: nn.Module) -> tuple[Site, ...]:
         """The sites of ``model`` that no gradient can reach; each says why in its ``dead``."""
@@ -193,6 +189,14 @@ def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if not name.startswith(slots):
             yield name, parameter
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The further names of each parameter that has several, by its first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {first: tuple(others) for first, *others in names.values() if others}
 
 
 def _place(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
