@@ -1,18 +1,289 @@
-"""Adapters as folders: written whole or not at all, read wholly or refused."""
+"""Adapters as folders: written whole or not at all, read wholly or refused.
+
+    adapter_config.json        PEFT's, where PEFT has a place for all of it; else peft_type TARSIA
+    adapter_model.safetensors  the tensors
+    probe.safetensors          inputs and outputs of the probe, where there is one
+    tarsia.json                format, parts, patches with their constants, fingerprint, card, digests of the files
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from tarsia.adapter import config as peft_config
+from tarsia.adapter.atomic import write_folder
+from tarsia.adapter.config import OURS, PeftConfig
+from tarsia.adapter.fingerprint import Fingerprint, header
 from tarsia.adapter.host import Host
-from tarsia.adapter.value import Adapter
+from tarsia.adapter.layout import Layout
+from tarsia.adapter.proof import Probe
+from tarsia.adapter.value import Adapter, Patched
+from tarsia.core.attach import Part
+from tarsia.core.errors import AdapterError
+from tarsia.core.method import find
+
+FORMAT = 1
+CONFIG, TENSORS, OURSELVES, PROBE = "adapter_config.json", "adapter_model.safetensors", "tarsia.json", "probe.safetensors"
 
 
 def save(adapter: Adapter, folder: Path | str) -> None:
-    """Write the adapter, atomically. An existing folder is replaced only where it is an adapter."""
-    raise NotImplementedError
+    """Write the adapter, atomically. An existing folder is replaced only where it is an adapter or empty.
+
+    Raises AdapterError where a tensor is not finite, the card is no JSON, or the place can not be written.
+    """
+    keys = _keys(adapter)
+    tensors = {keys[path][name]: t for path, patched in adapter.patches.items() for name, t in patched.tensors.items()}
+    _check_finite(tensors)
+    config = _config(adapter)
+    described = _described(adapter, keys)
+
+    def write(fresh: Path) -> None:
+        _write_tensors(tensors, fresh / TENSORS)
+        digests = {TENSORS: _sha256(fresh / TENSORS)}
+        if adapter.probe is not None:
+            _write_tensors(_probe_tensors(adapter.probe), fresh / PROBE)
+            digests[PROBE] = _sha256(fresh / PROBE)
+        _write_json(config, fresh / CONFIG)
+        _write_json(described | {"sha256": digests}, fresh / OURSELVES)
+
+    write_folder(Path(folder), write, is_adapter)
 
 
-def load(folder: Path | str, host: Host | None = None) -> Adapter:
-    """Read an adapter. A folder without ``tarsia.json`` (made by PEFT) is understood only against ``host``."""
-    raise NotImplementedError
+def load(folder: Path | str, host: Host | None = None, *, allow: Collection[str] = ()) -> Adapter:
+    """Read an adapter. A folder without ``tarsia.json`` (made by PEFT) is understood only against ``host``.
+
+    ``allow`` may name "base name": a foreign adapter that was trained on a base of another name is then read.
+    Raises AdapterError for anything broken, missing, left over or not understood.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError("There is no such adapter.", given=str(folder), do="give the folder that it was saved in")
+    if (folder / OURSELVES).is_file():
+        return _read(folder)
+    from tarsia.adapter.foreign import read_foreign
+
+    fields = read_json(folder / CONFIG)
+    return read_foreign(fields, read_tensors(folder / TENSORS), host, allow=allow)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter, ours or PEFT's."""
+    return (folder / OURSELVES).is_file() or (folder / CONFIG).is_file()
+
+
+def _keys(adapter: Adapter) -> dict[str, dict[str, str]]:
+    """Key in the file of each tensor of each patch."""
+    if adapter.layout.obstacles:
+        return {p: {n: f"{p}.{patched.method}.{n}" for n in patched.tensors} for p, patched in adapter.patches.items()}
+    keys = {}
+    for path, patched in adapter.patches.items():
+        if patched.method == "lora":
+            keys[path] = {name: f"base_model.model.{path}.lora_{name}.weight" for name in patched.tensors}
+        else:
+            keys[path] = {name: f"base_model.model.{adapter.layout.places[path][name]}" for name in patched.tensors}
+    return keys
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    if not adapter.layout.obstacles:
+        return peft_config.write(adapter)
+    return {
+        "peft_type": OURS,
+        "base_model_name_or_path": adapter.base,
+        "why_not_peft": list(adapter.layout.obstacles),
+    }
+
+
+def _described(adapter: Adapter, keys: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    from tarsia import __version__
+
+    probe = adapter.probe
+    return {
+        "format": FORMAT,
+        "tarsia": __version__,
+        "parts": [{"method": p.method, "select": p.select, "config": asdict(p.config)} for p in adapter.parts],
+        "patches": {
+            path: {"method": held.method, "constants": dict(held.constants), "tensors": dict(keys[path])}
+            for path, held in adapter.patches.items()
+        },
+        "layout": asdict(adapter.layout),
+        "base": adapter.base,
+        "fingerprint": None if adapter.fingerprint is None else asdict(adapter.fingerprint),
+        "card": dict(adapter.card),
+        "probe": None if probe is None else {k: getattr(probe, k) for k in ("difference", "peak", "dtype")},
+    }
+
+
+def _read(folder: Path) -> Adapter:
+    described = read_json(folder / OURSELVES)
+    if described.get("format") != FORMAT:
+        raise AdapterError(
+            "tarsia.json is of another format.", given=described.get("format"), allowed=FORMAT, do="update tarsia"
+        )
+    try:
+        for name, digest in described["sha256"].items():
+            _check_digest(folder / name, digest)
+        held = read_tensors(folder / TENSORS)
+        adapter = Adapter(
+            parts=tuple(_part(part) for part in described["parts"]),
+            patches=MappingProxyType(_patches(described["patches"], held)),
+            layout=_layout(described["layout"]),
+            base=described["base"],
+            fingerprint=None if described["fingerprint"] is None else Fingerprint.read(described["fingerprint"]),
+            card=MappingProxyType(described["card"]),
+            probe=None if described["probe"] is None else _probe(read_tensors(folder / PROBE), described["probe"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            "tarsia.json is incomplete.", given=f"{folder}: {type(error).__name__} {error}", do="fetch the adapter again"
+        ) from None
+    _check_agreement(adapter, read_json(folder / CONFIG))
+    return adapter
+
+
+def _part(values: Mapping[str, Any]) -> Part:
+    return Part(values["method"], values["select"], find(values["method"]).configure(values["config"]))
+
+
+def _layout(values: Mapping[str, Any]) -> Layout:
+    return Layout(
+        tuple(values["targets"]), tuple(values["saved"]), values["places"], tuple(values["obstacles"])
+    )
+
+
+def _patches(described: Mapping[str, Any], held: dict[str, Tensor]) -> dict[str, Patched]:
+    wanted = {key: path for path, patch in described.items() for key in patch["tensors"].values()}
+    missing, extra = sorted(wanted.keys() - held.keys()), sorted(held.keys() - wanted.keys())
+    if missing or extra:
+        raise AdapterError(
+            f"{TENSORS} and tarsia.json do not agree.",
+            given="; ".join(f"{n} {', '.join(k[:3])}" for n, k in (("missing", missing), ("left over", extra)) if k),
+            do="fetch the adapter again",
+        )
+    return {
+        path: Patched(
+            patch["method"],
+            MappingProxyType(patch["constants"]),
+            MappingProxyType({name: held[key] for name, key in patch["tensors"].items()}),
+        )
+        for path, patch in described.items()
+    }
+
+
+def _check_agreement(adapter: Adapter, fields: Mapping[str, Any]) -> None:
+    """Hold adapter_config.json, which other programs read, to tarsia.json."""
+    if adapter.layout.obstacles:
+        found: list[tuple[str, object, object]] = [("peft_type", fields.get("peft_type"), OURS)]
+    else:
+        config = PeftConfig.read(fields)
+        found = [("modules_to_save", sorted(config.modules_to_save), sorted(adapter.layout.saved))]
+        for path in adapter.layout.targets:
+            patched = adapter.patches[path]
+            scale, given = float(patched.constants["scale"]), config.scale(path)
+            found.append((f"target_modules at {path}", config.targets(path), True))
+            found.append((f"the rank at {path}", config.rank(path), patched.tensors["A"].shape[0]))
+            found.append((f"the scale at {path}", given, given if abs(given - scale) <= 1e-12 * abs(scale) else scale))
+    for what, given_, allowed in found:
+        if given_ != allowed:
+            raise AdapterError(
+                f"{CONFIG} and tarsia.json do not agree on {what}.",
+                given=given_,
+                allowed=allowed,
+                do="undo the change: one of the files was edited",
+            )
+
+
+def _probe_tensors(probe: Probe) -> dict[str, Tensor]:
+    return {f"inputs.{k}": v for k, v in probe.inputs.items()} | {"tokens": probe.tokens, "logits": probe.logits}
+
+
+def _probe(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Probe:
+    inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
+    return Probe(inputs=inputs, tokens=tensors["tokens"], logits=tensors["logits"], **values)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise AdapterError("The adapter holds values that are no numbers.", given=key, do="use an earlier checkpoint")
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the writer wraps a full disk in its own exception
+        raise OSError(None, str(error)) from error
+
+
+def _write_json(value: Mapping[str, Any], path: Path) -> None:
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{path.name} can not be written.", given=error, do="keep the card to what JSON holds") from None
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    if not path.is_file():
+        raise AdapterError(f"{path.name} is missing.", given=str(path.parent), do="fetch the adapter again")
+    if _sha256(path) != digest:
+        raise AdapterError(
+            f"{path.name} is not the file that was saved: truncated, or changed since.",
+            given=f"{path}, {path.stat().st_size} bytes",
+            do="fetch the adapter again",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises AdapterError where there is none."""
+    if not path.is_file():
+        raise AdapterError(f"{path.name} is missing.", given=str(path.parent), do="give the folder of an adapter")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path.name} is no JSON object.", given=str(path), do="fetch the adapter again")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, all finite. Pickles are refused."""
+    if not path.is_file():
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.parent.glob(pattern))
+        raise AdapterError(
+            f"{path.name} is missing." + (" A pickle can run any program and is never read." if pickled else ""),
+            given=f"{path.parent}: {', '.join(pickled) or 'no tensors'}",
+            allowed="safetensors",
+            do="save it again as safetensors, with PEFT, where you trust the file" if pickled else "fetch the adapter again",
+        )
+    header(path)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again") from None
+    _check_finite(tensors)
+    return tensors
+
+

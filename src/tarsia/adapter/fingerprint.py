@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from tarsia.core.errors import AdapterError, BaseMismatch, ConfigError
+
+NONE = "none"
+"""The digest of a thing that the base does not have."""
+
+_OPTIONAL = ("processor", "template")
+_NOT_MATHEMATICS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "quantization_config", "architectures"}
+_PROCESSOR_JSON = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_PROCESSOR_BYTES = ("merges.txt", "vocab.txt", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Digests of a base model, each independent of sharding and of the dtype that it is loaded in."""
+    """Digests of a base model, each independent of sharding and of the dtype that it is loaded in.
+
+    ``weights``: every tensor's name, dtype, shape and bytes as they lie in the safetensors files (prefix
+    "files:"), or in memory for a model that was built there (prefix "memory:"). ``architecture``: config.json
+    without what says only how it was stored. ``quantisation``: its ``quantization_config``. ``processor``: the
+    files of the tokenizer and the picture processor. ``template``: the chat template.
+    """
 
     weights: str
     architecture: str
@@ -16,9 +51,191 @@ class Fingerprint:
     processor: str
     template: str
 
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self:
+        """The fingerprint of a checkpoint folder. Raises AdapterError where it has no whole safetensors files."""
+        config = _json(folder / "config.json")
+        return cls(
+            weights="files:" + _digest(_stored(_shards(folder))),
+            architecture=_architecture(config),
+            quantisation=_canonical(config.get("quantization_config")),
+            processor=_processor(folder),
+            template=_template(folder),
+        )
+
+    @classmethod
+    def of_model(cls, model: nn.Module, processor: Any = None) -> Self:
+        """The fingerprint of a model in memory, without what slots have put into it."""
+        config = model.config.to_dict() if hasattr(model, "config") else {}
+        template = getattr(processor, "chat_template", None)
+        return cls(
+            weights="memory:" + _digest(_held(model)),
+            architecture=_architecture(config),
+            quantisation=_canonical(config.get("quantization_config")),
+            processor=NONE if processor is None else type(processor).__name__,
+            template=NONE if not template else _canonical(template),
+        )
+
+    @classmethod
+    def read(cls, values: Mapping[str, str]) -> Self:
+        """From the dictionary that ``dataclasses.asdict`` makes."""
+        if set(values) != set(cls.__slots__) or not all(isinstance(v, str) for v in values.values()):
+            raise AdapterError(
+                "The fingerprint in tarsia.json is not one.", given=", ".join(values), allowed=", ".join(cls.__slots__)
+            )
+        return cls(**values)
+
     def check(self, other: Fingerprint, *, allow: Collection[str] = ()) -> None:
-        """Raise BaseMismatch, naming the parts, where ``other`` is another base.
+        """Raise BaseMismatch, naming the parts, where ``other`` (the base at hand) is another base than this.
 
         ``allow`` may name "processor" and "template": a difference there is then accepted.
         """
-        raise NotImplementedError
+        for name in allow:
+            if name not in _OPTIONAL:
+                raise ConfigError("This difference can not be allowed.", given=name, allowed=", ".join(_OPTIONAL))
+        mine, theirs = asdict(self), asdict(other)
+        differing = [name for name in mine if mine[name] != theirs[name] and name not in allow]
+        if not differing:
+            return
+        only_optional = all(name in _OPTIONAL for name in differing)
+        kinds = {digest.weights.partition(":")[0] for digest in (self, other)}
+        do = f"open the base that it was trained on, or allow={tuple(differing)!r} if you know why it differs"
+        if not only_optional:
+            do = "open the base that it was trained on"
+        if len(kinds) == 2:
+            do = "a model built in memory is never taken for one from files: open both the same way"
+        raise BaseMismatch(
+            f"The adapter belongs to another base: {' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}.",
+            given="; ".join(f"{name} {theirs[name][:24]}" for name in differing),
+            allowed="; ".join(f"{name} {mine[name][:24]}" for name in differing),
+            do=do,
+        )
+
+
+def _digest(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    total = hashlib.sha256()
+    for name, dtype, shape, content in sorted(entries):
+        total.update(json.dumps([name, dtype, shape, content]).encode())
+    return total.hexdigest()
+
+
+def _canonical(value: object) -> str:
+    if not value:
+        return NONE
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the model again") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path.name} is no JSON object.", given=str(path), do="fetch the model again")
+    return value
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): kept(v) for k, v in value.items() if k not in _NOT_MATHEMATICS}
+        return [kept(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return _canonical(kept(config))
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return (whole,)
+    if index.is_file():
+        return tuple(folder / name for name in sorted(set(_json(index).get("weight_map", {}).values())))
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    raise AdapterError(
+        "The base has no safetensors files.",
+        given=f"{folder}: {', '.join(pickled) or 'no weights'}",
+        allowed="model.safetensors, or model.safetensors.index.json and its shards (pickles are never read)",
+        do="use a revision of the model with safetensors",
+    )
+
+
+def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The table of a safetensors file, without metadata, and where its data begins, in bytes.
+
+    Raises AdapterError where the file is no whole safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch it again") from None
+    entries = {k: v for k, v in table.items() if k != "__metadata__"} if isinstance(table, dict) else {}
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if table is None or 8 + length + end != size:
+        raise AdapterError(
+            f"{path.name} is truncated or no safetensors file.", given=f"{path}, {size} bytes", do="fetch it again"
+        )
+    return entries, 8 + length
+
+
+def _stored(paths: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]]:
+    entries = []
+    # hashing releases the interpreter's lock, so threads read and hash several tensors at a time
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for path in paths:
+            table, start = header(path)
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
+
+                def content(span: tuple[int, int], bytes_: mmap.mmap = bytes_, start: int = start) -> str:
+                    with memoryview(bytes_) as view, view[start + span[0] : start + span[1]] as part:
+                        return hashlib.sha256(part).hexdigest()
+
+                digests = pool.map(content, [tuple(entry["data_offsets"]) for entry in table.values()])
+                for (name, entry), digest in zip(table.items(), digests, strict=True):
+                    entries.append((name, str(entry["dtype"]), tuple(entry["shape"]), digest))
+    return entries
+
+
+def _held(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], str]]:
+    from tarsia.core.slot import Slot
+
+    inlaid = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Slot))
+    entries = []
+    for name, value in model.state_dict().items():
+        if name.startswith(inlaid):
+            continue
+        if value.is_meta:
+            raise AdapterError(
+                "A model whose weights are not in memory has no fingerprint from there.",
+                given=name,
+                do="load the base with open_base, or take its fingerprint before it is offloaded",
+            )
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        entries.append((name, str(value.dtype), tuple(value.shape), hashlib.sha256(raw).hexdigest()))
+    return entries
+
+
+def _processor(folder: Path) -> str:
+    found: list[tuple[str, str]] = []
+    for name in _PROCESSOR_JSON:
+        if (folder / name).is_file():
+            fields = {k: v for k, v in _json(folder / name).items() if k not in {"chat_template", *_NOT_MATHEMATICS}}
+            found.append((name, _canonical(fields)))
+    for name in _PROCESSOR_BYTES:
+        if (folder / name).is_file():
+            found.append((name, hashlib.sha256((folder / name).read_bytes()).hexdigest()))
+    return _canonical(found)
+
+
+def _template(folder: Path) -> str:
+    found: dict[str, Any] = {}
+    for path in sorted([folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")]):
+        if path.is_file():
+            found[path.name] = path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = _json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if template:
+            found[name] = template
+    return _canonical(found)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
+import torch
 from torch import nn
 
 from tarsia.adapter.fingerprint import Fingerprint
+from tarsia.anatomy import Anatomy, anatomy_of
+from tarsia.base import resolve
+from tarsia.core.errors import AdapterError, AnatomyError, ConfigError
 from tarsia.core.site import Site
 
-if TYPE_CHECKING:
-    from tarsia.anatomy import Anatomy
+Precision = Literal["float32", "bfloat16", "auto"]
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Host:
     """A base model, in eval mode, with its processor, anatomy, sites and fingerprint.
 
@@ -34,16 +40,158 @@ class Host:
     @classmethod
     def of(cls, model: nn.Module, *, name: str = "(in memory)", processor: Any = None) -> Self:
         """A host of a model that is in memory already; its fingerprint is taken from there."""
-        raise NotImplementedError
+        anatomy = anatomy_of(model.config)
+        return cls(
+            name=name,
+            path=None,
+            model=model.eval(),
+            processor=processor,
+            anatomy=anatomy,
+            sites=tuple(anatomy.sites(model)),
+            fingerprint=Fingerprint.of_model(model, processor),
+        )
 
 
 def native_bf16() -> bool:
-    """Whether this machine computes bfloat16 itself and does not emulate it."""
-    raise NotImplementedError
+    """Whether this machine computes bfloat16 itself and does not emulate it.
+
+    A GPU of compute capability 8.0 or more (or ROCm's), or a CPU with AVX512-BF16 or AMX.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:  # not Linux: nothing says so, and float32 is right everywhere
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def open_base(
-    name: str, *, dtype: Literal["float32", "bfloat16", "auto"] = "float32", device: str = "cpu", processor: bool = True
-) -> Host:
-    """Load a base from a folder, a hub id or an embedded name such as "mini-1"."""
-    raise NotImplementedError
+def open_base(name: str, *, dtype: Precision = "float32", device: str = "cpu", processor: bool = True) -> Host:
+    """Load a base from a folder, a hub id or an embedded name such as "mini-1".
+
+    Raises ConfigError for an option or a name that makes no sense, AnatomyError for a model that is not
+    understood, AdapterError for files that are broken or missing.
+    """
+    chosen = _dtype(dtype)
+    place = _device(device)
+    folder = _folder(name)
+    anatomy = _anatomy(folder)
+    fingerprint = Fingerprint.of_folder(folder)
+    model = _model(folder, chosen).to(place).eval()
+    return Host(
+        name=name,
+        path=folder,
+        model=model,
+        processor=_processor(folder) if processor else None,
+        anatomy=anatomy,
+        sites=tuple(anatomy.sites(model)),
+        fingerprint=fingerprint,
+    )
+
+
+def _dtype(dtype: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        return torch.bfloat16 if native_bf16() else torch.float32
+    if dtype not in known:
+        raise ConfigError("Unknown precision.", given=dtype, allowed="float32, bfloat16, auto")
+    return known[dtype]
+
+
+def _device(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError("This device is not here.", given=f"{device}: {first}", do='use "cpu", or see `tarsia doctor`') from None
+    return place
+
+
+def _folder(name: str) -> Path:
+    found = resolve(name)
+    folder = Path(found).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            kind = "an adapter" if (folder / "adapter_config.json").is_file() else "no model"
+            raise ConfigError(f"This folder is {kind}.", given=name, do="give the folder of a base model, with its config.json")
+        return folder
+    if found.count("/") != 1 or found.startswith((".", "/", "~")):
+        raise ConfigError(
+            "There is no such model.",
+            given=name,
+            allowed="a folder with a config.json, a hub id (owner/name), or an embedded model: mini-1",
+            do="check the path",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(found, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            "The model is neither a folder here nor to be had from the hub.",
+            given=f"{name}: {first}",
+            do="check the name and the connection, or give a folder",
+        ) from None
+
+
+def _anatomy(folder: Path) -> Anatomy:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError("config.json can not be read.", given=f"{folder}: {error}", do="fetch the model again") from None
+    if not isinstance(config, dict):
+        raise AdapterError("config.json is no JSON object.", given=str(folder), do="fetch the model again")
+    return anatomy_of(config)
+
+
+def _model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        loaded: tuple[nn.Module, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise AnatomyError(
+            "Transformers does not know this as a model of pictures and text.",
+            given=f"{folder}: {first}",
+            do="give a vision-language model",
+        ) from None
+    except (OSError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise AdapterError("The base can not be loaded.", given=f"{folder}: {first}", do="fetch it again") from None
+    model, report = loaded
+    wrong = {k: sorted(map(str, v)) for k, v in report.items() if v and k in ("missing_keys", "mismatched_keys", "error_msgs")}
+    if wrong:
+        raise AdapterError(
+            "The base is not whole: Transformers would fill parts of it with random numbers.",
+            given="; ".join(f"{k} {', '.join(v[:3])}" for k, v in wrong.items()),
+            do="fetch it again, or use the version of transformers that it was saved with",
+        )
+    return model
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise AdapterError(
+            "The base has no processor that can be loaded.",
+            given=f"{folder}: {first}",
+            do="fetch its processor and tokenizer files too",
+        ) from None
+    # without a picture processor AutoProcessor gives a bare tokenizer, which would leave the pictures out
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise AdapterError(
+            "The base's processor does not take both pictures and text.",
+            given=f"{folder}: {type(processor).__name__}",
+            do="fetch preprocessor_config.json and the tokenizer's files too",
+        )
+    return processor

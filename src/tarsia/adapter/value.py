@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from types import MappingProxyType
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
+import tarsia.methods  # noqa: F401 (fills the registry that adapters are made from)
 from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.host import Host
-from tarsia.core.attach import Part
+from tarsia.adapter.layout import Layout, layout
+from tarsia.adapter.proof import Probe
+from tarsia.core.attach import Part, install, patches
+from tarsia.core.errors import AdapterError, AttachError
+from tarsia.core.method import METHODS, find
+from tarsia.core.patch import Patch
+from tarsia.core.select import select
+from tarsia.core.site import Site
 
-if TYPE_CHECKING:
-    from tarsia.adapter.proof import Probe
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patched:
     """One site's patch: the method, its constants (an effective scale, for one) and its tensors, on the CPU."""
 
@@ -25,31 +32,148 @@ class Patched:
     tensors: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """Trained patches by site path, how they were made, the base they belong to, and their card.
 
-    ``card`` is JSON: recipe hash, data digests, measured results. ``probe`` is what its outputs were.
+    ``card`` is JSON: recipe hash, data digests, measured results. ``base`` is what its user called the base (None
+    for a model that was built in memory). ``layout`` says how PEFT would hold it.
+    ``probe`` is what its outputs were. Without a fingerprint (files that PEFT made) the base is known only by
+    names and shapes, and the card says so.
     """
 
     parts: tuple[Part, ...]
     patches: Mapping[str, Patched]
+    layout: Layout
+    base: str | None
     fingerprint: Fingerprint | None
     card: Mapping[str, Any]
     probe: Probe | None = None
 
     @classmethod
     def of(
-        cls, host: Host, name: str, parts: Sequence[Part], card: Mapping[str, Any] | None = None, probe: Probe | None = None
+        cls,
+        host: Host,
+        name: str,
+        parts: Sequence[Part],
+        card: Mapping[str, Any] | None = None,
+        *,
+        probe: Probe | None = None,
     ) -> Self:
-        """Copy the adapter ``name`` out of the host's model; training on does not change the value."""
-        raise NotImplementedError
+        """Copy the adapter ``name`` out of the host's model; training on does not change the value.
+
+        Raises AdapterError where ``parts`` do not describe what is attached.
+        """
+        named = {method.patch: method.name for method in METHODS.values()}
+        found = {site: (named[type(patch)], patch) for site, patch in patches(host.model, name).items()}
+        asked = {
+            site.path: part.method
+            for part in parts
+            for site in select(part.select, host.sites, find(part.method).kinds, find(part.method).roles)
+        }
+        held = {site.path: method for site, (method, _) in found.items()}
+        if asked != held:
+            differing = sorted(path for path in asked.keys() | held.keys() if asked.get(path) != held.get(path))
+            raise AdapterError(
+                f"The parts do not describe the adapter {name!r} that is attached.",
+                given=f"{len(differing)} sites differ, {differing[0]} for one",
+                do="pass the parts that it was attached with",
+            )
+        return cls(
+            parts=tuple(parts),
+            patches=MappingProxyType({site.path: _copied(site, m, patch) for site, (m, patch) in found.items()}),
+            layout=layout(host.model, [(site, method) for site, (method, _) in found.items()]),
+            base=None if host.path is None else host.name,
+            fingerprint=host.fingerprint,
+            card=MappingProxyType(dict(card or {})),
+            probe=probe,
+        )
+
+
+def _copied(site: Site, method: str, patch: Patch) -> Patched:
+    tensors = {}
+    for key, value in patch.state_dict().items():
+        if value.is_meta:
+            raise AdapterError(f"The patch at {site.path} is not in memory.", given=key, do="load it before it is saved")
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+    constants = {key: getattr(patch, key) for key in patch.constants}
+    return Patched(method, MappingProxyType(constants), MappingProxyType(tensors))
 
 
 def put(host: Host, adapter: Adapter, name: str, *, allow: Collection[str] = ()) -> None:
-    """Install the adapter into the host's model under ``name``, active.
+    """Install the adapter into the host's model under ``name``, active; its tensors keep their dtype.
 
     Raises AdapterError where a site is not there or not of the right shape, or a tensor is left over or
-    missing, and BaseMismatch where the fingerprint differs (``allow``: see Fingerprint.check).
+    missing, and BaseMismatch where the fingerprint differs (``allow``: see Fingerprint.check). The model is
+    changed only where all is well.
     """
-    raise NotImplementedError
+    if adapter.fingerprint is not None:
+        adapter.fingerprint.check(host.fingerprint, allow=allow)
+    if not adapter.patches:
+        raise AdapterError("The adapter has no patch.", do="train it first")
+    sites = {site.path: site for site in host.sites}
+    absent = [path for path in adapter.patches if path not in sites]
+    if absent:
+        raise AdapterError(
+            f"The base has no place for {len(absent)} of the adapter's {len(adapter.patches)} patches.",
+            given=", ".join(absent[:3]),
+            do="open the base that the adapter was trained on",
+        )
+    made = {path: _restored(host, sites[path], patched) for path, patched in adapter.patches.items()}
+    order = [site for site in host.sites if site.path in made]
+    install(host.model, [(site, made[site.path]) for site in order], name=name)
+
+
+def _restored(host: Host, site: Site, patched: Patched) -> Patch:
+    kind = find(patched.method).patch
+    if site.kind not in find(patched.method).kinds:
+        raise AdapterError(f"{patched.method} does not go to {site.path}.", given=f"a site of kind {site.kind}")
+    if set(patched.constants) != set(kind.constants):
+        raise AdapterError(
+            f"The patch at {site.path} has other constants than {patched.method}.",
+            given=", ".join(patched.constants) or "(none)",
+            allowed=", ".join(kind.constants) or "(none)",
+        )
+    shapes = {key: tuple(value.shape) for key, value in patched.tensors.items()}
+    try:
+        patch = kind.restore(site, shapes, patched.constants)
+    except (AttachError, KeyError) as error:
+        raise AdapterError(f"The patch at {site.path} does not fit.", given=f"{shapes}: {error}") from None
+    own = {key: tuple(value.shape) for key, value in patch.state_dict().items()}
+    if own != shapes:
+        raise AdapterError(
+            f"The tensors of the patch at {site.path} are not those of {patched.method}.",
+            given=", ".join(f"{k} {v}" for k, v in shapes.items()),
+            allowed=", ".join(f"{k} {v}" for k, v in own.items()),
+            do="the files are broken or foreign: fetch them again",
+        )
+    _check_shape(host, site, patch)
+    patch.load_state_dict({k: v.clone() for k, v in patched.tensors.items()}, strict=True, assign=True)
+    return patch
+
+
+def _check_shape(host: Host, site: Site, patch: Patch) -> None:
+    """Fold the still empty patch, without numbers, into tensors of the base's shapes."""
+    if type(patch).fold is Patch.fold:
+        return
+    names = dict(host.model.named_parameters(remove_duplicate=False))
+    whole = names[site.weight]
+    weight = torch.empty(whole.shape if whole.is_floating_point() else site.shape, device="meta")
+    bias = None if site.bias is None else torch.empty(names[site.bias].shape, device="meta")
+    try:
+        folded = patch.to("meta").fold(weight, bias)
+    except RuntimeError as error:
+        raise _misfit(site, patch, str(error).splitlines()[0]) from None
+    for before, after in zip((weight, bias), folded, strict=True):
+        if (None if before is None else before.shape) != (None if after is None else after.shape):
+            given = "no tensor" if after is None else str(tuple(after.shape))
+            raise _misfit(site, patch, f"{given} in place of {before if before is None else tuple(before.shape)}")
+
+
+def _misfit(site: Site, patch: Patch, why: str) -> AdapterError:
+    return AdapterError(
+        f"The patch at {site.path} has not the shape of the base.",
+        given=f"{', '.join(f'{k} {tuple(v.shape)}' for k, v in patch.state_dict().items())}: {why}",
+        allowed=f"a site of {site.shape}",
+        do="open the base that the adapter was trained on",
+    )

@@ -1,0 +1,223 @@
+"""``adapter_config.json`` as peft 0.21.2 reads it: which modules, of what rank, at what scale."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from tarsia.core.errors import AdapterError
+
+if TYPE_CHECKING:
+    from tarsia.adapter.value import Adapter
+
+DUMMY = "dummy-target-modules"
+"""What PEFT takes for "no module has a LoRA update" (peft/utils/constants.py)."""
+
+OURS = "TARSIA"
+"""The ``peft_type`` of an adapter that PEFT has no place for; PEFT refuses it by name."""
+
+# Without effect on what a trained adapter computes.
+_IGNORED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+}
+_READ = {
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
+# Initialisations that leave the base's weights as they are.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The fields of a LoRA ``adapter_config.json`` that decide what is computed."""
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...] | str
+    modules_to_save: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    use_rslora: bool
+    dropout: float
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises AdapterError, naming the field, for anything that would change the mathematics unheard."""
+        if fields.get("peft_type") != "LORA":
+            raise AdapterError("This kind of adapter can not be read.", given=f"peft_type {fields.get('peft_type')!r}", allowed="LORA")
+        for key, value in fields.items():
+            if key not in _IGNORED | _READ and value not in (None, False, "", [], {}):
+                raise AdapterError(
+                    f"The adapter uses {key}, which changes what it computes and is not known here.",
+                    given=f"{key}: {value!r}",
+                    allowed=f"no {key}",
+                    do="let PEFT fold it into the base, or train without it",
+                )
+        _refuse(fields, "bias", fields.get("bias", "none") in ("none", None), '"none"')
+        _refuse(fields, "fan_in_fan_out", not fields.get("fan_in_fan_out"), "false: no linear layer here is stored transposed")
+        init = fields.get("init_lora_weights", True)
+        _refuse(fields, "init_lora_weights", init in _PLAIN_INITS, "an initialisation that leaves the base as it is")
+        for key in ("r", "lora_alpha", "target_modules"):
+            _refuse(fields, key, fields.get(key) is not None, "a value")
+        _refuse(fields, "r", isinstance(fields["r"], int) and fields["r"] > 0, "a whole number of at least 1")
+        _patterns(fields)
+        targets, excluded = fields["target_modules"], fields.get("exclude_modules") or ()
+        layers, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or ()
+        return cls(
+            r=fields["r"],
+            lora_alpha=_number(fields, "lora_alpha"),
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            modules_to_save=tuple(fields.get("modules_to_save") or ()),
+            rank_pattern=dict(fields.get("rank_pattern") or {}),
+            alpha_pattern=dict(fields.get("alpha_pattern") or {}),
+            exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
+            layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()),
+            layers_pattern=(patterns,) if isinstance(patterns, str) else tuple(patterns),
+            use_rslora=bool(fields.get("use_rslora")),
+            dropout=float(fields.get("lora_dropout") or 0.0),
+        )
+
+    def targets(self, path: str) -> bool:
+        """Whether a LoRA update goes to the module (peft.tuners.tuners_utils.check_target_module_exists)."""
+        if isinstance(self.exclude_modules, str):
+            if re.fullmatch(self.exclude_modules, path):
+                return False
+        elif _ends(path, self.exclude_modules):
+            return False
+        if any(re.match(rf"(^|.*\.){module}($|\..*)", path) for module in self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str):
+            if self.target_modules == DUMMY:
+                return False
+            if self.target_modules.lower() == "all-linear":
+                return path.rpartition(".")[2] != "lm_head"
+            return re.fullmatch(self.target_modules, path) is not None
+        return _ends(path, self.target_modules) and self._layer(path)
+
+    def _layer(self, path: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+        found = next((match for p in patterns if (match := re.match(p, path))), None)
+        return found is not None and int(found["index"]) in self.layers_to_transform
+
+    def saves(self, module: str) -> bool:
+        """Whether the module is replaced whole (peft.utils.other._set_trainable: names that end alike)."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+    def rank(self, path: str) -> int:
+        """Rank of the update at the module."""
+        return int(_pattern(self.rank_pattern, path, self.r))
+
+    def scale(self, path: str) -> float:
+        """What B A is multiplied with at the module."""
+        alpha, rank = _pattern(self.alpha_pattern, path, self.lora_alpha), self.rank(path)
+        return float(alpha / (math.sqrt(rank) if self.use_rslora else rank))
+
+
+def _ends(path: str, names: Sequence[str]) -> bool:
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), default)
+
+
+def _refuse(fields: Mapping[str, Any], key: str, fine: bool, allowed: str) -> None:
+    if not fine:
+        raise AdapterError(
+            f"The adapter's {key} can not be used here.", given=f"{key}: {fields.get(key)!r}", allowed=allowed
+        )
+
+
+def _patterns(fields: Mapping[str, Any]) -> None:
+    """Refuse what is no regular expression, as PEFT takes these keys and texts to be."""
+    texts = [(k, p) for k in ("rank_pattern", "alpha_pattern") for p in fields.get(k) or {}]
+    texts += [(k, fields[k]) for k in ("target_modules", "exclude_modules") if isinstance(fields.get(k), str)]
+    for key, text in texts:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise AdapterError(f"The adapter's {key} holds no regular expression.", given=f"{text!r}: {error}") from None
+
+
+def _number(fields: Mapping[str, Any], key: str) -> float:
+    value = fields[key]
+    _refuse(fields, key, isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value), "a number")
+    return float(value)
+
+
+def write(adapter: Adapter) -> dict[str, Any]:
+    """The ``adapter_config.json`` of an adapter that PEFT has a place for.
+
+    Scales are written as alpha / r whatever made them, so that readers which know nothing of rsLoRA agree.
+    """
+    held = {path: adapter.patches[path] for path in adapter.layout.targets}
+    ranks = {path: patched.tensors["A"].shape[0] for path, patched in held.items()}
+    alphas = {path: _alpha(float(patched.constants["scale"]), ranks[path]) for path, patched in held.items()}
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8.0)
+    return {
+        "alpha_pattern": {re.escape(path): _plain(v) for path, v in alphas.items() if v != alpha},
+        "auto_mapping": None,
+        "base_model_name_or_path": adapter.base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": _commonest([float(patched.constants["dropout"]) for patched in held.values()], 0.0),
+        "modules_to_save": list(adapter.layout.saved) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {re.escape(path): v for path, v in ranks.items() if v != rank},
+        "revision": None,
+        "target_modules": list(adapter.layout.targets) or DUMMY,
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """An alpha with alpha / rank == scale to the bit, where there is one."""
+    alpha = scale * rank
+    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((a for a in near if a / rank == scale), alpha)
+
+
+def _plain(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _commonest(values: Any, default: Any) -> Any:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else default
