@@ -6,8 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, PAD, VARIANTS
 
-from tarsia.core.errors import TrainingError
-from tarsia.train.step import IGNORED, MicroBatch, backward, only_predicting, token_losses
+from tarsia.train.step import IGNORED, token_losses
 
 ALL = FAMILIES | VARIANTS
 

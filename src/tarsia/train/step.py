@@ -5,44 +5,29 @@ Only positions whose next token is labelled go through the language head.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarsia.core.errors import TrainingError
-
-IGNORED = -100
-"""The label of a token that is not learnt."""
+from tarsia.data.encode import IGNORED, Batch
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Rows that go through the model together.
+def predicted(labels: Tensor) -> Tensor:
+    """Which positions predict a labelled token: bool [rows, length - 1]. A row's first token is predicted by none."""
+    return labels[:, 1:] != IGNORED
 
-    ``inputs`` is what the model takes, without labels; ``labels`` int64 [rows, length], IGNORED where nothing
-    is learnt; ``sources`` and ``numbers`` name each row, ``pictures`` counts its pictures.
-    """
 
-    inputs: Mapping[str, Tensor]
-    labels: Tensor
-    sources: tuple[str, ...]
-    numbers: tuple[int, ...]
-    pictures: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Labelled tokens that a position predicts (a row's first token is predicted by none)."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
-
-    @property
-    def named(self) -> str:
-        """The rows as errors name them."""
-        return ", ".join(f"{source} row {number}" for source, number in zip(self.sources, self.numbers, strict=True))
+def named(batches: Sequence[Batch], rows: Sequence[int] | None = None) -> str:
+    """The rows as errors name them; ``rows`` picks from a single batch."""
+    pairs = [pair for batch in batches for pair in zip(batch.sources, batch.rows, strict=True)]
+    return ", ".join(f"row {row} of {source}" for source, row in (pairs if rows is None else [pairs[i] for i in rows]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +60,7 @@ def only_predicting(model: nn.Module, labels: Tensor) -> Iterator[None]:
     head = find() if find is not None else None
     if not isinstance(head, nn.Module):
         raise TrainingError("The model has no language head.", given=type(model).__name__)
-    wanted = labels[:, 1:] != IGNORED
+    wanted = predicted(labels)
     calls = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -101,41 +86,35 @@ def token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor)
     """Cross-entropy of each labelled token in float32, in nats, rows in order: [n]."""
     with only_predicting(model, labels):
         logits = model(**inputs, use_cache=False).logits
-    targets = labels[:, 1:][labels[:, 1:] != IGNORED].to(logits.device)
+    targets = labels[:, 1:][predicted(labels)].to(logits.device)
     return F.cross_entropy(logits[0].float(), targets, reduction="none")
 
 
-def backward(model: nn.Module, batches: Sequence[MicroBatch], step: int) -> Losses:
+def backward(model: nn.Module, batches: Sequence[Batch], step: int) -> Losses:
     """Add the gradient of the step's loss to the parameters. Returns what each source lost.
 
     Raises TrainingError, naming step and rows, where no token is labelled or a loss is not a finite number.
     """
-    tokens = sum(batch.tokens for batch in batches)
+    tokens = sum(int(predicted(batch.labels).sum()) for batch in batches)
     if not tokens:
-        raise TrainingError(
-            f"Step {step} has no labelled token.",
-            given="; ".join(batch.named for batch in batches),
-            do="look at the rows' answers, and at max_length",
-        )
-    names = dict.fromkeys(source for batch in batches for source in batch.sources)
-    total, counts, rows = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        raise TrainingError(f"Step {step} has no labelled token.", given=named(batches), do="look at these rows' answers")
+    sources = [source for batch in batches for source in batch.sources]
+    total, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0)
     for batch in batches:
-        for source in batch.sources:
-            rows[source] += 1
-        if not batch.tokens:
+        owners = predicted(batch.labels).nonzero()[:, 0].tolist()
+        if not owners:
             continue
         losses = token_losses(model, batch.inputs, batch.labels)
-        owner = (batch.labels[:, 1:] != IGNORED).nonzero()[:, 0].tolist()
         values = losses.detach().tolist()
-        bad = sorted({row for row, value in zip(owner, values, strict=True) if not abs(value) < float("inf")})
+        bad = sorted({row for row, value in zip(owners, values, strict=True) if not math.isfinite(value)})
         if bad:
             raise TrainingError(
                 f"The loss of step {step} is not a number.",
-                given=", ".join(f"{batch.sources[row]} row {batch.numbers[row]}" for row in bad),
-                do="look at these rows; lower the learning rate if earlier steps' losses had risen",
+                given=named([batch], bad),
+                do="look at these rows; if the loss had risen before, lower the learning rates",
             )
-        for row, value in zip(owner, values, strict=True):
+        for row, value in zip(owners, values, strict=True):
             total[batch.sources[row]] += value
             counts[batch.sources[row]] += 1
         (losses.sum() / tokens).backward()
-    return Losses(total, counts, rows)
+    return Losses(total, counts, Counter(sources))

@@ -1,0 +1,186 @@
+"""Training as a generator of events: killed at any moment and run again, its curve is the same curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from tarsia import __version__
+from tarsia.adapter import Adapter, Host, Probe, probe, save
+from tarsia.core.attach import activate, adapters, detach
+from tarsia.train.checkpoint import locked, write
+from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, read_log
+from tarsia.train.exact import deterministic, threads
+from tarsia.train.optimiser import set_rates
+from tarsia.train.recipe import Recipe
+from tarsia.train.run import NAME, Run, claim, find_checkpoint, machine, prepare
+from tarsia.train.step import backward
+from tarsia.train.watch import check_finite
+
+Evaluator: TypeAlias = Callable[[Host, int], Mapping[str, Any]]
+"""Results, as JSON values, of the model as it is after this many steps."""
+
+PROBED = 4
+"""Rows of the probe that is saved with the adapter."""
+
+
+def fit(recipe: Recipe, evaluator: Evaluator | None = None, *, host: Host | None = None) -> Iterator[Event]:
+    """Train an adapter; each event is also a line of ``out/events.jsonl``.
+
+    Goes on by itself from the newest whole checkpoint in ``out`` of the same recipe. ``evaluator`` is called
+    every ``eval_every`` steps and at the end. ``host`` is a base that is open already (its model is given back
+    as it was); without one ``recipe.model`` is opened. Raises a TarsiaError, and leaves the last checkpoint as
+    it is, where the run can not start or go on.
+    """
+    out = Path(recipe.out)
+    with locked(out):
+        checkpoint, notices = find_checkpoint(recipe, out)
+        wanted = recipe.threads if checkpoint is None else checkpoint.values["threads"]
+        with threads(wanted) as count, ExitStack() as stack:
+            run = prepare(recipe, host, count)
+            stack.enter_context(_training(run))
+            claim(recipe, out)
+            if checkpoint is None:
+                run.log.cut(0)
+            else:
+                run.restore(checkpoint)
+                notices += _moved(run, checkpoint.values["machine"])
+            for event in _events(run, notices, evaluator):
+                run.log.append(event)
+                yield event
+
+
+@contextmanager
+def _training(run: Run) -> Iterator[None]:
+    """The model in training mode, as the recipe wants it; afterwards without patches and as it was."""
+    model: Any = run.model
+    try:
+        model.train()
+        if run.recipe.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        yield
+    finally:
+        if run.recipe.checkpointing:
+            model.gradient_checkpointing_disable()
+        detach(model, NAME)
+        model.eval()
+
+
+def _moved(run: Run, before: Mapping[str, str]) -> tuple[str, ...]:
+    now = machine(run)
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    return (f"The run goes on elsewhere, so its last bits may differ: {', '.join(changed)}.",) if changed else ()
+
+
+def _events(run: Run, notices: tuple[str, ...], evaluator: Evaluator | None) -> Iterator[Event]:
+    recipe, steps, out = run.recipe, run.schedule.steps, Path(run.recipe.out)
+    trained = sum(line.trained for line in run.coverage)
+    share = sum(line.share for line in run.coverage)
+    resolved = {**recipe.resolved, "hash": recipe.hash}
+    yield Started(run.coverage, trained, share, steps, run.step, resolved)
+    yield from map(Notice, notices)
+    while run.step < steps:
+        yield _step(run)
+        last = run.step == steps
+        if evaluator is not None and (last or (recipe.eval_every and run.step % recipe.eval_every == 0)):
+            yield Evaluated(run.step, _evaluated(run, evaluator))
+        if last:
+            run.watch.judge(run.step)
+        if last or run.step % recipe.save_every == 0:
+            yield Saved(str(write(out / "checkpoints", run.checkpoint())), run.step)
+    adapter = Adapter.of(run.host, NAME, run.parts, _card(run), probe=_probe(run))
+    save(adapter, out / "adapter")
+    yield Finished(adapter, str(out / "adapter"), run.seconds)
+
+
+def _step(run: Run) -> Step:
+    """One optimiser step: all its micro-batches, the checks, the update."""
+    began = time.perf_counter()
+    number = run.step + 1
+    batches = run.batches()
+    rates = set_rates(run.optimiser, run.schedule.share(run.step))
+    parameters = [p for patch in run.patches.values() for p in patch.parameters()]
+    with run.random(), deterministic(run.device):
+        losses = backward(run.model, batches, number)
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        size = check_finite(norm, run.patches, number, batches)
+        run.watch.observe(number, batches)
+        if run.recipe.clip is not None:
+            clip_grads_with_norm_(parameters, run.recipe.clip, norm)
+        run.optimiser.step()
+        run.optimiser.zero_grad(set_to_none=True)
+    run.step = number
+    seconds = time.perf_counter() - began
+    run.seconds += seconds
+    tokens = sum(losses.tokens.values())
+    return Step(
+        step=number,
+        loss=losses.mean,
+        lr=rates,
+        grad_norm=size,
+        tokens=tokens,
+        rows=losses.rows,
+        losses=losses.means,
+        tokens_by_source=losses.tokens,
+        tokens_per_second=tokens / seconds,
+    )
+
+
+def _evaluated(run: Run, evaluator: Evaluator) -> Mapping[str, Any]:
+    """Evaluate in eval mode; the run's random numbers and mode are as before afterwards."""
+    before = adapters(run.model)
+    run.model.eval()
+    try:
+        with torch.no_grad():
+            return evaluator(run.host, run.step)
+    finally:
+        activate(run.model, *before)
+        run.model.train()
+
+
+def _probe(run: Run) -> Probe:
+    """A probe on the stream's first rows, those with pictures first."""
+    numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:PROBED]
+    run.model.eval()
+    return probe(run.host, run.encode(numbers).inputs)
+
+
+def _card(run: Run) -> dict[str, Any]:
+    """What is known of the run, from the log that holds the whole curve."""
+    curve = [event for event in read_log(run.log.path) if event["event"] == "step"]
+    last = curve[-max(1, min(20, len(curve) // 10)) :]
+    tokens = {source: sum(s["tokens_by_source"].get(source, 0) for s in curve) for source in run.digests}
+    shares = run.mixture.shares(run.step * run.recipe.batch * run.recipe.accumulate)
+    return {
+        "recipe": {**run.recipe.resolved, "hash": run.recipe.hash},
+        "data": {
+            name: {
+                "sha256": run.digests[name],
+                "rows": share.rows,
+                "share_asked": share.asked,
+                "share_got": share.got,
+                "epochs": share.epochs,
+                "tokens": tokens[name],
+                "final_loss": _mean([s["losses"][name] for s in last if name in s["losses"]]),
+            }
+            for name, share in zip(run.digests, shares, strict=True)
+        },
+        "steps": run.step,
+        "loss": {"first": curve[0]["loss"], "final": _mean([s["loss"] for s in last]), "over_last_steps": len(last)},
+        "coverage": [asdict(line) for line in run.coverage],
+        "threads": run.threads,
+        "machine": machine(run),
+        "tarsia": __version__,
+        "seconds": round(run.seconds, 2),
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,239 @@
+"""A run in memory: what is built from a recipe, and how it gets into a checkpoint and out again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tarsia.adapter import Fingerprint, Host, open_base
+from tarsia.core.attach import Covered, Part, attach, patches
+from tarsia.core.errors import ConfigError, TrainingError
+from tarsia.core.method import find
+from tarsia.core.patch import Patch
+from tarsia.core.select import select
+from tarsia.core.site import Component, Site
+from tarsia.data import Batch, Encoder, Mixture, Rows, Source, read
+from tarsia.train.checkpoint import Checkpoint, found, newest, write_synced
+from tarsia.train.events import Log
+from tarsia.train.exact import OwnRandom
+from tarsia.train.optimiser import Schedule, adamw
+from tarsia.train.optimiser import restore as restore_optimiser
+from tarsia.train.optimiser import state as optimiser_state
+from tarsia.train.recipe import Recipe, differences
+from tarsia.train.watch import GradientWatch
+
+NAME: Final = "in-training"
+"""The adapter's name in the model while it is trained."""
+
+
+@dataclass
+class Run:
+    """The moving parts of one run; ``step`` counts the steps that are done."""
+
+    recipe: Recipe
+    host: Host
+    parts: tuple[Part, ...]
+    coverage: tuple[Covered, ...]
+    patches: Mapping[Site, Patch]
+    encoder: Encoder
+    mixture: Mixture
+    digests: Mapping[str, str]
+    optimiser: torch.optim.AdamW
+    schedule: Schedule
+    watch: GradientWatch
+    random: OwnRandom
+    log: Log
+    threads: int
+    step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def model(self) -> nn.Module:
+        return self.host.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def batches(self) -> tuple[Batch, ...]:
+        """The micro-batches of the next step, on the model's device; a pure function of the recipe and the step."""
+        size, parts = self.recipe.batch, self.recipe.accumulate
+        first = self.step * size * parts
+        return tuple(self.encode(range(first + i * size, first + (i + 1) * size)) for i in range(parts))
+
+    def encode(self, numbers: Sequence[int]) -> Batch:
+        """These rows of the mixture's stream as one batch, pictures in the base's dtype."""
+        batch = self.encoder.batch([self.mixture[n] for n in numbers])
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        inputs = {
+            key: value.to(self.device, dtype if value.is_floating_point() else value.dtype)
+            for key, value in batch.inputs.items()
+        }
+        return Batch(inputs, batch.labels, batch.n_pictures, batch.sources, batch.rows)
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {}
+        for site, patch in self.patches.items():
+            tensors |= {f"patch/{site.path}/{key}": value for key, value in patch.state_dict().items()}
+        tensors |= {f"optimiser/{key}": value for key, value in optimiser_state(self.optimiser).items()}
+        tensors |= {f"random/{key}": value for key, value in self.random.state().items()}
+        values = {
+            "recipe": self.recipe.hash,
+            "base": asdict(self.host.fingerprint),
+            "data": dict(self.digests),
+            "drawn": self.step * self.recipe.batch * self.recipe.accumulate,
+            "watch": self.watch.state(),
+            "seconds": self.seconds,
+            "log": self.log.sync(),
+            "threads": self.threads,
+            "machine": machine(self),
+        }
+        return Checkpoint(self.step, tensors, values)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises BaseMismatch, ConfigError or TrainingError where it is not of this run."""
+        values = checkpoint.values
+        Fingerprint(**values["base"]).check(self.host.fingerprint)
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, value in checkpoint.tensors.items():
+            kind, _, rest = key.partition("/")
+            groups.setdefault(kind, {})[rest] = value
+        held = {f"{site.path}/{key}": v for site, patch in self.patches.items() for key, v in patch.state_dict().items()}
+        given = groups["patch"]
+        wrong = sorted(k for k in held.keys() | given.keys() if k not in held or k not in given or held[k].shape != given[k].shape)
+        if wrong:
+            raise TrainingError("The checkpoint's patches are not those of this run.", given=wrong[0], do="choose another out")
+        for key, value in given.items():
+            held[key].copy_(value)
+        restore_optimiser(self.optimiser, groups.get("optimiser", {}))
+        self.random.adopt(groups["random"])
+        self.watch.restore(values["watch"])
+        self.log.cut(values["log"])
+        self.step, self.seconds = checkpoint.step, values["seconds"]
+
+
+def machine(run: Run) -> dict[str, str]:
+    """What the last bits depend on, besides the recipe and the threads."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(run.device),
+        "dtype": str(next(run.model.parameters()).dtype),
+    }
+
+
+def find_checkpoint(recipe: Recipe, out: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The checkpoint to go on from, if any, and notices. Raises ConfigError where ``out`` holds another run."""
+    folder = out / "checkpoints"
+    held = out / "recipe.json"
+    if held.exists() and (found(folder) or (out / "adapter").exists()):
+        theirs = json.loads(held.read_text(encoding="utf-8"))
+        if theirs["hash"] != recipe.hash:
+            changed = differences(recipe.resolved, theirs["recipe"])
+            raise ConfigError(
+                "The folder holds a run of another recipe.",
+                given=f"{out}: " + "; ".join(changed[:6] or ["the order of a method's table"]),
+                do="choose another out, or remove that folder",
+            )
+    checkpoint, notices = newest(folder)
+    if checkpoint is not None and checkpoint.values["recipe"] != recipe.hash:
+        raise ConfigError(
+            "The folder's checkpoint is of another recipe.", given=str(out), do="choose another out, or remove that folder"
+        )
+    wanted = None if checkpoint is None else checkpoint.values["threads"]
+    if recipe.threads is not None and wanted is not None and wanted != recipe.threads:
+        raise ConfigError(
+            "The last bits of every number depend on the threads, so a run goes on with as many as it began.",
+            given=f"threads {recipe.threads}",
+            allowed=str(wanted),
+            do=f"set threads: {wanted}, leave it out, or choose another out",
+        )
+    return checkpoint, notices
+
+
+def claim(recipe: Recipe, out: Path) -> None:
+    """Write the recipe into ``out``, for whoever comes next."""
+    text = json.dumps({"hash": recipe.hash, "recipe": recipe.resolved}, indent=1)
+    try:
+        write_synced(out / ".recipe.json", text.encode())
+        os.replace(out / ".recipe.json", out / "recipe.json")
+    except OSError as error:
+        raise TrainingError("The run's folder can not be written.", given=f"{out}: {error.strerror}") from error
+
+
+def digest(source: Source) -> str:
+    """SHA-256 of a source's file, or of every file of its folder; a hub source is named and not hashed."""
+    path = Path(source.path)
+    if source.path.startswith("hub:"):
+        return f"{source.path}@{source.split or 'train'}"
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole.update(f"{file.relative_to(path)} {content}\n".encode() if path.is_dir() else b"")
+    return whole.hexdigest() if path.is_dir() else content
+
+
+def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
+    """Open what a recipe names, attach the patches and check that the rows can train them."""
+    sources = [read(source) for source in recipe.data.train]
+    digests = {source.title: digest(source) for source in recipe.data.train}
+    steps = recipe.steps_for(sum(map(len, sources)))
+    schedule = Schedule(steps, recipe.warmup_steps(steps), recipe.decay)
+    if host is None:
+        host = open_base(recipe.model, dtype=recipe.precision, device="cuda" if torch.cuda.is_available() else "cpu")
+    encoder = Encoder(host.processor, recipe.max_length)
+    parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
+    chosen = [_chosen(host, part) for part in parts]
+    pictures = any(_shows(rows) for rows, source in zip(sources, recipe.data.train, strict=True) if source.weight)
+    if not pictures and (seeing := [s for sites in chosen for s in sites if s.component is not Component.LANGUAGE]):
+        raise TrainingError(
+            "No row has a picture, so vision and projector can not be trained.",
+            given=f"{len(seeing)} sites, {seeing[0].path} for one; sources {', '.join(digests)}",
+            do="add rows with pictures, or select language sites alone",
+        )
+    coverage = attach(host.model, host.sites, parts, name=NAME, seed=recipe.seed)
+    made = patches(host.model, NAME)
+    return Run(
+        recipe=recipe,
+        host=host,
+        parts=parts,
+        coverage=coverage,
+        patches=made,
+        encoder=encoder,
+        mixture=Mixture(sources, [source.weight for source in recipe.data.train], recipe.seed),
+        digests=digests,
+        optimiser=adamw([_named(sites, made) for sites in chosen], [part.rate for part in recipe.parts], recipe.betas, recipe.weight_decay),
+        schedule=schedule,
+        watch=GradientWatch(made, pictures),
+        random=OwnRandom(recipe.seed, next(host.model.parameters()).device),
+        log=Log(Path(recipe.out) / "events.jsonl"),
+        threads=threads,
+    )
+
+
+def _shows(rows: Rows) -> bool:
+    """Whether any row has a picture; mostly the first one tells."""
+    return any(sample.pictures for sample in rows)
+
+
+def _chosen(host: Host, part: Part) -> tuple[Site, ...]:
+    method = find(part.method)
+    return select(part.select, host.sites, method.kinds, method.roles)
+
+
+def _named(sites: Sequence[Site], made: Mapping[Site, Patch]) -> dict[str, nn.Parameter]:
+    return {f"{site.path}/{key}": p for site in sites for key, p in made[site].named_parameters()}
+
+

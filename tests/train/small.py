@@ -1,0 +1,88 @@
+"""A tiny base in a folder, rows in files, and recipes for them: a run takes well under a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.processors import made, picture
+from families import CELL, FAMILIES
+
+from tarsia.train.events import Event, Step
+from tarsia.train.loop import fit
+from tarsia.train.recipe import Recipe
+
+ANSWERS = ("a cat", "a dog", "red", "red and green", "a bird, a ship", "4")
+
+
+def base(folder: Path, **overrides: Any) -> Path:
+    """Write a LLaVA of 16 image tokens a picture, with its processor."""
+    processor = made("llava", "chatml")
+    processor.patch_size = CELL
+    tokenizer = processor.tokenizer
+    text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options = {"text_config": text, "image_token_index": processor.image_token_id, **overrides}
+    model, _ = FAMILIES["llava"].build(0, **options)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def rows(path: Path, count: int = 12, pictures: Sequence[int] = (1, 0, 2)) -> Path:
+    """Write rows with pictures in files beside it."""
+    lines = []
+    for row in range(count):
+        names = []
+        for i in range(pictures[row % len(pictures)]):
+            names.append(f"{path.stem}-{row}-{i}.png")
+            picture(shade=7 * row + i + 1).save(path.parent / names[-1])
+        lines.append({"images": names, "question": "what is this? " * (1 + row % 3), "answer": ANSWERS[row % len(ANSWERS)]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def world(folder: Path) -> dict[str, Any]:
+    """A base, two sources and the values of a recipe that trains all three components, each with a method."""
+    return {
+        "model": str(base(folder / "base")),
+        "parts": [
+            {"method": "full", "select": "projector", "lr": 1e-3},
+            {"method": "lora", "select": "vision.*.{q,v}", "lr": 3e-3, "rank": 2},
+            {"method": "lora", "select": "language.*.{q,v}", "lr": 1e-2, "rank": 2, "dropout": 0.1},
+        ],
+        "data": {
+            "train": [
+                {"path": str(rows(folder / "task.jsonl")), "weight": 0.8},
+                {"path": str(rows(folder / "talk.jsonl", 5, (0,))), "weight": 0.2},
+            ]
+        },
+        "steps": 8,
+        "batch": 2,
+        "accumulate": 2,
+        "warmup": 2,
+        "save_every": 3,
+        "threads": 1,
+        "out": str(folder / "out"),
+    }
+
+
+def recipe(values: dict[str, Any], *overrides: str) -> Recipe:
+    return Recipe.of(values, overrides)
+
+
+def run(values: dict[str, Any], *overrides: str, **keywords: Any) -> list[Event]:
+    return list(fit(recipe(values, *overrides), **keywords))
+
+
+def curve(events: Sequence[Event]) -> list[Step]:
+    return [event for event in events if isinstance(event, Step)]
+
+
+def until(events: Iterator[Event], step: int) -> None:
+    """Go on to ``step`` and stop there, as an interrupt does."""
+    for event in events:
+        if isinstance(event, Step) and event.step == step:
+            break
+    events.close()
