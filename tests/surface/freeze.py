@@ -21,7 +21,7 @@ def names() -> str:
     lines = []
     for name in packages:
         public = getattr(importlib.import_module(name), "__all__", [])
-        lines.append(f"{name}: {' '.join(public)}".rstrip())
+        lines.append(f"{name}: {' '.join(sorted(public))}".rstrip())
     return "\n".join(lines) + "\n"
 
 

@@ -25,10 +25,10 @@ def test_every_folder_is_a_package(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", *source.folders(source.PACKAGE)])
-def test_names_in_all_exist_and_are_sorted(folder: str) -> None:
+def test_names_in_all_exist(folder: str) -> None:
     module = importlib.import_module(".".join(filter(None, ["tarsia", folder])))
     public = list(getattr(module, "__all__", []))
-    assert public == sorted(set(public))
+    assert len(public) == len(set(public))
     for name in public:
         assert getattr(module, name) is not None
 
