@@ -127,6 +127,9 @@ def test_nobody_reading_is_no_error(size: int) -> None:
     )
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False, env=buffered
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
