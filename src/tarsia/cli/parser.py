@@ -8,9 +8,9 @@ import re
 from typing import Any, NoReturn
 
 import tarsia
-from tarsia.cli import doctor, sites
+from tarsia.cli import ask, doctor, evaluate, sites
 
-VERBS = (sites, doctor)
+VERBS = (evaluate, ask, sites, doctor)
 
 
 class Parser(argparse.ArgumentParser):

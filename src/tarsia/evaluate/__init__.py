@@ -3,6 +3,7 @@
 from tarsia.evaluate.bootstrap import Interval, interval, paired
 from tarsia.evaluate.chat import Chat
 from tarsia.evaluate.choose import Chances, chances
+from tarsia.evaluate.effect import effects
 from tarsia.evaluate.evaluate import active, evaluate
 from tarsia.evaluate.generate import generate
 from tarsia.evaluate.metrics import METRICS, find, metric
@@ -21,6 +22,7 @@ __all__ = [
     "active",
     "chances",
     "compare",
+    "effects",
     "evaluate",
     "find",
     "generate",

@@ -1,0 +1,61 @@
+"""A base with its adapters, as the verbs that answer questions open it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tarsia.adapter import Host
+    from tarsia.data import Sample
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Declare the model, its adapters and where it runs."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or mini-1")
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", action="append", default=[], help="an adapter to put in; may be given again"
+    )
+    parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
+
+
+def opened(args: argparse.Namespace) -> Host:
+    """The base with every adapter put in and acting, each under its folder's name. Nothing is ever left out:
+    an adapter that is missing, broken or of another base is refused."""
+    from tarsia.adapter import load, open_base, put
+    from tarsia.core.attach import activate
+
+    names = _names(args.adapter)
+    host = open_base(args.model, device=args.device)
+    for name, folder in zip(names, args.adapter, strict=True):
+        put(host, load(folder, host), name)
+    activate(host.model, *names)
+    return host
+
+
+def warn_without_effect(host: Host, samples: Sequence[Sample]) -> dict[str, float]:
+    """Say on stderr which adapters change nothing for these rows; returns how much each changes."""
+    from tarsia.evaluate import effects
+
+    found = effects(host, samples)
+    for name, moved in found.items():
+        if moved == 0:
+            where = " or ".join(dict.fromkeys(sample.source for sample in samples))
+            print(f"tarsia: warning: the adapter {name} changes nothing here ({where})", file=sys.stderr)
+    return found
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """One name for each adapter, from its folder. Raises ConfigError where two are the same."""
+    from tarsia.core.errors import ConfigError
+
+    names = [re.sub(r"[^A-Za-z0-9_-]+", "-", Path(folder).absolute().name) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            "Two adapters have one name.", given=", ".join(folders), do="give each once, in folders of different names"
+        )
+    return names
