@@ -1,0 +1,119 @@
+"""Killed with SIGKILL at any moment and run again, a run gives the same curve and the same adapter, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from train import small
+
+from tarsia.train.events import read_log
+
+MOMENTS = 20
+
+
+def work(values: dict, calls_to_live: int | None) -> None:
+    """One run in a process of its own; dies at the given call that touches the disk, if any."""
+    if calls_to_live is not None:
+        left = [calls_to_live]
+
+        def counted(function):
+            def call(*args, **keywords):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **keywords)
+
+            return call
+
+        # everything that a checkpoint, the log and the adapter are written with
+        os.fsync, os.replace, os.open = counted(os.fsync), counted(os.replace), counted(os.open)
+        os.mkdir, shutil.rmtree = counted(os.mkdir), counted(shutil.rmtree)
+    small.run(values)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start ``work`` in a process that has imported everything already and trained nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.small", "transformers.models.llava.modeling_llava", "tarsia.train.loop"])
+
+    def started(values, calls_to_live=None):
+        process = context.Process(target=work, args=(values, calls_to_live))
+        process.start()
+        return process
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def reference(start, tmp_path_factory):
+    """Recipe values, the uninterrupted run's result, and its seconds."""
+    values = small.world(tmp_path_factory.mktemp("killed")) | {"save_every": 2}
+    warm = start(values | {"out": values["out"] + "-warm"})
+    warm.join()
+    began = time.perf_counter()
+    process = start(values)
+    process.join()
+    assert (warm.exitcode, process.exitcode) == (0, 0)
+    return values, result(values["out"]), time.perf_counter() - began
+
+
+def result(out: str) -> tuple[list[dict], bytes]:
+    """The whole curve as the log holds it, without its one unrepeatable field, and the adapter's tensors."""
+    curve = [event for event in read_log(Path(out) / "events.jsonl") if event["event"] == "step"]
+    for event in curve:
+        del event["tokens_per_second"]
+    return curve, (Path(out) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def killed_then_resumed(start, reference, moment: int, tmp_path: Path) -> None:
+    values, expected, seconds = reference
+    values = values | {"out": str(tmp_path / "out")}
+    chance = random.Random(moment)
+    if moment % 2:
+        process = start(values, chance.randrange(30))
+        process.join()
+    else:
+        process = start(values)
+        process.join(chance.uniform(0, seconds))
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    again = start(values)
+    again.join()
+    assert again.exitcode == 0
+    curve, adapter = result(values["out"])
+    assert [event["step"] for event in curve] == list(range(1, values["steps"] + 1))
+    assert curve == expected[0]
+    assert adapter == expected[1]
+    assert not list(Path(values["out"]).rglob(".partial*"))
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_killed_run_goes_on_to_the_same_bits(start, reference, moment, tmp_path):
+    killed_then_resumed(start, reference, moment, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(5, MOMENTS))
+def test_a_killed_run_goes_on_to_the_same_bits_at_more_moments(start, reference, moment, tmp_path):
+    killed_then_resumed(start, reference, moment, tmp_path)
+
+
+def test_the_comparison_tells_two_runs_apart(start, reference, tmp_path):
+    values, expected, _ = reference
+    other = values | {"out": str(tmp_path / "out"), "seed": 1}
+    process = start(other)
+    process.join()
+    found = result(other["out"])
+    assert found[0] != expected[0]
+    assert found[1] != expected[1]
+    assert json.dumps(found[0]) != json.dumps(expected[0])
