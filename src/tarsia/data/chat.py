@@ -27,7 +27,8 @@ class Rendered:
 class Template:
     """A processor's chat template, tried out before it is trusted.
 
-    ``variables`` are the template's own (a date, say). Raises DataError where there is no template,
+    ``variables`` are the template's own (a date, say). ``marker`` is what stands for a picture in the
+    text, ``closing`` what the template writes after an answer. Raises DataError where there is no template,
     it reads the clock, it does not render pictures and texts, or it has no generation prompt for what
     it writes before an answer.
     """
@@ -121,11 +122,11 @@ class Template:
         answer = self._message(Message("assistant", (_PROBE,)), _NOWHERE)
         prompted = self._apply(question, prompt=True, where=None)
         said = self._apply([*question, answer], prompt=False, where=None).removeprefix(prompted)
-        header = said.partition(_PROBE)[0].strip()
-        if header and prompted == self._apply(question, prompt=False, where=None):
+        header, _, self.closing = said.partition(_PROBE)
+        if header.strip() and prompted == self._apply(question, prompt=False, where=None):
             raise DataError(
                 "The chat template has no generation prompt, so an answer's header would be learnt with it.",
-                given=repr(header),
+                given=repr(header.strip()),
                 do="let the template write it under {% if add_generation_prompt %}",
             )
 

@@ -105,6 +105,11 @@ class Encoder:
         controls = {self.template.marker, *(added[i].content for i in self._special)}
         self._controls = re.compile("|".join(re.escape(c) for c in sorted(controls, key=len, reverse=True)))
 
+    @property
+    def closes(self) -> bool:
+        """Whether answers end with a control token, so that a model can learn from them when to stop."""
+        return bool(self._controls.search(self.template.closing))
+
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Encode ``samples`` as one padded batch.
 
@@ -123,6 +128,7 @@ class Encoder:
             full = text.encoding.ids
             if got.tolist() != full[: self.max_length]:
                 raise _error(sample, "the processor's tokens are not those of its text.", f"{len(got)} tokens")
+            self._check_first(sample, full)
             said = [t for span in told.spans for t in self._said(sample, text, span) if t < len(got)]
             if not said:
                 given = f"{len(full)} tokens, max_length {self.max_length}"
@@ -142,6 +148,15 @@ class Encoder:
         # As transformers does: a template that writes the first token itself wants no second one.
         bos = self.processor.tokenizer.bos_token
         return not (bos and rendered.text.startswith(bos))
+
+    def _check_first(self, sample: Sample, ids: Sequence[int]) -> None:
+        bos = self.processor.tokenizer.bos_token_id
+        if bos is not None and [i for i in ids if i != self.processor.image_token_id][:2] == [bos, bos]:
+            raise DataError(
+                f"Row {sample.row} of {sample.source} begins with two first tokens.",
+                given=self.processor.tokenizer.bos_token,
+                do="let the chat template write it: then neither the processor nor the tokenizer adds another",
+            )
 
     def _no_controls(self, sample: Sample) -> None:
         for message in sample.messages:

@@ -1,0 +1,122 @@
+"""The mix: the ratio asked for is the ratio drawn, every row in its turn, and resumed exactly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tarsia.core.errors import ConfigError
+from tarsia.data import Message, Mixture, Sample
+
+
+def source(length: int, name: str = "s") -> tuple[Sample, ...]:
+    return tuple(Sample((Message("user", (str(i),)),), (), name, i) for i in range(length))
+
+
+def mixture(lengths: tuple[int, ...] = (50, 7, 300), weights: tuple[float, ...] = (9, 1, 5), seed: int = 3) -> Mixture:
+    return Mixture([source(n, f"s{i}") for i, n in enumerate(lengths)], weights, seed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=1, max_size=4),
+    st.integers(-(2**70), 2**70),
+    st.integers(0, 9000),
+)
+def test_any_row_is_a_pure_function_of_its_number(mix: list[tuple[int, float]], seed: int, start: int) -> None:
+    lengths, weights = (tuple(column) for column in zip(*mix, strict=True))
+    stream = mixture(lengths, weights, seed)
+    later = [stream.row(n) for n in range(start, start + 20)]
+    again = mixture(lengths, weights, seed)
+    assert [again.row(n) for n in reversed(range(start, start + 20))] == later[::-1]
+    assert all(row < lengths[s] for s, row in later)
+
+
+def test_a_resumed_stream_goes_on_as_if_it_had_not_stopped() -> None:
+    one, first, second = mixture(), mixture(), mixture()
+    whole = [one.row(n) for n in range(9000)]
+    assert [first.row(n) for n in range(4100)] + [second.row(n) for n in range(4100, 9000)] == whole
+
+
+def test_the_stream_is_the_same_for_ever() -> None:
+    """Written down once: a change here would change every run that is resumed."""
+    stream = mixture()
+    golden = [(0, 45), (0, 9), (2, 261), (0, 37), (0, 18), (2, 67), (0, 37)]
+    assert [stream.row(n) for n in (0, 1, 2, 3, 4095, 4096, 100_000)] == golden
+
+
+def test_every_epoch_of_a_source_has_every_row_once_in_another_order() -> None:
+    stream = mixture((11, 5), (1, 2))
+    drawn: list[list[int]] = [[], []]
+    for n in range(2000):
+        s, row = stream.row(n)
+        drawn[s].append(row)
+    for rows, length in zip(drawn, (11, 5), strict=True):
+        epochs = [tuple(rows[i : i + length]) for i in range(0, len(rows) - length + 1, length)]
+        assert all(sorted(epoch) == list(range(length)) for epoch in epochs)
+        assert len(set(epochs)) > len(epochs) / 10
+    positions = [drawn[0][i : i + 11].index(0) for i in range(0, len(drawn[0]) - 10, 11)]
+    assert set(positions) == set(range(11))
+
+
+def test_counts_are_exact() -> None:
+    stream = mixture()
+    rows = [stream.row(n)[0] for n in range(5000)]
+    for n in (0, 1, 17, 4095, 4096, 4097, 5000):
+        assert stream.counts(n) == tuple(rows[:n].count(s) for s in range(3))
+
+
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (1, 1), (0.99, 0.01), (3, 1)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_ratio_asked_for_is_the_ratio_got(weights: tuple[float, float], seed: int) -> None:
+    n = 40_000
+    asked, rest = mixture((20, 20), weights, seed).shares(n)
+    assert asked.asked == pytest.approx(weights[0] / sum(weights))
+    assert asked.got == asked.rows / n and asked.got + rest.got == 1
+    assert abs(asked.got - asked.asked) < 4.5 * math.sqrt(asked.asked * (1 - asked.asked) / n)
+    assert asked.epochs == asked.rows / 20
+    assert mixture((20, 20), weights, seed).shares(0)[0].got == 0
+
+
+def test_seeds_and_sources_have_orders_of_their_own() -> None:
+    def order(stream: Mixture, s: int) -> list[int]:
+        return [row for t, row in (stream.row(n) for n in range(500)) if t == s][:40]
+
+    a, b = mixture((40, 40), (1, 1), 0), mixture((40, 40), (1, 1), 1)
+    assert order(a, 0) != order(a, 1)
+    assert order(a, 0) != order(b, 0)
+
+
+def test_a_weight_of_zero_is_never_drawn() -> None:
+    for weights in ((0, 1, 0), (1 / 3, 1 / 3, 0), (0.1 + 0.2, 0.7, 0.0)):
+        counts = mixture((5, 5, 5), weights).counts(20_000)
+        assert [c == 0 for c in counts] == [w == 0 for w in weights]
+    stream = mixture((5, 5), (math.nextafter(1, 0), 0))
+    assert stream._edges[0] == 1.0
+
+
+def test_samples_come_from_their_sources() -> None:
+    stream = mixture()
+    for n in range(50):
+        s, row = stream.row(n)
+        assert (stream[n].source, stream[n].row) == (f"s{s}", row)
+
+
+@pytest.mark.parametrize(
+    "lengths, weights",
+    [
+        ((), ()),
+        ((3,), (1, 1)),
+        ((3, 0), (1, 1)),
+        ((3, 3), (1, -1)),
+        ((3,), (math.nan,)),
+        ((3,), (math.inf,)),
+        ((3,), (0,)),
+    ],
+)
+def test_a_mix_that_makes_no_sense_is_refused(lengths: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="mixture"):
+        mixture(lengths, weights)

@@ -1,0 +1,216 @@
+"""Sources: the same rows from every kind of file, in order, read lazily, and refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data.processors import picture
+from pydantic import ValidationError
+
+from tarsia.core.errors import DataError
+from tarsia.data import Rows, Sample, Source, read, sources
+
+ROWS = 7
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(shade=shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def chat(i: int) -> dict[str, object]:
+    return {
+        "messages": [
+            {"role": "user", "content": "<image>" * (i % 3) + f"which {i}? é😀"},
+            {"role": "assistant", "content": f"the {i}th"},
+        ]
+    }
+
+
+def paths(folder: Path) -> list[dict[str, object]]:
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(png(i))
+    return [chat(i) | {"images": [f"{j}.png" for j in range(i % 3)]} for i in range(ROWS)]
+
+
+def inline() -> list[dict[str, object]]:
+    return [chat(i) | {"images": [{"bytes": png(j), "path": None} for j in range(i % 3)]} for i in range(ROWS)]
+
+
+def jsonl(folder: Path) -> str:
+    lines = [json.dumps(row, ensure_ascii=False) for row in paths(folder)]
+    (folder / "a.jsonl").write_text("\n\n".join(lines) + "\n \n", encoding="utf8")
+    return str(folder / "a.jsonl")
+
+
+def whole_json(folder: Path) -> str:
+    (folder / "a.json").write_text(json.dumps(paths(folder)), encoding="utf8")
+    return str(folder / "a.json")
+
+
+def parquet(folder: Path) -> str:
+    pq.write_table(pa.Table.from_pylist(inline()), folder / "a.parquet", row_group_size=2)
+    return str(folder / "a.parquet")
+
+
+def saved(folder: Path) -> str:
+    table = datasets.Dataset.from_list(inline())
+    table.cast_column("images", datasets.List(datasets.Image())).save_to_disk(folder / "a")
+    return str(folder / "a")
+
+
+def several(folder: Path) -> str:
+    table = datasets.Dataset.from_list(inline())
+    datasets.DatasetDict({"train": table}).save_to_disk(folder / "a")
+    return str(folder / "a")
+
+
+def content(sample: Sample) -> object:
+    return sample.messages, [p.load().tobytes() for p in sample.pictures], sample.source, sample.row
+
+
+@pytest.mark.parametrize("write", [jsonl, whole_json, parquet, saved, several])
+def test_the_same_rows_from_everywhere(write: Callable[[Path], str], tmp_path: Path) -> None:
+    rows = read(Source(path=write(tmp_path)))
+    (tmp_path / "other").mkdir()
+    wanted = read(Source(path=jsonl(tmp_path / "other")))
+    assert len(rows) == ROWS
+    assert [content(s) for s in rows] == [content(s) for s in wanted]
+    assert [content(s) for s in reversed(rows)] == [content(s) for s in wanted[::-1]]
+    assert [len(s.pictures) for s in rows] == [i % 3 for i in range(ROWS)]
+    assert content(rows[-1]) == content(rows[ROWS - 1])
+    with pytest.raises(IndexError):
+        rows[ROWS]
+
+
+def test_one_split_must_be_named_where_there_are_several(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(inline())
+    datasets.DatasetDict({"a": table, "b": table.select(range(2))}).save_to_disk(tmp_path / "x")
+    path = str(tmp_path / "x")
+    assert len(read(Source(path=path, split="b"))) == 2
+    for split in (None, "c"):
+        with pytest.raises(DataError, match="splits|No such split") as error:
+            read(Source(path=path, split=split))
+        assert "a, b" in str(error.value)
+    with pytest.raises(DataError, match="no splits"):
+        read(Source(path=saved(tmp_path), split="a"))
+    with pytest.raises(DataError, match="no splits"):
+        read(Source(path=jsonl(tmp_path), split="a"))
+
+
+def test_limit_name_columns_and_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "belt.jsonl"
+    path.write_text('{"prompt": "q", "completion": "a", "junk": 1}\n' * 5, encoding="utf8")
+    columns = {"question": "prompt", "answer": "completion"}
+    rows = read(Source(path=str(path), limit=3, columns=columns, ignore=("junk",)))
+    assert (len(rows), rows[2].source, rows[2].row) == (3, "belt", 2)
+    assert [m.text for m in rows[0].messages] == ["q", "a"]
+    assert len(read(Source(path=str(path), name="b", limit=9))) == 5
+    with pytest.raises(DataError, match="understands: junk"):
+        read(Source(path=str(path), columns=columns))[0]
+    with pytest.raises(DataError, match="not there") as error:
+        read(Source(path=str(path), columns={"question": "promt"}))[0]
+    assert "promt" in str(error.value) and "prompt, completion" in str(error.value)
+
+
+def test_a_source_is_a_frozen_description() -> None:
+    source = Source(path="hub:owner/name")
+    assert source.title == "name"
+    with pytest.raises(ValidationError):
+        source.limit = 3
+    for wrong in ({"path": ""}, {"path": "x", "limit": 0}, {"path": "x", "colums": {}}):
+        with pytest.raises(ValidationError):
+            Source.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    "name, body, says",
+    [
+        ("a.csv", b"x", "no known kind"),
+        ("a.jsonl", b"", "no rows"),
+        ("a.jsonl", b'{"question": "q",\n', "Row 0 of a is not JSON"),
+        ("a.jsonl", b'{"question": "q", "answer": "\xff"}\n', "Row 0 of a is not JSON"),
+        ("a.jsonl", b"[1, 2]\n", "not an object"),
+        ("a.json", b"{", "not JSON"),
+        ("a.json", b'{"question": "q"}', "not a list of rows"),
+        ("a.json", b"[]", "no rows"),
+        ("a.parquet", b"PAR1 not", "not a Parquet file"),
+        ("a.parquet", b"", "not a Parquet file"),
+    ],
+)
+def test_a_bad_file_is_refused(name: str, body: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(body)
+    with pytest.raises(DataError, match=says):
+        read(Source(path=str(tmp_path / name)))[0]
+
+
+def test_a_missing_source_and_a_strange_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing"):
+        read(Source(path=str(tmp_path / "a.jsonl")))
+    with pytest.raises(DataError, match="save_to_disk"):
+        read(Source(path=str(tmp_path)))
+
+
+def test_the_hub_is_asked_for_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        if split == "none":
+            raise ConnectionError("offline")
+        return datasets.Dataset.from_list(inline())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(read(Source(path="hub:owner/name"))[2].pictures) == 2
+    assert len(read(Source(path="hub:owner/name", split="test", limit=1))) == 1
+    with pytest.raises(DataError, match="hub: offline"):
+        read(Source(path="hub:owner/name", split="none"))
+    assert asked == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "none")]
+
+
+def test_parquet_is_read_by_row_group_and_kept_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path)
+    groups: list[int] = []
+    whole = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, group: int) -> pa.Table:
+        groups.append(group)
+        return whole(self, group)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    rows = read(Source(path=path))
+    assert groups == []
+    assert [rows[i].row for i in (5, 4, 0, 5, 1)] == [5, 4, 0, 5, 1]
+    assert groups == [2, 0]
+    monkeypatch.setattr(sources, "_KEEP_BYTES", 1)
+    groups.clear()
+    rows = read(Source(path=path))
+    assert [rows[i].row for i in (5, 4, 0, 5, 1)] == [5, 4, 0, 5, 1]
+    assert groups == [2, 0, 2, 0]
+
+
+def test_a_damaged_row_group_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    path = Path(parquet(tmp_path))
+    body = bytearray(path.read_bytes())
+    body[4:200] = bytes(196)
+    path.write_bytes(bytes(body))
+    rows = read(Source(path=str(path)))
+    with pytest.raises(DataError, match="Row group 0 of a can not be read"):
+        rows[0]
+
+
+def test_a_missing_picture_is_found_when_it_is_loaded(tmp_path: Path) -> None:
+    rows: Rows = read(Source(path=jsonl(tmp_path)))
+    (tmp_path / "0.png").unlink()
+    sample = rows[1]
+    with pytest.raises(DataError, match="row 1 of a is missing") as error:
+        sample.pictures[0].load()
+    assert str(tmp_path / "0.png") in str(error.value)
