@@ -24,7 +24,9 @@ def write_folder(folder: Path, write: Callable[[Path], None], mine: Callable[[Pa
     """
     if folder.is_symlink() or (folder.exists() and not _replaceable(folder, mine)):
         raise AdapterError(
-            "Something that is no adapter is there already.", given=str(folder), do="choose another folder, or remove it first"
+            "Something that is no adapter is there already.",
+            given=str(folder),
+            do="choose another folder, or remove it first",
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,9 @@ class PeftConfig:
     def read(cls, fields: Mapping[str, Any]) -> Self:
         """Raises AdapterError, naming the field, for anything that would change the mathematics unheard."""
         if fields.get("peft_type") != "LORA":
-            raise AdapterError("This kind of adapter can not be read.", given=f"peft_type {fields.get('peft_type')!r}", allowed="LORA")
+            raise AdapterError(
+                "This kind of adapter can not be read.", given=f"peft_type {fields.get('peft_type')!r}", allowed="LORA"
+            )
         for key, value in fields.items():
             if key not in _IGNORED | _READ and value not in (None, False, "", [], {}):
                 raise AdapterError(
@@ -83,7 +85,12 @@ class PeftConfig:
                     do="let PEFT fold it into the base, or train without it",
                 )
         _refuse(fields, "bias", fields.get("bias", "none") in ("none", None), '"none"')
-        _refuse(fields, "fan_in_fan_out", not fields.get("fan_in_fan_out"), "false: no linear layer here is stored transposed")
+        _refuse(
+            fields,
+            "fan_in_fan_out",
+            not fields.get("fan_in_fan_out"),
+            "false: no linear layer here is stored transposed",
+        )
         init = fields.get("init_lora_weights", True)
         _refuse(fields, "init_lora_weights", init in _PLAIN_INITS, "an initialisation that leaves the base as it is")
         for key in ("r", "lora_alpha", "target_modules"):
@@ -126,7 +133,9 @@ class PeftConfig:
     def _layer(self, path: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern] or [
+            r".*?\.[^.]*\.(?P<index>\d+)\."
+        ]
         found = next((match for p in patterns if (match := re.match(p, path))), None)
         return found is not None and int(found["index"]) in self.layers_to_transform
 
@@ -167,12 +176,16 @@ def _patterns(fields: Mapping[str, Any]) -> None:
         try:
             re.compile(text)
         except re.error as error:
-            raise AdapterError(f"The adapter's {key} holds no regular expression.", given=f"{text!r}: {error}") from None
+            raise AdapterError(
+                f"The adapter's {key} holds no regular expression.", given=f"{text!r}: {error}"
+            ) from None
 
 
 def _number(fields: Mapping[str, Any], key: str) -> float:
     value = fields[key]
-    _refuse(fields, key, isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value), "a number")
+    _refuse(
+        fields, key, isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value), "a number"
+    )
     return float(value)
 
 

@@ -1,9 +1,9 @@
 """Adapters as folders: written whole or not at all, read wholly or refused.
 
-    adapter_config.json        PEFT's, where PEFT has a place for all of it; else peft_type TARSIA
-    adapter_model.safetensors  the tensors
-    probe.safetensors          inputs and outputs of the probe, where there is one
-    tarsia.json                format, parts, patches with their constants, fingerprint, card, digests of the files
+adapter_config.json        PEFT's, where PEFT has a place for all of it; else peft_type TARSIA
+adapter_model.safetensors  the tensors
+probe.safetensors          inputs and outputs of the probe, where there is one
+tarsia.json                format, parts, patches with their constants, fingerprint, card, digests of the files
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ from tarsia.core.errors import AdapterError
 from tarsia.core.method import find
 
 FORMAT = 1
-CONFIG, TENSORS, OURSELVES, PROBE = "adapter_config.json", "adapter_model.safetensors", "tarsia.json", "probe.safetensors"
+CONFIG, TENSORS, OURSELVES, PROBE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tarsia.json",
+    "probe.safetensors",
+)
 
 
 def save(adapter: Adapter, folder: Path | str) -> None:
@@ -97,11 +102,7 @@ def _keys(adapter: Adapter) -> dict[str, dict[str, str]]:
 def _config(adapter: Adapter) -> dict[str, Any]:
     if not adapter.layout.obstacles:
         return peft_config.write(adapter)
-    return {
-        "peft_type": OURS,
-        "base_model_name_or_path": adapter.base,
-        "why_not_peft": list(adapter.layout.obstacles),
-    }
+    return {"peft_type": OURS, "base_model_name_or_path": adapter.base, "why_not_peft": list(adapter.layout.obstacles)}
 
 
 def _described(adapter: Adapter, keys: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
@@ -145,7 +146,9 @@ def _read(folder: Path) -> Adapter:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(
-            "tarsia.json is incomplete.", given=f"{folder}: {type(error).__name__} {error}", do="fetch the adapter again"
+            "tarsia.json is incomplete.",
+            given=f"{folder}: {type(error).__name__} {error}",
+            do="fetch the adapter again",
         ) from None
     _check_agreement(adapter, read_json(folder / CONFIG))
     return adapter
@@ -156,9 +159,7 @@ def _part(values: Mapping[str, Any]) -> Part:
 
 
 def _layout(values: Mapping[str, Any]) -> Layout:
-    return Layout(
-        tuple(values["targets"]), tuple(values["saved"]), values["places"], tuple(values["obstacles"])
-    )
+    return Layout(tuple(values["targets"]), tuple(values["saved"]), values["places"], tuple(values["obstacles"]))
 
 
 def _patches(described: Mapping[str, Any], held: dict[str, Tensor]) -> dict[str, Patched]:
@@ -215,7 +216,9 @@ def _probe(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Probe:
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise AdapterError("The adapter holds values that are no numbers.", given=key, do="use an earlier checkpoint")
+            raise AdapterError(
+                "The adapter holds values that are no numbers.", given=key, do="use an earlier checkpoint"
+            )
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -229,7 +232,9 @@ def _write_json(value: Mapping[str, Any], path: Path) -> None:
     try:
         text = json.dumps(value, indent=2, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"{path.name} can not be written.", given=error, do="keep the card to what JSON holds") from None
+        raise AdapterError(
+            f"{path.name} can not be written.", given=error, do="keep the card to what JSON holds"
+        ) from None
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -262,7 +267,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again") from None
+        raise AdapterError(
+            f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again"
+        ) from None
     if not isinstance(value, dict):
         raise AdapterError(f"{path.name} is no JSON object.", given=str(path), do="fetch the adapter again")
     return value
@@ -276,14 +283,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path.name} is missing." + (" A pickle can run any program and is never read." if pickled else ""),
             given=f"{path.parent}: {', '.join(pickled) or 'no tensors'}",
             allowed="safetensors",
-            do="save it again as safetensors, with PEFT, where you trust the file" if pickled else "fetch the adapter again",
+            do="save it again as safetensors, with PEFT, where you trust the file"
+            if pickled
+            else "fetch the adapter again",
         )
     header(path)
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again") from None
+        raise AdapterError(
+            f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again"
+        ) from None
     _check_finite(tensors)
     return tensors
-
-

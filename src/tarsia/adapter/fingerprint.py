@@ -21,7 +21,14 @@ NONE = "none"
 """The digest of a thing that the base does not have."""
 
 _OPTIONAL = ("processor", "template")
-_NOT_MATHEMATICS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "quantization_config", "architectures"}
+_NOT_MATHEMATICS = {
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "_name_or_path",
+    "quantization_config",
+    "architectures",
+}
 _PROCESSOR_JSON = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -129,7 +136,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the model again") from None
+        raise AdapterError(
+            f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the model again"
+        ) from None
     if not isinstance(value, dict):
         raise AdapterError(f"{path.name} is no JSON object.", given=str(path), do="fetch the model again")
     return value

@@ -104,7 +104,9 @@ def _device(device: str) -> torch.device:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise ConfigError("This device is not here.", given=f"{device}: {first}", do='use "cpu", or see `tarsia doctor`') from None
+        raise ConfigError(
+            "This device is not here.", given=f"{device}: {first}", do='use "cpu", or see `tarsia doctor`'
+        ) from None
     return place
 
 
@@ -114,7 +116,9 @@ def _folder(name: str) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             kind = "an adapter" if (folder / "adapter_config.json").is_file() else "no model"
-            raise ConfigError(f"This folder is {kind}.", given=name, do="give the folder of a base model, with its config.json")
+            raise ConfigError(
+                f"This folder is {kind}.", given=name, do="give the folder of a base model, with its config.json"
+            )
         return folder
     if found.count("/") != 1 or found.startswith((".", "/", "~")):
         raise ConfigError(
@@ -141,7 +145,9 @@ def _anatomy(folder: Path) -> Anatomy:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError("config.json can not be read.", given=f"{folder}: {error}", do="fetch the model again") from None
+        raise AdapterError(
+            "config.json can not be read.", given=f"{folder}: {error}", do="fetch the model again"
+        ) from None
     if not isinstance(config, dict):
         raise AdapterError("config.json is no JSON object.", given=str(folder), do="fetch the model again")
     return anatomy_of(config)
@@ -165,7 +171,11 @@ def _model(folder: Path, dtype: torch.dtype) -> nn.Module:
         first = str(error).splitlines()[0]
         raise AdapterError("The base can not be loaded.", given=f"{folder}: {first}", do="fetch it again") from None
     model, report = loaded
-    wrong = {k: sorted(map(str, v)) for k, v in report.items() if v and k in ("missing_keys", "mismatched_keys", "error_msgs")}
+    wrong = {
+        k: sorted(map(str, v))
+        for k, v in report.items()
+        if v and k in ("missing_keys", "mismatched_keys", "error_msgs")
+    }
     if wrong:
         raise AdapterError(
             "The base is not whole: Transformers would fill parts of it with random numbers.",

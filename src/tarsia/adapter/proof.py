@@ -106,7 +106,9 @@ def _dtype(model: nn.Module) -> str:
     found = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if id(p) not in inside}
     known = sorted(found & TOLERANCE.keys())
     if not known:
-        raise AdapterError("The probe does not know this precision.", given=", ".join(found), allowed=", ".join(TOLERANCE))
+        raise AdapterError(
+            "The probe does not know this precision.", given=", ".join(found), allowed=", ".join(TOLERANCE)
+        )
     return known[0]
 
 

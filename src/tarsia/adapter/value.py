@@ -94,7 +94,9 @@ def _copied(site: Site, method: str, patch: Patch) -> Patched:
     tensors = {}
     for key, value in patch.state_dict().items():
         if value.is_meta:
-            raise AdapterError(f"The patch at {site.path} is not in memory.", given=key, do="load it before it is saved")
+            raise AdapterError(
+                f"The patch at {site.path} is not in memory.", given=key, do="load it before it is saved"
+            )
         tensors[key] = value.detach().to("cpu", copy=True).contiguous()
     constants = {key: getattr(patch, key) for key in patch.constants}
     return Patched(method, MappingProxyType(constants), MappingProxyType(tensors))

@@ -1,0 +1,351 @@
+"""Adapters that PEFT made: sites from the tensors' keys, held to what the configuration says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tarsia.adapter.config import DUMMY, OURS, PeftConfig
+from tarsia.adapter.host import Host
+from tarsia.adapter.layout import bare, layout
+from tarsia.adapter.spelling import Speller, respellings
+from tarsia.adapter.value import Adapter, Patched
+from tarsia.core.attach import Part
+from tarsia.core.errors import AdapterError, BaseMismatch, ConfigError
+from tarsia.core.site import Site
+from tarsia.methods.full import FullConfig
+from tarsia.methods.lora import LoRAConfig
+
+_LORA = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<rest>.+)")
+_UNKNOWN = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA on an embedding",
+    "lora_B.bias": "a bias of lora_B",
+    "lora_": "a variant of LoRA",
+    "token_adapter": "trainable tokens",
+    "prompt_embeddings": "prompts",
+}
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """A file's tensors: low-rank factors by module and side, and replaced parameters, as the base spells them."""
+
+    factors: Mapping[str, Mapping[str, Tensor]]
+    replaced: Mapping[str, Tensor]
+    spelled: Mapping[str, str]
+    """The file's name of each module or parameter to the base's."""
+
+
+def read_foreign(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], host: Host | None, *, allow: Collection[str] = ()
+) -> Adapter:
+    """The adapter in a PEFT folder: ``fields`` of adapter_config.json and ``tensors`` by key.
+
+    Raises AdapterError for a field that changes the mathematics and is not known, a tensor that is left
+    over, missing or of another shape, or a site that configuration and tensors do not agree on.
+    """
+    unknown = sorted(set(allow) - {"base name"})
+    if unknown:
+        raise ConfigError("This difference can not be allowed.", given=unknown[0], allowed="base name")
+    if fields.get("peft_type") == OURS:
+        raise AdapterError("tarsia.json is missing.", do="fetch the whole folder again")
+    config = PeftConfig.read(fields)
+    if host is None:
+        raise AdapterError(
+            "An adapter that PEFT made is understood only against its base.",
+            do="open the base and pass it: load(folder, host)",
+        )
+    name = fields.get("base_model_name_or_path") or None
+    _check_name(name, host, "base name" in allow)
+    modules = bare(host.model)
+    held = _sort(tensors, Speller.of(host.model, host.sites), modules)
+    sites = _low_rank(held, config, host)
+    replaced = _whole(held, config, host, modules)
+    _check_targets(held, config, host, modules)
+    patches = {
+        path: Patched(
+            "lora",
+            MappingProxyType({"scale": _scale(config, held, path), "dropout": config.dropout}),
+            MappingProxyType(dict(held.factors[path])),
+        )
+        for path in (site.path for site in sites)
+    }
+    patches |= {
+        site.path: Patched("full", MappingProxyType({}), MappingProxyType(values)) for site, values in replaced.items()
+    }
+    if not patches:
+        raise AdapterError("The adapter holds no tensor.", do="fetch it again")
+    every = [(site, "lora") for site in sites] + [(site, "full") for site in replaced]
+    return Adapter(
+        parts=_parts(patches, config, held),
+        patches=MappingProxyType(patches),
+        layout=layout(host.model, every),
+        base=name,
+        fingerprint=None,
+        card=MappingProxyType({"base": "unverified base: only names and shapes were compared", "base_name": name}),
+    )
+
+
+def _check_name(name: str | None, host: Host, allowed: bool) -> None:
+    if name is None or host.path is None or allowed:
+        return
+
+    def last(text: str) -> str:
+        return text.rstrip("/").rpartition("/")[2].casefold()
+
+    if last(name) not in (last(host.name), last(str(host.path))):
+        raise BaseMismatch(
+            "The adapter was trained on a base of another name.",
+            given=host.name,
+            allowed=name,
+            do='open that base, or allow=("base name",) if it is the same under another name',
+        )
+
+
+def _sort(tensors: Mapping[str, Tensor], speller: Speller, modules: Mapping[str, nn.Module]) -> _Sorted:
+    factors: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    spelled: dict[str, str] = {}
+    names = set()
+    for key, value in tensors.items():
+        low, saved = _LORA.fullmatch(key), _SAVED.fullmatch(key)
+        names |= {match["name"] for match in (low, saved) if match and match["name"]}
+        if low:
+            path = spelled[low["path"]] = speller.find(low["path"])
+            if low["side"] in factors.setdefault(path, {}):
+                raise _twice(path)
+            factors[path][low["side"]] = value
+            continue
+        for mark, what in _UNKNOWN.items():
+            if mark in key:
+                raise AdapterError(
+                    f"The adapter holds {what}, which is not known here.", given=key, allowed="LoRA, modules_to_save"
+                )
+        name = f"{saved['module']}.{saved['rest']}" if saved else key
+        path = spelled[name] = speller.find(name) if not _is_buffer(name, speller, modules) else name
+        if path in replaced:
+            raise _twice(path)
+        replaced[path] = value
+    if len(names) > 1:
+        raise AdapterError(
+            "The file holds more than one adapter.", given=", ".join(sorted(names)), do="save each alone"
+        )
+    return _Sorted(factors, replaced, spelled)
+
+
+def _is_buffer(name: str, speller: Speller, modules: Mapping[str, nn.Module]) -> bool:
+    owner, _, leaf = name.removeprefix("base_model.model.").rpartition(".")
+    return owner in modules and leaf in modules[owner]._buffers
+
+
+def _twice(path: str) -> AdapterError:
+    return AdapterError(
+        "Two tensors of the file are one in this base.", given=path, do="the adapter belongs to another base"
+    )
+
+
+def _low_rank(held: _Sorted, config: PeftConfig, host: Host) -> list[Site]:
+    known = {site.path: site for site in host.sites}
+    names = {own: foreign for foreign, own in held.spelled.items()}
+    for path, sides in held.factors.items():
+        if set(sides) != {"A", "B"}:
+            raise AdapterError(f"Half of the update of {path} is missing.", given=f"lora_{next(iter(sides))} alone")
+        site = known.get(path)
+        if site is None or len(site.shape) != 2:
+            raise AdapterError("The adapter patches a module that takes no LoRA here.", given=path)
+        _check_factors(site, sides["A"], sides["B"], _either(config, names[path], path, "rank"))
+        if not (config.targets(_short(names[path])) or config.targets(path)):
+            raise AdapterError(
+                "The file holds a tensor that the configuration does not speak of.",
+                given=path,
+                allowed=f"target_modules {config.target_modules!r}",
+                do="adapter_config.json and adapter_model.safetensors do not belong together: fetch both again",
+            )
+    return [site for site in host.sites if site.path in held.factors]
+
+
+def _check_factors(site: Site, a: Tensor, b: Tensor, rank: int) -> None:
+    out, into = site.shape
+    if tuple(a.shape) != (rank, into) or tuple(b.shape) != (out, rank):
+        swapped = tuple(a.T.shape) == (out, rank) or (tuple(a.shape), tuple(b.shape)) == ((out, rank), (rank, into))
+        raise AdapterError(
+            f"The update of {site.path} has another shape than the base and the configuration.",
+            given=f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" + ("; they are swapped" if swapped else ""),
+            allowed=f"lora_A {(rank, into)}, lora_B {(out, rank)}",
+            do="open the base that it was trained on, or fetch the adapter again",
+        )
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _either(config: PeftConfig, foreign: str, own: str, what: str) -> Any:
+    """A rank or a scale under the spelling that the patterns were written in, else under the base's own."""
+    ask = getattr(config, what)
+    default = getattr(PeftConfig, what)(config, "")
+    found = ask(_short(foreign))
+    return found if found != default else ask(own)
+
+
+def _scale(config: PeftConfig, held: _Sorted, path: str) -> float:
+    foreign = next(name for name, own in held.spelled.items() if own == path)
+    return float(_either(config, foreign, path, "scale"))
+
+
+def _whole(
+    held: _Sorted, config: PeftConfig, host: Host, modules: Mapping[str, nn.Module]
+) -> dict[Site, dict[str, Tensor]]:
+    """The replaced parameters by site; each module that the configuration names must be there whole."""
+    values = _without_copies(held.replaced, modules, _saved_modules(held, config, modules))
+    wanted = {
+        f"{module}.{key}"
+        for module in _saved_modules(held, config, modules)
+        for key, _ in _base_parameters(modules, module)
+    }
+    _check_sets(set(values), wanted)
+    result: dict[Site, dict[str, Tensor]] = {}
+    for site in host.sites:
+        if site.weight in values:
+            result[site] = {"weight": values.pop(site.weight)}
+            if site.bias is not None:
+                result[site]["bias"] = values.pop(site.bias)
+    if values:
+        raise AdapterError("A tensor of the adapter belongs to no site of the base.", given=", ".join(sorted(values)))
+    _check_replaced(result, host)
+    return result
+
+
+def _saved_modules(held: _Sorted, config: PeftConfig, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Modules that ``modules_to_save`` names, in the base's spelling or in that of the file."""
+    owners = {}
+    for foreign, own in held.spelled.items():
+        if own in held.replaced:
+            theirs, ours = _short(foreign).split("."), own.split(".")
+            for depth in range(1, min(len(theirs), len(ours))):
+                owners[".".join(theirs[:-depth])] = ".".join(ours[:-depth])
+    named = {name: name for name in modules if name} | {f: o for f, o in owners.items() if o in modules}
+    unmatched = [m for m in config.modules_to_save if not any(name.endswith(m) for name in named)]
+    if unmatched:
+        raise AdapterError("modules_to_save names what the base does not have.", given=", ".join(unmatched))
+    return {own for name, own in named.items() if config.saves(name)}
+
+
+def _without_copies(
+    replaced: Mapping[str, Tensor], modules: Mapping[str, nn.Module], saved: set[str]
+) -> dict[str, Tensor]:
+    """Leave out what only repeats the base: buffers, and the embeddings that PEFT likes to save beside an update.
+
+    Raises AdapterError where such a tensor is not the base's own.
+    """
+    values = dict(replaced)
+    for name in replaced:
+        owner, _, leaf = name.rpartition(".")
+        buffer = leaf in modules[owner]._buffers
+        if not buffer and any(owner == module or owner.startswith(f"{module}.") for module in saved):
+            continue
+        own = modules[owner]._buffers[leaf] if buffer else modules[owner]._parameters[leaf]
+        value = values.pop(name)
+        if own is None or own.is_meta or not torch.equal(value.to(own.dtype), own.detach().cpu()):
+            raise AdapterError(
+                "The file holds a tensor that is not the base's and that the configuration does not speak of.",
+                given=f"{name} {tuple(value.shape)}",
+                allowed=f"modules_to_save {sorted(saved)}",
+                do="open the base that it was trained on; a vocabulary that was enlarged is not known here",
+            )
+    return values
+
+
+def _base_parameters(modules: Mapping[str, nn.Module], path: str) -> list[tuple[str, nn.Parameter]]:
+    found = []
+    for name, module in modules.items():
+        if name == path or name.startswith(f"{path}."):
+            below = name.removeprefix(path).removeprefix(".")
+            found += [(f"{below}.{k}" if below else k, p) for k, p in module._parameters.items() if p is not None]
+    return found
+
+
+def _check_sets(given: set[str], wanted: set[str]) -> None:
+    extra, missing = sorted(given - wanted), sorted(wanted - given)
+    if extra or missing:
+        raise AdapterError(
+            "Tensors and modules_to_save do not agree.",
+            given="; ".join(f"{n} {', '.join(k[:3])}" for n, k in (("left over", extra), ("missing", missing)) if k),
+            do="adapter_config.json and adapter_model.safetensors do not belong together: fetch both again",
+        )
+
+
+def _check_replaced(result: Mapping[Site, Mapping[str, Tensor]], host: Host) -> None:
+    own = dict(host.model.named_parameters(remove_duplicate=False))
+    for site, values in result.items():
+        for name, value in values.items():
+            expected = own[site.weight if name == "weight" else str(site.bias)]
+            if value.shape != expected.shape:
+                raise AdapterError(
+                    f"The replaced {name} of {site.path} has another shape than the base's.",
+                    given=tuple(value.shape),
+                    allowed=tuple(expected.shape),
+                    do="open the base that it was trained on",
+                )
+
+
+def _check_targets(held: _Sorted, config: PeftConfig, host: Host, modules: Mapping[str, nn.Module]) -> None:
+    """Every linear layer that the configuration targets must have its tensors."""
+    if config.target_modules == DUMMY:
+        return
+    others = respellings({f: o for f, o in held.spelled.items() if o in held.factors})
+    touched = {site.component for site in host.sites if site.path in held.factors}
+    missing = []
+    for site in host.sites:
+        # an adapter of a text-only model says "q_proj" and means the language model's alone
+        if (
+            site.path in held.factors
+            or not isinstance(modules.get(site.path), nn.Linear)
+            or (others and site.component not in touched)
+        ):
+            continue
+        spellings = [site.path] + [
+            f"{foreign}{site.path.removeprefix(own)}" for own, foreign in others if site.path.startswith(own)
+        ]
+        if any(config.targets(spelling) for spelling in spellings) and not _is_head(host, modules[site.path]):
+            missing.append(site.path)
+    if missing:
+        raise AdapterError(
+            f"The configuration targets {len(missing)} modules that have no tensor in the file.",
+            given=", ".join(missing[:3]),
+            do="the file is incomplete, or belongs to another base: fetch it again",
+        )
+
+
+def _is_head(host: Host, module: nn.Module) -> bool:
+    find = getattr(host.model, "get_output_embeddings", None)
+    return find is not None and find() is module
+
+
+def _parts(patches: Mapping[str, Patched], config: PeftConfig, held: _Sorted) -> tuple[Part, ...]:
+    low = [path for path, patched in patches.items() if patched.method == "lora"]
+    whole = [path for path, patched in patches.items() if patched.method == "full"]
+    parts = []
+    if low:
+        ranks = {path: int(patches[path].tensors["A"].shape[0]) for path in low}
+        alphas = {path: patches[path].constants["scale"] * ranks[path] for path in low}
+        odd = {path: rank for path, rank in ranks.items() if rank != config.r}
+        plain = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
+        given = {path: alpha for path, alpha in alphas.items() if alpha != plain}
+        made = LoRAConfig(rank=config.r, alpha=plain, dropout=config.dropout, ranks=odd, alphas=given)
+        parts.append(Part("lora", _paths(low), made))
+    if whole:
+        parts.append(Part("full", _paths(whole), FullConfig()))
+    return tuple(parts)
+
+
+def _paths(paths: Sequence[str]) -> str:
+    return "; ".join(f"@{path}" for path in paths)

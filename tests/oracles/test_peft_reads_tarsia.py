@@ -1,0 +1,157 @@
+"""What Tarsia saves loads in PEFT with equal outputs, on every family."""
+
+import json
+import re
+
+import peft
+import pytest
+import torch
+from families import FAMILIES
+
+from tarsia.adapter import Adapter, Host, save
+from tarsia.core.attach import Part, attach, patches
+from tarsia.methods.full import FullConfig
+from tarsia.methods.lora import LoRAConfig
+
+LIMIT = 1e-5
+MOVED = 0.1
+# These projectors have a bare tensor on the model itself, which is no module of PEFT's: the rest of them.
+BARE = {
+    "llava_next": "@*.multi_modal_projector.*",
+    "llava_onevision": "@*.multi_modal_projector.*",
+    "blip_2": "@*qformer*; @*language_projection*",
+}
+
+
+def everywhere(name):
+    language = LoRAConfig(rank=4, scaling="alpha/sqrt(r)", ranks={"*.0.*": 1}, alphas={"*.1.*": 5.0})
+    return (
+        Part("lora", "vision", LoRAConfig(rank=2, alpha=3.0, ranks={"*1*": 3})),
+        Part("full", BARE.get(name, "projector"), FullConfig()),
+        Part("lora", "language", language),
+    )
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def trained(host, parts, name="default", size=0.02):
+    """Attach, and give every trained tensor random values as a training would."""
+    attach(host.model, host.sites, parts, name=name)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for patch in patches(host.model, name).values():
+            for parameter in patch.parameters():
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def saved(family, parts, folder, size=0.02):
+    """Save a random adapter; returns inputs, the base's logits and the adapted ones."""
+    host = Host.of(family.build()[0])
+    inputs = family.batch((1, 2) if not family.text_only else (0, 1, 3))
+    base = logits(host.model, inputs)
+    trained(host, parts, size=size)
+    adapted = logits(host.model, inputs)
+    save(Adapter.of(host, "default", parts), folder)
+    return inputs, base, adapted
+
+
+def in_peft(family, folder):
+    model = peft.PeftModel.from_pretrained(family.build()[0], folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_everywhere(name, tmp_path):
+    inputs, base, adapted = saved(FAMILIES[name], everywhere(name), tmp_path / "a")
+    assert (adapted - base).abs().max() >= MOVED
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_full_alone(name, tmp_path):
+    """PEFT has no adapter without LoRA: its dummy target stands in."""
+    inputs, base, adapted = saved(FAMILIES[name], everywhere(name)[1:2], tmp_path / "a", size=0.05)
+    assert (adapted - base).abs().max() >= MOVED
+    assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_one_rank(name, tmp_path):
+    """Where ranks and scales are equal no pattern is written, so readers of r and lora_alpha alone agree."""
+    part = Part("lora", "language", LoRAConfig(rank=3, scaling="alpha/sqrt(r)"))
+    inputs, base, adapted = saved(FAMILIES[name], [part], tmp_path / "a", size=0.05)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert config["lora_alpha"] / 3 == pytest.approx(16 / 3**0.5, rel=1e-15)
+    assert (adapted - base).abs().max() >= MOVED
+    assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
+
+
+def test_the_oracle_sees_a_wrong_scale(tmp_path):
+    """Planted: a scale that is 2 % off in what PEFT reads."""
+    inputs, _, adapted = saved(FAMILIES["llava"], everywhere("llava"), tmp_path / "a")
+    path = tmp_path / "a/adapter_config.json"
+    config = json.loads(path.read_text())
+    config["lora_alpha"] *= 1.02
+    path.write_text(json.dumps(config))
+    assert (logits(in_peft(FAMILIES["llava"], tmp_path / "a"), inputs) - adapted).abs().max() > 10 * LIMIT
+
+
+def test_the_oracle_sees_a_transposed_key(tmp_path):
+    """Planted: two sites of one shape have exchanged their updates."""
+    from safetensors.torch import load_file, save_file
+
+    part = Part("lora", "language", LoRAConfig(rank=3))
+    inputs, _, adapted = saved(FAMILIES["llava"], [part], tmp_path / "a", size=0.05)
+    path = tmp_path / "a/adapter_model.safetensors"
+    swap = {"0.self_attn.k_proj": "0.self_attn.v_proj", "0.self_attn.v_proj": "0.self_attn.k_proj"}
+    pattern = re.compile("|".join(map(re.escape, swap)))
+    save_file({pattern.sub(lambda m: swap[m[0]], k): v for k, v in load_file(path).items()}, path)
+    assert (logits(in_peft(FAMILIES["llava"], tmp_path / "a"), inputs) - adapted).abs().max() > 10 * LIMIT
+
+
+# What PEFT has no place for is a folder that it refuses by name.
+
+
+def refused(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "TARSIA"
+    with pytest.raises(Exception, match="TARSIA"):
+        in_peft(FAMILIES["llava"], folder)
+    return config["why_not_peft"]
+
+
+def test_half_a_module_is_refused(tmp_path):
+    """Gemma-3's projector is a bare tensor beside a norm: alone it is no module of PEFT's."""
+    part = Part("full", "@*mm_input_projection_weight", FullConfig())
+    saved(FAMILIES["gemma3"], [part], tmp_path / "a")
+    assert "mm_soft_emb_norm" in refused(tmp_path / "a")[0]
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_bare_tensor_of_the_model_is_refused(name, tmp_path):
+    saved(FAMILIES[name], [Part("full", "projector", FullConfig())], tmp_path / "a")
+    assert re.search("image_newline|query_tokens", refused(tmp_path / "a")[0])
+
+
+def test_the_bare_projector_is_saved_with_its_whole_module(tmp_path):
+    saved(FAMILIES["gemma3"], [Part("full", "projector", FullConfig())], tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.multi_modal_projector"]
+
+
+def test_experts_are_saved_whole(tmp_path):
+    """3-D expert tensors: both of a module together are a module to save, one alone is not."""
+    family = FAMILIES["qwen3_vl_moe"]
+    both = [Part("full", "@*.0.mlp.experts*", FullConfig())]
+    inputs, base, adapted = saved(family, both, tmp_path / "both", size=0.1)
+    assert (adapted - base).abs().max() >= MOVED
+    assert (logits(in_peft(family, tmp_path / "both"), inputs) - adapted).abs().max() <= LIMIT
+    saved(family, [Part("full", "@*.0.mlp.experts.down_proj", FullConfig())], tmp_path / "one")
+    assert "gate_up_proj" in refused(tmp_path / "one")[0]

@@ -1,0 +1,120 @@
+"""What PEFT saves loads here with equal outputs, on every family."""
+
+import peft
+import pytest
+import torch
+from families import FAMILIES
+from torch import nn
+
+from tarsia.adapter import Host, load, put
+from tarsia.core.site import Component, Kind
+
+LIMIT = 1e-5
+MOVED = 0.1
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def modules_of(family, *components):
+    """Names of linear layers that live, and of the modules that hold the projector's parameters."""
+    host = Host.of(family.build()[0])
+    modules = dict(host.model.named_modules())
+    linear = [
+        site.path
+        for site in host.sites
+        if site.component in components
+        and site.kind is Kind.WEIGHT
+        and not site.dead
+        and isinstance(modules.get(site.path), nn.Linear)
+    ]
+    projector = sorted({site.module for site in host.sites if site.component is Component.PROJECTOR} - {""})
+    outermost = [name for name in projector if not any(name.startswith(f"{other}.") for other in projector)]
+    return linear, outermost
+
+
+def made_by_peft(family, folder, size=0.02, **options):
+    """A random adapter that PEFT made and saved; returns inputs, the base's logits and PEFT's."""
+    inputs = family.batch((1, 2) if not family.text_only else (0, 1, 3))
+    base = logits(family.build()[0], inputs)
+    model = peft.get_peft_model(family.build()[0], peft.LoraConfig(**options)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return inputs, base, logits(model, inputs)
+
+
+def here(family, folder, inputs):
+    host = Host.of(family.build()[0])
+    adapter = load(folder, host)
+    put(host, adapter, "theirs")
+    return logits(host.model, inputs)
+
+
+def check(family, folder, size=0.02, **options):
+    inputs, base, theirs = made_by_peft(family, folder, size, **options)
+    assert (theirs - base).abs().max() >= MOVED
+    assert (here(family, folder, inputs) - theirs).abs().max() <= LIMIT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name, tmp_path):
+    linear, projector = modules_of(FAMILIES[name], Component.VISION, Component.LANGUAGE)
+    check(
+        FAMILIES[name],
+        tmp_path,
+        r=4,
+        lora_alpha=6,
+        target_modules=linear,
+        modules_to_save=projector,
+        rank_pattern={linear[0]: 2, linear[-1].rpartition(".")[2]: 3},
+        alpha_pattern={linear[0]: 5, "layers.1.self_attn.q_proj": 9},
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_rslora_by_suffix(name, tmp_path):
+    linear, _ = modules_of(FAMILIES[name], Component.LANGUAGE)
+    suffixes = sorted({path.rpartition(".")[2] for path in linear} - {"lm_head"})
+    check(FAMILIES[name], tmp_path, r=4, lora_alpha=6, use_rslora=True, target_modules=suffixes)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_by_regex(name, tmp_path):
+    linear, projector = modules_of(FAMILIES[name], Component.VISION, Component.LANGUAGE)
+    leaf = sorted({path.rpartition(".")[2] for path in linear})[0]
+    check(FAMILIES[name], tmp_path, 0.1, r=2, lora_alpha=4, target_modules=rf".*\.{leaf}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_all_linear(name, tmp_path):
+    check(FAMILIES[name], tmp_path, r=2, lora_alpha=4, target_modules="all-linear")
+
+
+def test_layers_and_exclusions(tmp_path):
+    check(
+        FAMILIES["llava"],
+        tmp_path,
+        0.1,
+        r=2,
+        lora_alpha=4,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        layers_to_transform=[0, 2],
+        layers_pattern="layers",
+        exclude_modules=["layers.2.self_attn.v_proj"],
+    )
+
+
+def test_the_oracle_sees_a_wrong_scale(tmp_path, monkeypatch):
+    """Planted: rsLoRA's scale read as the paper's."""
+    from tarsia.adapter.config import PeftConfig
+
+    family = FAMILIES["llava"]
+    inputs, _, theirs = made_by_peft(family, tmp_path, r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj"])
+    monkeypatch.setattr(PeftConfig, "scale", lambda self, path: self.lora_alpha / self.rank(path))
+    assert (here(family, tmp_path, inputs) - theirs).abs().max() > 10 * LIMIT
