@@ -180,34 +180,65 @@ FAMILIES = {
     "gemma": gemma, "internvl": internvl, "mllama": mllama,
 }  # fmt: skip
 EXPANSION = {
-    "llava": "<image>" * 4, "qwen": "<|image_pad|>" * 4, "gemma": "\n\n<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>\n\n",
+    "llava": "<image>" * 4, "qwen": "<|image_pad|>" * 4,
+    "gemma": "\n\n<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>\n\n",
     "internvl": "<img>" + "<IMG_CONTEXT>" * 4 + "</img>", "mllama": "<|image|>",
 }  # fmt: skip
 
-_LIST = "{% for c in m['content'] %}{% if c['type'] == 'image' %}MARK{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
-_TRIM = "{% for c in m['content'] %}{% if c['type'] == 'image' %}MARK{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}"
-_CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}" + _LIST + "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+
+def _said(filters: str = "") -> str:
+    """What a template writes for a message's parts."""
+    part = "{% if c['type'] == 'image' %}MARK{% else %}{{ c['text']" + filters + " }}{% endif %}"
+    return "{% for c in m['content'] %}" + part + "{% endfor %}"
+
+
+PARTS = _said()
+
+
+def turns(before: str, after: str, prompt: str, said: str = PARTS, over: str = "messages") -> str:
+    """A template that writes ``before``, what is said and ``after`` for each message; both are Jinja."""
+    each = "{% for m in " + over + " %}" + before + said + after + "{% endfor %}"
+    return each + "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+
+
+def _only(kind: str) -> str:
+    return "{% for c in m['content'] | selectattr('type', 'equalto', '" + kind + "') %}"
+
+
+_TRIM = _said(" | trim")
+_NAME = "{{ m['role'].upper() + ': ' }}"
+_CHATML = turns("{{ '<|im_start|>' + m['role'] + '\n' }}", "{{ '<|im_end|>\n' }}", "{{ '<|im_start|>assistant\n' }}")
+_BY_ROLE = "{% if m['role'] == 'assistant' %}"
 TEMPLATES = {
     # llava-hf/llava-1.5: pictures first, a space after every text, no end of turn.
-    "vicuna": "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
-    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ 'MARK\n' }}{% endfor %}"
-    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-    "vicuna with end": "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ m['role'].upper() + ': ' }}" + _LIST
-    + "{{ ' ' }}{% else %}{{ 'ASSISTANT: ' }}" + _LIST + "{{ '</s>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "vicuna": turns(
+        _NAME + _only("image") + "{{ 'MARK\n' }}{% endfor %}" + _only("text") + "{{ c['text'] + ' ' }}{% endfor %}",
+        "",
+        "ASSISTANT:",
+        said="",
+    ),
+    "vicuna with end": turns(_NAME, _BY_ROLE + "{{ '</s>' }}{% else %}{{ ' ' }}{% endif %}", "ASSISTANT:"),
     "chatml": _CHATML,
-    "default system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + _CHATML,
-    "llama 3": "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>\n\n' }}" + _TRIM + "{{ '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}",
-    "gemma": "{{ bos_token }}{% for m in messages %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-    + _TRIM + "{{ '</turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}",
-    "mistral": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' }}" + _LIST + "{{ eos_token }}"
-    "{% else %}{{ '[INST] ' }}" + _LIST + "{{ ' [/INST]' }}{% endif %}{% endfor %}",
-}  # fmt: skip
+    "default system": "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + _CHATML,
+    "llama 3": "{{ bos_token }}"
+    + turns(
+        "{{ '<|head|>' + m['role'] + '<|/head|>\n\n' }}", "<|im_end|>", "{{ '<|head|>assistant<|/head|>\n\n' }}", _TRIM
+    ),
+    "gemma": "{{ bos_token }}"
+    + turns(
+        "{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}",
+        "{{ '</turn>\n' }}",
+        "{{ '<turn>model\n' }}",
+        _TRIM,
+    ),
+    "mistral": "{{ bos_token }}"
+    + turns(
+        _BY_ROLE + "{{ ' ' }}{% else %}{{ '[INST] ' }}{% endif %}",
+        _BY_ROLE + "{{ eos_token }}{% else %}{{ ' [/INST]' }}{% endif %}",
+        "",
+    ),
+}
 # What closes an answer, and whether the template strips what is said.
 CLOSING = {
     "vicuna": " ", "vicuna with end": "</s>", "chatml": "<|im_end|>", "default system": "<|im_end|>",

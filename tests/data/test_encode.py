@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from data import processors
-from data.processors import CLOSING, EXPANSION, FAMILIES, OPENING, STRIPS, TEMPLATES, made, picture
-from hypothesis import assume, given, settings
+from data.processors import CLOSING, EXPANSION, FAMILIES, OPENING, PARTS, STRIPS, TEMPLATES, made, picture, turns
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from tarsia.core.errors import ConfigError, DataError
@@ -159,11 +159,11 @@ TURNS = st.lists(st.tuples(st.integers(0, 2), TEXT, TEXT, st.booleans()), min_si
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(ENCODERS)), TURNS)
 def test_over_all_conversations_only_what_was_said_is_labelled(
-    key: tuple[str, str], turns: list[tuple[int, str, str, bool]]
+    key: tuple[str, str], talk: list[tuple[int, str, str, bool]]
 ) -> None:
     kind, template = key
     encoder = ENCODERS[key]
-    row = sample(*((count, question, question if same else answer) for count, question, answer, same in turns))
+    row = sample(*((count, question, question if same else answer) for count, question, answer, same in talk))
     texts = "".join(message.text for message in row.messages)
     assume(not any(control in texts for control in (*processors.CONTROLS, "<image>", "<unk>")))
     if kind == "pieces":  # this toy's normaliser knows no other spaces, and "▁" is its space
@@ -171,20 +171,24 @@ def test_over_all_conversations_only_what_was_said_is_labelled(
     try:
         batch = encoder.batch([row])
     except DataError as error:
-        # Only a template's newline that runs into an answer's own white space may be refused, or an empty answer.
-        first = [m.text for m in row.messages if m.role == "assistant"]
-        assert "a token holds both" in str(error) and (any(a[:1].isspace() for a in first) or kind == "pieces")
-        return
-    assert same_but_for_shared_space(said(encoder, batch, 0), answers(row, template), kind)
+        if "a token holds both" not in error.what:
+            raise
+        # Where the template's newline runs into the answer's own white space; the toy of pieces joins across words.
+        event("refused")
+        leads = any(m.text[:1].isspace() for m in row.messages if m.role == "assistant")
+        if leads or kind == "pieces":
+            return
+        raise
+    got, wanted = said(encoder, batch, 0), answers(row, template)
+    edges = any(m.text != m.text.strip() for m in row.messages if m.role == "assistant")
+    if edges or template == "vicuna" or kind == "pieces":
+        # White space at a turn's edge may stand in a token with the template's.
+        assert "".join(got.split()) == "".join(wanted.split())
+    else:
+        event("exact")
+        assert got == wanted
     users = torch.tensor([label != IGNORED for label in batch.labels[0].tolist()])
     assert int(users.sum()) < len(users)
-
-
-def same_but_for_shared_space(got: str, wanted: str, kind: str) -> bool:
-    """White space at a turn's edge may belong to a token that the next or the last turn shares."""
-    if kind == "pieces":
-        got, wanted = got.strip(), wanted.strip()
-    return got == wanted or "".join(got.split()) == "".join(wanted.split())
 
 
 def test_the_space_of_an_answer_is_its_own_where_tokens_allow() -> None:
@@ -196,16 +200,14 @@ def test_the_space_of_an_answer_is_its_own_where_tokens_allow() -> None:
             assert said(encoder, encoder.batch([row]), 0) == answers(row, template)
 
 
+_HEAD, _PROMPT = "{{ m['role'] + ':' }}", "assistant:"
+_LATEST = "c['text'] if m is sameas messages[-1] or m['role'] == 'user' else c['text'].split('/')[-1]"
 REFUSED = {
     # Qwen3 drops what was thought in earlier turns.
-    "forgets": "{% for m in messages %}{{ m['role'] + ':' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}MARK"
-    "{% else %}{{ c['text'] if loop.last and m is sameas messages[-1] or m['role'] == 'user' else c['text'].split('/')[-1] }}"
-    "{% endif %}{% endfor %}{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-    "reverses": "{% for m in messages | reverse %}{{ m['role'] + ':' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}MARK"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-    "counts": "{{ messages | length }}{% for m in messages %}{{ m['role'] + ':' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "MARK{% else %}{{ c['text'] }}{% endif %}{% endfor %}{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-}  # fmt: skip
+    "forgets": turns(_HEAD, "</s>", _PROMPT, PARTS.replace("c['text']", _LATEST)),
+    "reverses": turns(_HEAD, "</s>", _PROMPT, over="messages | reverse"),
+    "counts": "{{ messages | length }}" + turns(_HEAD, "</s>", _PROMPT),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -247,14 +249,15 @@ def test_a_date_makes_a_clock_harmless() -> None:
 
 def test_a_prompt_that_runs_into_the_answer_is_refused() -> None:
     """At inference the prompt's last space would be a token of its own, and " a" never come."""
-    template = TEMPLATES["vicuna with end"].replace("{{ 'ASSISTANT:' }}", "{{ 'ASSISTANT: ' }}")
+    template = TEMPLATES["vicuna with end"].replace("ASSISTANT:{%", "{{ 'ASSISTANT: ' }}{%")
     with pytest.raises(DataError, match="holds both the assistant's text and the template's") as error:
         Encoder(made("llava", template)).batch([sample((0, "q", "a cat"), row=4)])
     assert "Row 4 of cells" in str(error.value) and "' a'" in str(error.value)
 
 
 def test_a_turn_that_only_takes_strings_is_given_one() -> None:
-    template = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n' }}{% set messages = messages[1:] %}{% endif %}"
+    system = "{{ messages[0]['content'] + '\n' }}{% set messages = messages[1:] %}"
+    template = "{% if messages[0]['role'] == 'system' %}" + system + "{% endif %}"
     encoder = Encoder(made("llava", template + TEMPLATES["chatml"]))
     row = Sample((Message("system", ("be ", "kind")), *MIXED[1].messages), MIXED[1].pictures, "cells", 1)
     text = encoder.processor.tokenizer.decode(encoder.batch([row]).inputs["input_ids"][0])

@@ -97,7 +97,7 @@ def test_one_split_must_be_named_where_there_are_several(tmp_path: Path) -> None
     path = str(tmp_path / "x")
     assert len(read(Source(path=path, split="b"))) == 2
     for split in (None, "c"):
-        with pytest.raises(DataError, match="splits|No such split") as error:
+        with pytest.raises(DataError, match=r"splits|No such split") as error:
             read(Source(path=path, split=split))
         assert "a, b" in str(error.value)
     with pytest.raises(DataError, match="no splits"):
