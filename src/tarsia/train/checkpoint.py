@@ -42,7 +42,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".partial-{checkpoint.step:06d}"
     tensors = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
-    values = {"step": checkpoint.step, "sha256": hashlib.sha256(tensors).hexdigest(), **checkpoint.values}
+    values = {"step": checkpoint.step, **checkpoint.values}
+    values["sha256"] = _digest(values, tensors)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -65,6 +66,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     for old in found(folder)[KEEP:]:
         shutil.rmtree(old)
     return final
+
+
+def _digest(values: Mapping[str, Any], tensors: bytes) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -94,10 +99,10 @@ def read(path: Path) -> Checkpoint:
     try:
         values = json.loads((path / "state.json").read_bytes())
         content = (path / "tensors.safetensors").read_bytes()
-        if hashlib.sha256(content).hexdigest() != values.pop("sha256"):
-            raise ValueError("the tensors are not those that were written")
+        if values.pop("sha256") != _digest(values, content):
+            raise ValueError("its bytes are not those that were written")
         return Checkpoint(values.pop("step"), load(content), values)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise TrainingError(
             "A checkpoint is damaged.", given=f"{path}: {error}", do="remove it to go on from the one before"
         ) from error

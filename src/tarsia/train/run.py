@@ -104,6 +104,13 @@ class Run:
         """Go on from a checkpoint. Raises BaseMismatch, ConfigError or TrainingError where it is not of this run."""
         values = checkpoint.values
         Fingerprint(**values["base"]).check(self.host.fingerprint)
+        changed = [name for name, held in values["data"].items() if self.digests.get(name) != held]
+        if changed:
+            raise ConfigError(
+                "A source's rows have changed since the run began.",
+                given=", ".join(changed),
+                do="put the old file back, or choose another out",
+            )
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in checkpoint.tensors.items():
             kind, _, rest = key.partition("/")
