@@ -58,11 +58,7 @@ def test_dead_is_exactly_what_gets_no_gradient(name: str, overrides: dict[str, A
     sites, largest = gradients(ALL[name], overrides)
     silent = {site.path for site in sites if not any(largest[tensor] for tensor in site.tensors)}
     assert silent == {site.path for site in sites if site.dead}
-
-
-@cases
-def test_a_live_weight_gets_more_than_rounding_noise(name: str, overrides: dict[str, Any]):
-    sites, largest = gradients(ALL[name], overrides)
+    # a bias of keys may get rounding noise alone (softmax cancels it), a weight must get more
     faint = {site.path: largest[site.weight] for site in sites if not site.dead and largest[site.weight] < 1e-5}
     assert not faint
 

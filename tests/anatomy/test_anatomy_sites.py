@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, VARIANTS, Family
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlamaConfig, PreTrainedModel
@@ -19,6 +21,7 @@ from tarsia.anatomy.towers import TOWERS
 from tarsia.core.errors import AnatomyError, SelectionError
 from tarsia.core.select import select
 from tarsia.core.site import Component, Kind, Role, Site
+from tarsia.core.slot import Slot
 
 ALL = {**FAMILIES, **VARIANTS}
 every = pytest.mark.parametrize("family", ALL.values(), ids=ALL)
@@ -76,6 +79,36 @@ def test_sites_say_what_their_modules_are(family: Family):
         assert (site.kind is Kind.WEIGHT) == (isinstance(module, nn.Linear) and "head.attention" not in site.path)
 
 
+# What the end of a path means, said without the tables; the first that fits counts.
+NAMES = (
+    (r"norm\d?|layernorm_(before|after|pre|post)|layrnorm|ln_(q|pre)|LayerNorm", Role.NORM),
+    (r"qkv|qkv_proj|in_proj_weight", Role.QKV),
+    (r"gate_up_proj", Role.GATE_UP),
+    (r"q_proj|query", Role.Q),
+    (r"k_proj|\.key", Role.K),
+    (r"v_proj|value", Role.V),
+    (r"patch_embedding|patch_conv|patch_embed\.proj|patch_embeddings\.projection", Role.PATCH),
+    (r"linear_[12]|projector(\.linear)?|language_projection|mm_input_projection_weight", Role.PROJ),
+    (r"merger.*(mlp\.\d|linear_fc\d)|modality_projection\.proj|project_(in|out)", Role.PROJ),
+    (r"o_proj|out_proj|projection(_layer)?|attn\.proj|attention\.output\.dense", Role.O),
+    (r"gate_proj", Role.GATE),
+    (r"up_proj|fc1|intermediate_query\.dense", Role.UP),
+    (r"down_proj|fc2|output_query\.dense", Role.DOWN),
+    (r"embed_tokens", Role.EMBED),
+    (r"lm_head", Role.HEAD),
+    (r"pos(ition)?_embed(ding)?s?|(tile|positional)_embedding(\.embedding)?|embed_positions", Role.POSITION),
+    (r"class_embedding|(cls|mask)_token|probe|query_tokens|image_newline", Role.TOKEN),
+    (r"mlp\.gate", Role.ROUTER),
+    (r"lambda_[12]|gate_(attn|ffn)|gate", Role.SCALE),
+)
+
+
+@every
+def test_roles_are_those_of_the_names(family: Family):
+    for site in built(family.name)[2]:
+        assert site.role is next(role for end, role in NAMES if re.search(f"({end})$", site.path)), site.path
+
+
 @every
 def test_components_are_where_the_model_has_them(family: Family):
     model, _, sites = built(family.name)
@@ -114,9 +147,8 @@ def test_selections_reach_attention_and_projector(family: Family):
     model, _, sites = built(family.name)
     depth = model.config.get_text_config().num_hidden_layers
     roles = "qkv" if family.name == "llava-phi3" else "{q,v}"
-    extra = family.name == "mllama"  # its cross attention stands in a layer instead of self attention
     language = select(f"language.*.{roles}", sites, {Kind.WEIGHT})
-    assert len(language) == depth * (1 if roles == "qkv" else 2), extra
+    assert len(language) == depth * (1 if roles == "qkv" else 2)
     assert all(site.component is Component.LANGUAGE for site in language)
     projector = select("projector", sites, {Kind.WEIGHT, Kind.TENSOR})
     assert {site.component for site in projector} == {Component.PROJECTOR}
@@ -161,6 +193,40 @@ def test_a_model_on_the_meta_device_has_the_same_sites(family: Family):
 def test_a_configuration_as_a_dictionary_will_do(family: Family):
     model, _, sites = built(family.name)
     assert anatomy_of(model.config.to_dict()).sites(model) == sites
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_models_in_their_families_own_sizes(family: Family):
+    config = getattr(transformers, family.config_class)()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    anatomy = anatomy_of(config)
+    sites = anatomy.sites(model)
+    owned = sum(model.get_parameter(name).numel() for site in sites for name in site.tensors)
+    assert owned == sum(parameter.numel() for parameter in model.parameters()) > 1e9
+    assert max(s.layer or 0 for s in sites if s.component is Component.LANGUAGE) + 1 == (
+        config.get_text_config().num_hidden_layers
+    )
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_a_tower_named_as_its_family_is_known(name: str):
+    """As the files of published checkpoints have it."""
+    fields = built(name)[0].config.to_dict()
+    fields["vision_config"] = {**fields["vision_config"], "model_type": name}
+    anatomy = anatomy_of(fields)
+    assert anatomy.config.vision_config.model_type == name
+    assert anatomy.sites(built(name)[0]) == built(name)[2]
+
+
+def test_patches_are_no_parameters_of_the_model():
+    model, config = FAMILIES["gemma3"].build()
+    anatomy = anatomy_of(config)
+    sites = anatomy.sites(model)
+    for linear in [module for module in model.modules() if type(module) is nn.Linear][:3]:
+        Slot(linear).register_parameter("patch", nn.Parameter(torch.zeros(2)))
+    assert sum("slot" in name for name, _ in model.named_parameters()) == 3
+    assert anatomy.sites(model) == sites
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "mllama"])

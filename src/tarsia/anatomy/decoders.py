@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tarsia.anatomy.streams import ROWS, TOKENS
-from tarsia.anatomy.table import Config, Part, rules
+from tarsia.anatomy.table import Config, Part, rules, type_of
 from tarsia.core.errors import AnatomyError
 from tarsia.core.site import Component, Kind, Role
 
@@ -63,14 +63,15 @@ DECODERS = {
 
 def language(prefix: str, config: Config) -> Part:
     """The part of a known decoder. Raises AnatomyError where the configuration's decoder is not known."""
-    if config.model_type not in DECODERS:
+    name = type_of(config)
+    if name not in DECODERS:
         raise AnatomyError(
             "This text model is not known.",
-            given=config.model_type,
+            given=name,
             allowed=", ".join(DECODERS),
             do="use a model with a known text model, or add its rules to tarsia/anatomy/decoders.py",
         )
-    return Part(Component.LANGUAGE, prefix, DECODERS[config.model_type], ROWS)
+    return Part(Component.LANGUAGE, prefix, DECODERS[name], ROWS)
 
 
 def head(path: str = "lm_head") -> Part:

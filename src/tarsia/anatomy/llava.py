@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tarsia.anatomy.decoders import head, language
 from tarsia.anatomy.streams import PICTURES, deal, flat, placeholders, rows
-from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part, rules
+from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part, rules, type_of
 from tarsia.anatomy.towers import deepest, patches, tower_of, vision
 from tarsia.core.site import Component, Role
 
@@ -32,11 +32,11 @@ def features(config: Config) -> int:
 
 
 def _parts(config: Config) -> tuple[Part, ...]:
-    return llava_parts(config, None if config.vision_config.model_type == "pixtral" else PICTURES)
+    return llava_parts(config, None if type_of(config.vision_config) == "pixtral" else PICTURES)
 
 
 def _counts(config: Config, inputs: Inputs) -> Counts:
-    if config.vision_config.model_type != "pixtral":
+    if type_of(config.vision_config) != "pixtral":
         return flat(PICTURES, features)(config, inputs)
     cell = config.vision_config.patch_size
     sizes = [] if inputs.get("image_sizes") is None else inputs["image_sizes"].tolist()

@@ -42,6 +42,11 @@ def rules(paths: Mapping[str, Role], **common: Any) -> tuple[Rule, ...]:
     return tuple(Rule(path, role, **common) for path, role in paths.items())
 
 
+def type_of(config: Config) -> str:
+    """A configuration's model type: its class's own, as files write others for parts of a family."""
+    return str(type(config).model_type)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Rules below a prefix, which is relative to the model (a leading ``model.`` is left out).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tarsia.anatomy.table import Config, Part, Rule, rules
+from tarsia.anatomy.table import Config, Part, Rule, rules, type_of
 from tarsia.core.errors import AnatomyError
 from tarsia.core.site import Component, Kind, Role
 
@@ -118,14 +118,15 @@ TOWERS = {
 
 def tower_of(config: Config) -> Tower:
     """The tower that a vision configuration describes. Raises AnatomyError where it is not known."""
-    if config.model_type not in TOWERS:
+    name = type_of(config)
+    if name not in TOWERS:
         raise AnatomyError(
             "This vision tower is not known.",
-            given=config.model_type,
+            given=name,
             allowed=", ".join(TOWERS),
             do="use a model with a known tower, or add its rules to tarsia/anatomy/towers.py",
         )
-    return TOWERS[config.model_type]
+    return TOWERS[name]
 
 
 def vision(prefix: str, config: Config, stream: str, read: int | None = None, cropped: bool = False) -> Part:
