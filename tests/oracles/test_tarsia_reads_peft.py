@@ -7,6 +7,7 @@ from families import FAMILIES
 from torch import nn
 
 from tarsia.adapter import Host, load, put
+from tarsia.core.errors import AdapterError
 from tarsia.core.site import Component, Kind
 
 LIMIT = 1e-5
@@ -30,7 +31,7 @@ def modules_of(family, *components):
         and not site.dead
         and isinstance(modules.get(site.path), nn.Linear)
     ]
-    projector = sorted({site.module for site in host.sites if site.component is Component.PROJECTOR} - {""})
+    projector = sorted({site.module for site in host.sites if site.component is Component.PROJECTOR} - {"", "model"})
     outermost = [name for name in projector if not any(name.startswith(f"{other}.") for other in projector)]
     return linear, outermost
 
@@ -108,6 +109,15 @@ def test_layers_and_exclusions(tmp_path):
         layers_pattern="layers",
         exclude_modules=["layers.2.self_attn.v_proj"],
     )
+
+
+def test_nested_modules_to_save_are_refused(tmp_path):
+    """"model" also names model.language_model: PEFT wraps both and saves what it then can not load itself."""
+    made_by_peft(FAMILIES["llava"], tmp_path, r=2, target_modules=["lm_head"], modules_to_save=["model"])
+    with pytest.raises(KeyError):
+        peft.PeftModel.from_pretrained(FAMILIES["llava"].build()[0], tmp_path)
+    with pytest.raises(AdapterError, match="one inside the other"):
+        load(tmp_path, Host.of(FAMILIES["llava"].build()[0]))
 
 
 def test_the_oracle_sees_a_wrong_scale(tmp_path, monkeypatch):

@@ -236,7 +236,15 @@ def _saved_modules(held: _Sorted, config: PeftConfig, modules: Mapping[str, nn.M
     unmatched = [m for m in config.modules_to_save if not any(name.endswith(m) for name in named)]
     if unmatched:
         raise AdapterError("modules_to_save names what the base does not have.", given=", ".join(unmatched))
-    return {own for name, own in named.items() if config.saves(name)}
+    saved = {own for name, own in named.items() if config.saves(name)}
+    nested = sorted(name for name in saved if any(name.startswith(f"{other}.") for other in saved))
+    if nested:
+        raise AdapterError(
+            "modules_to_save names modules one inside the other, and PEFT does not save what it trained there.",
+            given=f"{nested[0]}, by modules_to_save {list(config.modules_to_save)}",
+            do="train again with longer names in modules_to_save",
+        )
+    return saved
 
 
 def _without_copies(
