@@ -1,0 +1,48 @@
+"""Every law, for every registered method, on every world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from laws import laws
+from laws.worlds import Case, worlds
+
+import tarsia.methods  # noqa: F401 (registers every method)
+from tarsia.core.method import METHODS
+
+TEXT_ONLY = {"law_model_compiles"}  # a whole vision-language model has graph breaks of its own
+CASES = [
+    pytest.param(law, world, method, id=f"{name.removeprefix('law_')}-{world}-{method}")
+    for name, law in laws.LAWS.items()
+    for world in ("text", "pictures", "experts")
+    for method in sorted(METHODS)
+    if world == "text" or name not in TEXT_ONLY
+]
+
+
+@pytest.mark.parametrize("law,world,method", CASES)
+def test_law(law: Callable[[Case], None], world: str, method: str) -> None:
+    law(Case(worlds()[world], method))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@settings(max_examples=25, deadline=None)
+@given(
+    out=st.integers(1, 37),
+    into=st.integers(1, 37),
+    lead=st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(method: str, out: int, into: int, lead: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    laws.law_any_shape(Case(worlds()["text"], method), out, into, lead, bias, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_inductor(method: str) -> None:
+    laws.law_model_compiles(Case(worlds()["text"], method), backend="inductor")
