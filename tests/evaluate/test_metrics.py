@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tarsia.core.errors import ConfigError, DataError
 from tarsia.evaluate.metrics import METRICS, contains, exact, fields, find, metric, normal, number, numeric, parse
 
-TEXT = st.text(max_size=40) | st.text("a theTAN.,: \n{}\"0123456789-e", max_size=40)
+TEXT = st.text(max_size=40) | st.text('a theTAN.,: \n{}"0123456789-e', max_size=40)
 
 
 @given(TEXT)
@@ -98,7 +98,11 @@ def test_fields_is_the_share_that_is_right(wanted: dict[str, object], data: st.D
     kept = data.draw(st.sets(st.sampled_from(sorted(wanted))))
     given_ = {k: v if k in kept else "something else" for k, v in wanted.items()} | {"more": 1}
     share = pytest.approx(len(kept) / len(wanted))
-    for spell in (json.dumps, lambda d: "\n".join(f"{k}: {v}" for k, v in d.items()), lambda d: "; ".join(f"{k}:{v}" for k, v in d.items())):
+    for spell in (
+        json.dumps,
+        lambda d: "\n".join(f"{k}: {v}" for k, v in d.items()),
+        lambda d: "; ".join(f"{k}:{v}" for k, v in d.items()),
+    ):
         assert fields(spell(given_), json.dumps(wanted)) == share
         assert fields(f"Sure: ```json\n{json.dumps(given_)}\n```", spell(wanted)) == share
 

@@ -80,14 +80,17 @@ class Chat:
         end of sequence. Raises DataError where an id would hold both prompt and answer.
         """
         before, said = self._said(sample, text)
-        prefix, whole = self._ids(before), self._ids(before + said)
-        if whole[: len(prefix)] != prefix:
+        prefix, own, whole = self._ids(before), self._ids(said), self._ids(before + said)
+        if whole[: len(prefix)] == prefix:
+            ids = whole[len(prefix) :]
+        elif whole[-len(own) :] == own:
+            ids = own  # the prompt's last blanks are cut into other tokens once a text follows
+        else:
             raise DataError(
                 f"Row {sample.row} of {sample.source}: a token holds both the prompt and the answer.",
                 given=repr((before + said)[-120:]),
                 do="let the template's generation prompt end without white space",
             )
-        ids = whole[len(prefix) :]
         stop = next((i for i, token in enumerate(ids) if token in self._special), None)
         if stop is not None:
             return tuple(ids[: stop + 1])

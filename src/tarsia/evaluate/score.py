@@ -21,6 +21,9 @@ Ids = Sequence[int]
 
 _LOGITS: Final = 2**25  # logits held at a time
 _TOLERANCE: Final = 1e-3  # of a log-probability in float32
+# What marks an answer's tokens among token types, where it is not 0: in PaliGemma 0 is the prefix, all of which
+# sees all of itself.
+_ANSWER_TYPE: Final = {"paligemma": 1}
 
 
 def obstacle(model: Any) -> str | None:
@@ -55,8 +58,7 @@ def packed(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[
     scores = [torch.stack([first[row, a[0]].double() for a in mine]) for row, mine in enumerate(answers)]
     if not ids.shape[1]:
         return scores
-    own = (owner[:, :, None] == owner[:, None, :]).tril()  # [rows, S, S]
-    visible = torch.cat([seen[:, None, :].expand(-1, ids.shape[1], -1), own], -1)
+    visible = _visible(seen, owner)
     mask = torch.zeros(visible.shape, dtype=read.logits.dtype, device=visible.device)
     mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
     logits = model(
@@ -86,6 +88,12 @@ def _side_by_side(answers: Sequence[Sequence[Ids]], device: torch.device) -> tup
     return ids, owner, step, target
 
 
+def _visible(seen: Tensor, owner: Tensor) -> Tensor:
+    """What each token of the answers sees, bool [rows, S, P + S]: the prompt, and its own answer up to itself."""
+    own = (owner[:, :, None] == owner[:, None, :]).tril()
+    return torch.cat([seen[:, None, :].expand(-1, owner.shape[1], -1), own], -1)
+
+
 def plain(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> Tensor:
     """Float64 [answers]: log-probabilities after one prompt, which is every row of ``inputs``, once an answer.
 
@@ -99,7 +107,8 @@ def plain(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> T
     longer["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"].dtype)], 1)
     for key in ("token_type_ids", "mm_token_type_ids"):
         if key in inputs:
-            longer[key] = torch.cat([inputs[key], torch.zeros_like(tail, dtype=inputs[key].dtype)], 1)
+            kind = torch.full_like(tail, _ANSWER_TYPE.get(model.config.model_type, 0), dtype=inputs[key].dtype)
+            longer[key] = torch.cat([inputs[key], kind], 1)
     if "cross_attention_mask" in inputs:
         last = inputs["cross_attention_mask"][:, -1:]
         longer["cross_attention_mask"] = torch.cat(
