@@ -31,6 +31,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     "pydantic": ("2.10", "2.14.3"),
     "PyYAML": ("0", "6.0.3"),
     "rich": ("0", "15.0.0"),
+    "matplotlib": ("0", "3.11.2"),
 }
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx512_vnni", "asimd", "bf16", "sve")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})

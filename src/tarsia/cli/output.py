@@ -19,11 +19,19 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], rig
     from rich.text import Text
 
     numbers = set(right)
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     # Into a pipe or a file the table is as wide as it needs to be.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(title, style="bold", markup=False)
     console.print(drawn)
+
+
+def no_bars() -> None:
+    """Let Transformers load models without drawing bars of its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

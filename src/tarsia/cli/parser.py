@@ -8,9 +8,9 @@ import re
 from typing import Any, NoReturn
 
 import tarsia
-from tarsia.cli import ask, doctor, evaluate, sites
+from tarsia.cli import ask, demo, doctor, evaluate, sites, train
 
-VERBS = (evaluate, ask, sites, doctor)
+VERBS = (demo, sites, train, evaluate, ask, doctor)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,124 @@
+"""A training run as it is shown: on a screen, as lines of JSON, or hardly at all."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from tarsia.cli import output
+from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, as_json
+
+MARKS = 20
+"""Lines of progress of a whole run where stderr is no terminal."""
+
+
+class Lines:
+    """Every event as one line of JSON on stdout."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def __call__(self, event: Event) -> None:
+        print(as_json(event), flush=True)
+
+
+class Quiet(Lines):
+    """Notices on stderr, at the end the adapter's folder on stdout."""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            print(f"tarsia: {event.what}", file=sys.stderr)
+        elif isinstance(event, Finished):
+            print(event.folder)
+
+
+class Screen:
+    """Tables on stdout; a bar on stderr, or now and then a line where that is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task: TaskID = self.bar.add_task("", visible=False)
+        self.steps = 0
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.steps = event.steps
+                coverage(event)
+                self.bar.update(self.task, total=event.steps, completed=event.resumed, visible=True)
+            case Notice():
+                self.bar.print(f"note: {event.what}", markup=False)
+            case Step():
+                self._step(event)
+            case Evaluated():
+                evaluation(event)
+            case Saved():
+                pass  # shown by what follows: the next step, or the adapter
+            case Finished():
+                self.bar.stop()
+                print(f"adapter: {event.folder} ({event.seconds:.0f} s)")
+
+    def _step(self, event: Step) -> None:
+        text = f"loss {event.loss:.4f}, {event.tokens_per_second:.0f} tokens/s"
+        self.bar.update(self.task, completed=event.step, description=text)
+        every = max(1, self.steps // MARKS)
+        if not self.console.is_terminal and (event.step % every == 0 or event.step == self.steps):
+            print(f"step {event.step}/{self.steps}: {text}", file=sys.stderr, flush=True)
+
+
+def coverage(event: Started) -> None:
+    """What is trained, before the first step."""
+    output.table(
+        f"trains {event.trained:,} parameters, {event.share:.2%} of the base, in {event.steps} steps",
+        ("method", "component", "role", "sites", "parameters", "share"),
+        [
+            (line.method, line.component, line.role, str(line.sites), f"{line.trained:,}", f"{line.share:.2%}")
+            for line in event.coverage
+        ],
+        right=("sites", "parameters", "share"),
+    )
+    if event.resumed:
+        print(f"goes on after step {event.resumed}")
+
+
+def evaluation(event: Evaluated) -> None:
+    """What an evaluation found, in percent with its interval."""
+    output.table(
+        f"after step {event.step}",
+        ("source", "free", "constrained", "loss"),
+        [
+            (r["source"], _share(r["free"]), _share(r["constrained"]), f"{r['loss']:.3f}")
+            for r in event.results["results"]
+        ],
+        right=("free", "constrained", "loss"),
+    )
+
+
+def _share(interval: dict[str, Any] | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval['mean']:.1%} ({interval['low']:.1%}..{interval['high']:.1%})"

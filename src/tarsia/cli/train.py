@@ -1,0 +1,73 @@
+"""Train an adapter by a recipe. A run that was stopped goes on from its newest checkpoint by itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tarsia.adapter import Host
+    from tarsia.train.loop import Evaluator
+    from tarsia.train.recipe import Recipe
+
+NAME = "train"
+HELP = "train an adapter by a recipe"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``tarsia train``."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as steps=300 or parts.0.lr=1e-4")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="print the adapter's folder and nothing else")
+    shown.add_argument("--json", action="store_true", help="one JSON object an event")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and print each event as it comes."""
+    from tarsia.cli import output, progress
+    from tarsia.train.loop import fit
+    from tarsia.train.recipe import Recipe
+
+    recipe = Recipe.load(args.recipe, args.overrides)
+    if args.quiet or args.json or not sys.stderr.isatty():
+        output.no_bars()
+    show = progress.Lines() if args.json else progress.Quiet() if args.quiet else progress.Screen()
+    with show:
+        for event in fit(recipe, evaluator(recipe)):
+            show(event)
+    return 0
+
+
+def evaluator(recipe: Recipe) -> Evaluator | None:
+    """What measures the recipe's ``data.eval`` during the run; None where it names nothing.
+
+    Raises ConfigError where two sources have one name, or a rhythm is given and nothing to evaluate.
+    """
+    from tarsia.core.errors import ConfigError
+    from tarsia.data import read
+    from tarsia.evaluate import evaluate
+
+    wanted = recipe.data.eval
+    if not wanted and recipe.eval_every is not None:
+        raise ConfigError(
+            "The recipe says how often to evaluate, and not on what.",
+            given=f"eval_every {recipe.eval_every}",
+            do="name sources in data.eval, or remove eval_every",
+        )
+    sources = {source.title: read(source) for source in wanted}
+    if len(sources) < len(wanted):
+        raise ConfigError(
+            "Two sources of data.eval have one name.",
+            given=", ".join(source.title for source in wanted),
+            do="give each source a name of its own",
+        )
+
+    def measured(host: Host, _: int) -> Mapping[str, Any]:
+        report = evaluate(host, sources, batch=recipe.batch)
+        brief: dict[str, Any] = report.model_dump(mode="json", exclude={"results": {"__all__": {"rows"}}})
+        return brief
+
+    return measured if sources else None
