@@ -274,6 +274,22 @@ def test_an_unknown_family_is_refused(fields: dict[str, object]):
     assert "llava_onevision" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vision_config": {"model_type": "nonsense"}},
+        {"vision_config": 3},
+        {"vision_feature_layer": "last"},
+        {"text_config": {"model_type": "llama", "hidden_size": 33}},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense_is_refused(fields: dict[str, object]):
+    with pytest.raises(AnatomyError, match="can not read this configuration of llava") as error:
+        anatomy_of({"model_type": "llava", **fields})
+    assert "config.json" in str(error.value)
+
+
 def test_an_unknown_tower_is_refused():
     config = FAMILIES["llava"].config(vision_config=AutoConfig.for_model("dinov2"))
     with pytest.raises(AnatomyError, match="vision tower is not known") as error:
