@@ -47,10 +47,9 @@ def test_packages(have: str | None, state: str) -> None:
         (machine.processor(INTEL), "ok", "avx512_bf16"),
         (machine.processor(("Old", frozenset({"sse2"}))), "warn", "avx2"),
         (machine.processor(("Apple", frozenset())), "ok", "unknown"),
-        (machine.bf16(INTEL, 0.6), "ok", "native"),
-        (machine.bf16(("Xeon", frozenset({"avx2"})), 5.5), "ok", "5.50"),
-        (machine.bf16(("Apple", frozenset()), 1.0), "ok", "not known"),
-        (machine.bf16(INTEL, None), "fail", "torch"),
+        (machine.bf16((True, 0.6)), "ok", "native, and used"),
+        (machine.bf16((False, 5.5)), "ok", "float32 is used; on the processor a product takes 5.50"),
+        (machine.bf16(None), "fail", "torch"),
         (machine.threads(2, 2), "ok", "2 cores"),
         (machine.threads(2, 8), "warn", "8 threads"),
         (machine.threads(2, None), "fail", "torch"),
@@ -121,3 +120,11 @@ def test_exit_code_and_json(
     assert [(line["name"], line["state"]) for line in lines] == [("this", state), ("that", "ok")]
     assert tarsia.cli.main(["doctor"]) == code
     assert ("to do: advice" in capsys.readouterr().out) == (state is not State.OK)
+
+
+@pytest.mark.parametrize("native, word", [(True, "native, and used"), (False, "float32 is used")])
+def test_bf16_is_what_training_will_choose(monkeypatch: pytest.MonkeyPatch, native: bool, word: str) -> None:
+    monkeypatch.setattr("tarsia.adapter.native_bf16", lambda: native)
+    here = machine.bf16_here()
+    assert here is not None and here[1] > 0
+    assert word in machine.bf16(here).text

@@ -34,7 +34,6 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     "matplotlib": ("0", "3.11.2"),
 }
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx512_vnni", "asimd", "bf16", "sve")
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 OPENMP = re.compile(r"\S*/lib(?:gomp|iomp5|omp)(?:-\w+)?\.(?:so|dylib)\S*")
 GIB = 2**30
 
@@ -62,7 +61,7 @@ def examine() -> Iterator[Finding]:
     yield python(sys.version_info[:3])
     yield from packages(PACKAGES, installed(PACKAGES))
     yield processor(cpu_flags())
-    yield bf16(cpu_flags(), bf16_ratio())
+    yield bf16(bf16_here())
     yield threads(cores(), _torch_threads())
     yield openmp(loaded_libraries())
     yield memory(available_memory())
@@ -130,10 +129,15 @@ def processor(cpu: tuple[str, frozenset[str]]) -> Finding:
     return Finding("processor", State.WARN, f"{name}, without avx2", "expect matrix products to be slow")
 
 
-def bf16_ratio() -> float | None:
-    """Time of a bf16 matrix product over that of a float32 one of the same size; None without torch."""
+def bf16_here() -> tuple[bool, float] | None:
+    """Whether training computes in bf16 here, and what a product on the processor takes of float32's time.
+
+    None where torch can not be imported.
+    """
     try:
         import torch
+
+        from tarsia.adapter import native_bf16
     except ImportError:
         return None
     best = {}
@@ -145,19 +149,16 @@ def bf16_ratio() -> float | None:
             a @ a
             times.append(time.perf_counter() - began)
         best[dtype] = min(times)
-    return best[torch.bfloat16] / best[torch.float32]
+    return native_bf16(), best[torch.bfloat16] / best[torch.float32]
 
 
-def bf16(cpu: tuple[str, frozenset[str]], ratio: float | None) -> Finding:
-    """Whether the processor computes in bf16 itself, and what a matrix product was seen to cost."""
-    if ratio is None:
+def bf16(here: tuple[bool, float] | None) -> Finding:
+    """What the precision "auto" of a recipe will choose, and what was seen."""
+    if here is None:
         return Finding("bf16", State.FAIL, "torch can not be imported", "install torch")
-    seen = f"a product takes {ratio:.2f} of float32's time"
-    native = sorted(BF16_FLAGS & cpu[1])
-    if native:
-        return Finding("bf16", State.OK, f"native ({' '.join(native)}); {seen}")
-    kind = "emulated" if cpu[1] else "not known to be native"
-    return Finding("bf16", State.OK, f"{kind} on this processor, float32 is used; {seen}")
+    native, ratio = here
+    chosen = "native, and used" if native else "not known to be native, so float32 is used"
+    return Finding("bf16", State.OK, f"{chosen}; on the processor a product takes {ratio:.2f} of float32's time")
 
 
 def cores() -> int:
