@@ -87,7 +87,7 @@ def test_every_family_rslora_by_suffix(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_by_regex(name, tmp_path):
-    linear, projector = modules_of(FAMILIES[name], Component.VISION, Component.LANGUAGE)
+    linear, _ = modules_of(FAMILIES[name], Component.VISION, Component.LANGUAGE)
     leaf = sorted({path.rpartition(".")[2] for path in linear})[0]
     check(FAMILIES[name], tmp_path, 0.1, r=2, lora_alpha=4, target_modules=rf".*\.{leaf}")
 
@@ -112,7 +112,7 @@ def test_layers_and_exclusions(tmp_path):
 
 
 def test_nested_modules_to_save_are_refused(tmp_path):
-    """"model" also names model.language_model: PEFT wraps both and saves what it then can not load itself."""
+    """ "model" also names model.language_model: PEFT wraps both and saves what it then can not load itself."""
     made_by_peft(FAMILIES["llava"], tmp_path, r=2, target_modules=["lm_head"], modules_to_save=["model"])
     with pytest.raises(KeyError):
         peft.PeftModel.from_pretrained(FAMILIES["llava"].build()[0], tmp_path)

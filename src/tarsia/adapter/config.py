@@ -85,12 +85,7 @@ class PeftConfig:
                     do="let PEFT fold it into the base, or train without it",
                 )
         _refuse(fields, "bias", fields.get("bias", "none") in ("none", None), '"none"')
-        _refuse(
-            fields,
-            "fan_in_fan_out",
-            not fields.get("fan_in_fan_out"),
-            "false: no linear layer here is stored transposed",
-        )
+        _refuse(fields, "fan_in_fan_out", not fields.get("fan_in_fan_out"), "false: no weight here is transposed")
         init = fields.get("init_lora_weights", True)
         _refuse(fields, "init_lora_weights", init in _PLAIN_INITS, "an initialisation that leaves the base as it is")
         for key in ("r", "lora_alpha", "target_modules"):

@@ -23,10 +23,11 @@ from torch import Tensor
 from tarsia.adapter import config as peft_config
 from tarsia.adapter.atomic import write_folder
 from tarsia.adapter.config import OURS, PeftConfig
-from tarsia.adapter.fingerprint import Fingerprint, header
+from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.host import Host
 from tarsia.adapter.layout import Layout
 from tarsia.adapter.proof import Probe
+from tarsia.adapter.reading import AGAIN, check_finite, read_json, read_tensors
 from tarsia.adapter.value import Adapter, Patched
 from tarsia.core.attach import Part
 from tarsia.core.errors import AdapterError
@@ -48,7 +49,7 @@ def save(adapter: Adapter, folder: Path | str) -> None:
     """
     keys = _keys(adapter)
     tensors = {keys[path][name]: t for path, patched in adapter.patches.items() for name, t in patched.tensors.items()}
-    _check_finite(tensors)
+    check_finite(tensors)
     config = _config(adapter)
     described = _described(adapter, keys)
 
@@ -146,9 +147,7 @@ def _read(folder: Path) -> Adapter:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(
-            "tarsia.json is incomplete.",
-            given=f"{folder}: {type(error).__name__} {error}",
-            do="fetch the adapter again",
+            "tarsia.json is incomplete.", given=f"{folder}: {type(error).__name__} {error}", do=AGAIN
         ) from None
     _check_agreement(adapter, read_json(folder / CONFIG))
     return adapter
@@ -169,7 +168,7 @@ def _patches(described: Mapping[str, Any], held: dict[str, Tensor]) -> dict[str,
         raise AdapterError(
             f"{TENSORS} and tarsia.json do not agree.",
             given="; ".join(f"{n} {', '.join(k[:3])}" for n, k in (("missing", missing), ("left over", extra)) if k),
-            do="fetch the adapter again",
+            do=AGAIN,
         )
     return {
         path: Patched(
@@ -213,14 +212,6 @@ def _probe(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Probe:
     return Probe(inputs=inputs, tokens=tensors["tokens"], logits=tensors["logits"], **values)
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    for key, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise AdapterError(
-                "The adapter holds values that are no numbers.", given=key, do="use an earlier checkpoint"
-            )
-
-
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -251,48 +242,10 @@ def _sha256(path: Path) -> str:
 
 def _check_digest(path: Path, digest: str) -> None:
     if not path.is_file():
-        raise AdapterError(f"{path.name} is missing.", given=str(path.parent), do="fetch the adapter again")
+        raise AdapterError(f"{path.name} is missing.", given=str(path.parent), do=AGAIN)
     if _sha256(path) != digest:
         raise AdapterError(
             f"{path.name} is not the file that was saved: truncated, or changed since.",
             given=f"{path}, {path.stat().st_size} bytes",
-            do="fetch the adapter again",
+            do=AGAIN,
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises AdapterError where there is none."""
-    if not path.is_file():
-        raise AdapterError(f"{path.name} is missing.", given=str(path.parent), do="give the folder of an adapter")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again"
-        ) from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path.name} is no JSON object.", given=str(path), do="fetch the adapter again")
-    return value
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, all finite. Pickles are refused."""
-    if not path.is_file():
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.parent.glob(pattern))
-        raise AdapterError(
-            f"{path.name} is missing." + (" A pickle can run any program and is never read." if pickled else ""),
-            given=f"{path.parent}: {', '.join(pickled) or 'no tensors'}",
-            allowed="safetensors",
-            do="save it again as safetensors, with PEFT, where you trust the file"
-            if pickled
-            else "fetch the adapter again",
-        )
-    header(path)
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the adapter again"
-        ) from None
-    _check_finite(tensors)
-    return tensors

@@ -15,20 +15,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from tarsia.adapter.reading import header, read_json
 from tarsia.core.errors import AdapterError, BaseMismatch, ConfigError
 
 NONE = "none"
 """The digest of a thing that the base does not have."""
 
 _OPTIONAL = ("processor", "template")
-_NOT_MATHEMATICS = {
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "_name_or_path",
-    "quantization_config",
-    "architectures",
-}
+_STORAGE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "quantization_config", "architectures"}
 _PROCESSOR_JSON = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -61,7 +55,7 @@ class Fingerprint:
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
         """The fingerprint of a checkpoint folder. Raises AdapterError where it has no whole safetensors files."""
-        config = _json(folder / "config.json")
+        config = read_json(folder / "config.json")
         return cls(
             weights="files:" + _digest(_stored(_shards(folder))),
             architecture=_architecture(config),
@@ -73,7 +67,8 @@ class Fingerprint:
     @classmethod
     def of_model(cls, model: nn.Module, processor: Any = None) -> Self:
         """The fingerprint of a model in memory, without what slots have put into it."""
-        config = model.config.to_dict() if hasattr(model, "config") else {}
+        config: Any = model.config
+        config = config.to_dict()
         template = getattr(processor, "chat_template", None)
         return cls(
             weights="memory:" + _digest(_held(model)),
@@ -112,7 +107,7 @@ class Fingerprint:
         if len(kinds) == 2:
             do = "a model built in memory is never taken for one from files: open both the same way"
         raise BaseMismatch(
-            f"The adapter belongs to another base: {' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}.",
+            f"The adapter belongs to another base: not the same {' and '.join(differing)}.",
             given="; ".join(f"{name} {theirs[name][:24]}" for name in differing),
             allowed="; ".join(f"{name} {mine[name][:24]}" for name in differing),
             do=do,
@@ -132,22 +127,10 @@ def _canonical(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch the model again"
-        ) from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path.name} is no JSON object.", given=str(path), do="fetch the model again")
-    return value
-
-
 def _architecture(config: Mapping[str, Any]) -> str:
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {str(k): kept(v) for k, v in value.items() if k not in _NOT_MATHEMATICS}
+            return {str(k): kept(v) for k, v in value.items() if k not in _STORAGE}
         return [kept(v) for v in value] if isinstance(value, list | tuple) else value
 
     return _canonical(kept(config))
@@ -158,7 +141,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     if whole.is_file():
         return (whole,)
     if index.is_file():
-        return tuple(folder / name for name in sorted(set(_json(index).get("weight_map", {}).values())))
+        return tuple(folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values())))
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     raise AdapterError(
         "The base has no safetensors files.",
@@ -166,27 +149,6 @@ def _shards(folder: Path) -> tuple[Path, ...]:
         allowed="model.safetensors, or model.safetensors.index.json and its shards (pickles are never read)",
         do="use a revision of the model with safetensors",
     )
-
-
-def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The table of a safetensors file, without metadata, and where its data begins, in bytes.
-
-    Raises AdapterError where the file is no whole safetensors file.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch it again") from None
-    entries = {k: v for k, v in table.items() if k != "__metadata__"} if isinstance(table, dict) else {}
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if table is None or 8 + length + end != size:
-        raise AdapterError(
-            f"{path.name} is truncated or no safetensors file.", given=f"{path}, {size} bytes", do="fetch it again"
-        )
-    return entries, 8 + length
 
 
 def _stored(paths: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]]:
@@ -230,7 +192,7 @@ def _processor(folder: Path) -> str:
     found: list[tuple[str, str]] = []
     for name in _PROCESSOR_JSON:
         if (folder / name).is_file():
-            fields = {k: v for k, v in _json(folder / name).items() if k not in {"chat_template", *_NOT_MATHEMATICS}}
+            fields = {k: v for k, v in read_json(folder / name).items() if k not in {"chat_template", *_STORAGE}}
             found.append((name, _canonical(fields)))
     for name in _PROCESSOR_BYTES:
         if (folder / name).is_file():
@@ -244,7 +206,7 @@ def _template(folder: Path) -> str:
         if path.is_file():
             found[path.name] = path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = _json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        template = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
         if template:
             found[name] = template
     return _canonical(found)

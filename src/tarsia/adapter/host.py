@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from tarsia.adapter.fingerprint import Fingerprint
+from tarsia.adapter.reading import read_json
 from tarsia.anatomy import Anatomy, anatomy_of
 from tarsia.base import resolve
 from tarsia.core.errors import AdapterError, AnatomyError, ConfigError
@@ -58,7 +58,7 @@ def native_bf16() -> bool:
     A GPU of compute capability 8.0 or more (or ROCm's), or a CPU with AVX512-BF16 or AMX.
     """
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:  # not Linux: nothing says so, and float32 is right everywhere
@@ -142,15 +142,7 @@ def _folder(name: str) -> Path:
 
 
 def _anatomy(folder: Path) -> Anatomy:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            "config.json can not be read.", given=f"{folder}: {error}", do="fetch the model again"
-        ) from None
-    if not isinstance(config, dict):
-        raise AdapterError("config.json is no JSON object.", given=str(folder), do="fetch the model again")
-    return anatomy_of(config)
+    return anatomy_of(read_json(folder / "config.json"))
 
 
 def _model(folder: Path, dtype: torch.dtype) -> nn.Module:
