@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tarsia.core.errors import ConfigError, TrainingError
+from tarsia.train.disk import sync_folder, write_synced, writing
 
 KEEP = 2
 """Checkpoints that stay: the newest, and one to fall back on."""
@@ -44,49 +44,32 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     tensors = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
     values = {"step": checkpoint.step, **checkpoint.values}
     values["sha256"] = _digest(values, tensors)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_synced(partial / "tensors.safetensors", tensors)
-        write_synced(partial / "state.json", json.dumps(values, indent=1).encode())
-        sync_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = ", ".join(path.name for path in found(folder)) or "none"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise TrainingError(
-            f"The checkpoint of step {checkpoint.step} can not be written" + (": the disk is full." if full else "."),
-            given=f"{final}: {error.strerror or error}",
-            do=f"free {len(tensors) / 1e6:.1f} MB and run again; it goes on from the last checkpoint ({kept})",
-        ) from error
+    kept = ", ".join(path.name for path in found(folder)) or "none"
+    do = f"free {len(tensors) / 1e6:.1f} MB and run again; it goes on from the last checkpoint ({kept})"
+    with writing(f"The checkpoint of step {checkpoint.step}", final, do):
+        try:
+            _place(partial, final, tensors, json.dumps(values, indent=1).encode())
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     for old in found(folder)[KEEP:]:
         shutil.rmtree(old)
     return final
 
 
+def _place(partial: Path, final: Path, tensors: bytes, values: bytes) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_synced(partial / "tensors.safetensors", tensors)
+    write_synced(partial / "state.json", values)
+    sync_folder(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
 def _digest(values: Mapping[str, Any], tensors: bytes) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + tensors).hexdigest()
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the disk has the folder's own entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def found(folder: Path) -> list[Path]:

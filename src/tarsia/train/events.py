@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from tarsia.core.attach import Covered
 from tarsia.core.errors import TrainingError
+from tarsia.train.disk import writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +113,12 @@ class Log:
 
     def append(self, event: Event) -> None:
         """Write one event. Raises TrainingError where the disk refuses."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(as_json(event) + "\n")
-        except OSError as error:
-            raise TrainingError(
-                "The event log can not be written.", given=f"{self.path}: {error.strerror}", do="free some space, then run again"
-            ) from error
+        with self._writing(), self.path.open("a", encoding="utf-8") as file:
+            file.write(as_json(event) + "\n")
 
     def sync(self) -> int:
-        """Force the log to the disk. Returns its length in bytes."""
-        with self.path.open("ab") as file:
+        """Force the log to the disk. Returns its length in bytes. Raises TrainingError where the disk refuses."""
+        with self._writing(), self.path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
@@ -134,8 +131,11 @@ class Log:
                 given=f"{self.path}: {held} bytes, {length} expected",
                 do="restore the file, or train into another folder",
             )
-        with self.path.open("ab") as file:
+        with self._writing(), self.path.open("ab") as file:
             file.truncate(length)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing("The event log", self.path, "free some space and run again; it goes on from the last checkpoint")
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

@@ -64,13 +64,22 @@ def _training(run: Run) -> Iterator[None]:
     try:
         model.train()
         if run.recipe.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _recompute(model)
         yield
     finally:
         if run.recipe.checkpointing:
-            model.gradient_checkpointing_disable()
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
         detach(model, NAME)
         model.eval()
+
+
+def _recompute(model: Any) -> None:
+    """Activation checkpointing that needs no input with a gradient (the embeddings are frozen)."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in older versions of transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _moved(run: Run, before: Mapping[str, str]) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from tarsia.core.patch import Patch
 from tarsia.core.select import select
 from tarsia.core.site import Component, Site
 from tarsia.data import Batch, Encoder, Mixture, Rows, Source, read
-from tarsia.train.checkpoint import Checkpoint, found, newest, write_synced
+from tarsia.train.checkpoint import Checkpoint, found, newest
+from tarsia.train.disk import write_synced, writing
 from tarsia.train.events import Log
 from tarsia.train.exact import OwnRandom
 from tarsia.train.optimiser import Schedule, adamw
@@ -171,11 +172,9 @@ def find_checkpoint(recipe: Recipe, out: Path) -> tuple[Checkpoint | None, tuple
 def claim(recipe: Recipe, out: Path) -> None:
     """Write the recipe into ``out``, for whoever comes next."""
     text = json.dumps({"hash": recipe.hash, "recipe": recipe.resolved}, indent=1)
-    try:
+    with writing("The recipe", out, "free some space, or choose another out"):
         write_synced(out / ".recipe.json", text.encode())
         os.replace(out / ".recipe.json", out / "recipe.json")
-    except OSError as error:
-        raise TrainingError("The run's folder can not be written.", given=f"{out}: {error.strerror}") from error
 
 
 def digest(source: Source) -> str:
