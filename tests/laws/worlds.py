@@ -64,7 +64,9 @@ class World:
 def worlds() -> dict[str, World]:
     """Every world by name."""
     ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(0))
-    text = World("text", _llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Segments({"rows": (1, 1, 1)}))
+    text = World(
+        "text", _llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Segments({"rows": (1, 1, 1)})
+    )
     return {"text": text, "pictures": _family("llava"), "experts": _family("qwen3_vl_moe")}
 
 
@@ -79,7 +81,13 @@ def _made(world: World) -> tuple[nn.Module, tuple[Site, ...]]:
 
 def _llama(**options: Any) -> tuple[nn.Module, tuple[Site, ...]]:
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 50,
+    }
     model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, **options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -139,7 +147,12 @@ class Case:
         return [Part(self.name, str(component), config) for component in sorted(components)]
 
     def attach(
-        self, model: nn.Module, name: str = "default", seed: int = 0, sites: Sequence[Site] | None = None, **options: Any
+        self,
+        model: nn.Module,
+        name: str = "default",
+        seed: int = 0,
+        sites: Sequence[Site] | None = None,
+        **options: Any,
     ) -> None:
         sites = self.world.sites if sites is None else sites
         attach(model, sites, self.parts(sites, **options), name=name, seed=seed)

@@ -103,8 +103,7 @@ def select(
     for term in parse(text):
         matched = list(_match(term, sites))
         wanted = [
-            s for s in matched
-            if s.kind in kinds and (term.roles or term.glob or roles is None or s.role in roles)
+            s for s in matched if s.kind in kinds and (term.roles or term.glob or roles is None or s.role in roles)
         ]
         _complain(term, sites, matched, wanted, kinds)
         chosen |= {site.path: site for site in wanted if site.dead is None}
@@ -112,7 +111,9 @@ def select(
 
 
 def _match(term: Term, sites: Sequence[Site]) -> Iterator[Site]:
-    depth = {c: 1 + max((s.layer for s in sites if s.component == c and s.layer is not None), default=-1) for c in Component}
+    depth = {
+        c: 1 + max((s.layer for s in sites if s.component == c and s.layer is not None), default=-1) for c in Component
+    }
     for site in sites:
         if term.glob is not None:
             if fnmatch.fnmatchcase(site.path, term.glob):
