@@ -117,15 +117,21 @@ def test_modes_are_restored_also_after_an_error(host: Host) -> None:
     part = host.model.model.vision_tower.eval()
     modes = [module.training for module in host.model.modules()]
     try:
-        with pytest.raises(RuntimeError, match="stop"), examined(host.model):
-            assert not any(module.training for module in host.model.modules())
-            assert not torch.is_grad_enabled()
-            raise RuntimeError("stop")
+        seen: list[bool] = []
+        with pytest.raises(RuntimeError, match="stop"):
+            stopped(host.model, seen)
+        assert seen == [False, False]
         assert [module.training for module in host.model.modules()] == modes
         assert not part.training
         assert torch.is_grad_enabled()
     finally:
         host.model.eval()
+
+
+def stopped(model: torch.nn.Module, seen: list[bool]) -> None:
+    with examined(model):
+        seen += [any(module.training for module in model.modules()), torch.is_grad_enabled()]
+        raise RuntimeError("stop")
 
 
 # scoring
@@ -251,7 +257,7 @@ def test_every_family_is_scored(name: str) -> None:
 
 
 def stepwise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], answer: Sequence[int]) -> float:
-    """As ``generate`` would get to this answer: one token after the other through the cache, by the model's own code."""
+    """As ``generate`` would get to this answer: token by token through the cache, by the model's own code."""
     total, limit = 0.0, len(answer)
 
     class Forced(LogitsProcessor):
@@ -358,8 +364,9 @@ def test_a_template_that_writes_an_answer_in_two_ways_is_refused() -> None:
     """Here a question in capitals gets its answer with a mark; cached ids of another row would be wrong."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}MARK{% else %}{% if m['role'] == 'assistant' and messages[0]['content'][-1]['text'].isupper() %}"
-        "{{ '- ' }}{% endif %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if c['type'] == 'image' %}MARK{% else %}"
+        "{% if m['role'] == 'assistant' and messages[0]['content'][-1]['text'].isupper() %}{{ '- ' }}{% endif %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
     )
     host = tiny.host(template=template)

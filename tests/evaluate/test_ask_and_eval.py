@@ -1,0 +1,189 @@
+"""`tarsia ask` and `tarsia eval` from folder to output, and everything that they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from data.processors import picture
+from evaluate import tiny
+
+from tarsia.adapter import Adapter, Host, open_base, save
+from tarsia.cli import main
+from tarsia.core.attach import Part, attach, detach, patches
+from tarsia.evaluate import Report, effects, generate
+from tarsia.methods.lora import LoRAConfig
+
+
+def write_base(folder: Path, seed: int) -> Path:
+    host = tiny.host(seed)
+    host.model.save_pretrained(folder)
+    host.processor.save_pretrained(folder)
+    return folder
+
+
+def write_adapter(base: Path, folder: Path, size: float) -> Path:
+    """A LoRA on the language model; ``size`` 0 is one that was never trained."""
+    host = open_base(str(base))
+    part = Part("lora", "language.*.{q,v}", LoRAConfig(rank=2, alpha=4))
+    attach(host.model, host.sites, [part], name="made", seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for patch in patches(host.model, "made").values():
+            for parameter in patch.parameters():
+                if not parameter.any():
+                    parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    save(Adapter.of(host, "made", [part]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two bases, adapters, a picture and rows."""
+    place = tmp_path_factory.mktemp("place")
+    write_base(place / "base", 0)
+    write_base(place / "other", 1)
+    write_adapter(place / "base", place / "belt", 2.0)
+    write_adapter(place / "base", place / "idle", 0.0)
+    picture(shade=3).save(place / "belt.png")
+    rows = [
+        {"question": "what is this? " * (1 + i % 3), "answer": tiny.ANSWERS[i % 3], "images": ["belt.png"] * (i % 2)}
+        for i in range(6)
+    ]
+    for name in ("rows", "more"):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return place
+
+
+@pytest.fixture
+def tarsia(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in ``place``; its exit code, output and errors."""
+    monkeypatch.chdir(place)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        out, err = capsys.readouterr()
+        return code, out, "\n".join(line for line in err.splitlines() if line.startswith(("tarsia", "  ")))
+
+    return run
+
+
+def test_ask(tarsia, place: Path) -> None:
+    code, plain, err = tarsia("ask", "base", "--image", "belt.png", "what is this?")
+    assert (code, err) == (0, "")
+    host = open_base(str(place / "base"))
+    sample = tiny.sample("what is this?", "", 1, row=0)
+    shown = sample.pictures[0].__class__(place / "belt.png", "belt.png", "tests", 0)
+    assert plain.strip() == generate(host, [sample.__class__(sample.messages[:1], (shown,), "tests", 0)], 64)[0]
+    code, out, err = tarsia("ask", "base", "--adapter", "belt", "--image", "belt.png", "what is this?", "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found["answer"] != plain.strip()
+    assert found["base"] == "base"
+    assert found["digest"] == host.fingerprint.weights
+    assert found["adapters"]["belt"] > 0.1
+
+
+def test_an_adapter_that_does_nothing_is_named_loudly(tarsia) -> None:
+    _, plain, _ = tarsia("ask", "base", "what is this?")
+    code, out, err = tarsia("ask", "base", "--adapter", "idle", "--adapter", "belt", "what is this?", "--json")
+    assert code == 0
+    assert err == "tarsia: warning: the adapter idle changes nothing here (the question)"
+    assert json.loads(out)["adapters"]["idle"] == 0.0
+    assert json.loads(out)["adapters"]["belt"] > 0.1
+    code, out, err = tarsia("ask", "base", "--adapter", "idle", "what is this?")
+    assert out == plain
+    assert "idle changes nothing" in err
+    _, _, err = tarsia("eval", "base", "--adapter", "idle", "--data", "rows.jsonl", "--max-new-tokens", "2")
+    assert err == "tarsia: warning: the adapter idle changes nothing here (rows)"
+
+
+def test_effects_leave_the_active_set_as_it_was() -> None:
+    host = tiny.host()
+    attach(host.model, host.sites, [Part("lora", "language.*.q", LoRAConfig(rank=2, alpha=4))], name="new")
+    assert effects(host, tiny.rows(3)) == {"new": 0.0}
+    assert active_names(host) == {"new"}
+    detach(host.model, "new")
+    assert effects(host, tiny.rows(3)) == {}
+
+
+def active_names(host: Host) -> set[str]:
+    from tarsia.evaluate import active
+
+    return set(active(host))
+
+
+REFUSED = {
+    "missing picture": (["ask", "base", "--image", "nope.png", "?"], "There is no such picture", "nope.png"),
+    "no picture": (["ask", "base", "--image", "rows.jsonl", "?"], "not a picture", "rows.jsonl"),
+    "missing adapter": (["ask", "base", "--adapter", "bolt", "?"], "adapter", "bolt"),
+    "base as adapter": (["ask", "base", "--adapter", "other", "?"], "adapter", "other"),
+    "wrong base": (["ask", "other", "--adapter", "belt", "?"], "belongs to another base", "weights"),
+    "wrong base, eval": (
+        ["eval", "other", "--adapter", "belt", "--data", "rows.jsonl"], "belongs to another base", "weights",
+    ),
+    "missing base": (["ask", "bass", "?"], "There is no such model", "bass"),
+    "marker in the question": (["ask", "base", "what <image> is"], "differ in pictures", "1 markers"),
+    "no tokens": (["ask", "base", "--max-new-tokens", "0", "?"], "at least one token", "0"),
+    "adapter twice": (["ask", "base", "--adapter", "belt", "--adapter", "belt/", "?"], "Two adapters", "belt"),
+    "missing data": (["eval", "base", "--data", "nope.jsonl"], "missing", "nope.jsonl"),
+    "unknown metric": (["eval", "base", "--data", "rows.jsonl", "--metric", "exat"], "no metric", "did you mean exact"),
+    "one name twice": (["eval", "base", "--data", "rows.jsonl", "--data", "rows.jsonl"], "one name", "NAME=SOURCE"),
+    "limit 0": (["eval", "base", "--data", "rows.jsonl", "--limit", "0"], "at least 1", "--limit 0"),
+    "before nothing": (["eval", "base", "--data", "rows.jsonl", "--before"], "No adapter", "--adapter FOLDER"),
+    "metric that does not fit": (
+        ["eval", "base", "--data", "rows.jsonl", "--metric", "numeric", "--max-new-tokens", "1"], "number", "use exact",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tarsia, case: str) -> None:
+    """Exit code 2, no output, and an error that says what was given."""
+    words, what, detail = REFUSED[case]
+    code, out, err = tarsia(*words)
+    assert (code, out) == (2, "")
+    assert what in err
+    assert detail in err
+
+
+def test_a_broken_adapter_is_never_the_base_in_silence(tarsia, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "belt", tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    code, out, _ = tarsia("ask", "base", "--adapter", str(tmp_path / "cut"), "?")
+    assert (code, out) == (2, "")
+
+
+def test_eval_before_and_after(tarsia) -> None:
+    words = ["eval", "base", "--adapter", "belt", "--data", "rows.jsonl", "--data", "again=more.jsonl", "--before"]
+    code, out, err = tarsia(*words, "--limit", "5", "--max-new-tokens", "4", "--json")
+    assert (code, err) == (0, "")
+    before, after, comparison = out.splitlines()
+    reports = [Report.from_json(text) for text in (before, after)]
+    assert [r.adapters for r in reports] == [(), ("belt",)]
+    assert [[(r.source, r.n) for r in report.results] for report in reports] == [[("rows", 5), ("again", 5)]] * 2
+    assert reports[0].digest == reports[1].digest
+    assert reports[0].results[0].loss != reports[1].results[0].loss
+    assert reports[0].scoring == reports[1].scoring == "packed"
+    assert [c["source"] for c in json.loads(comparison)["changes"]] == ["rows", "again"]
+    assert tarsia(*words, "--limit", "5", "--max-new-tokens", "4", "--json") == (code, out, err)
+
+
+def test_eval_prints_tables(tarsia) -> None:
+    code, out, _ = tarsia(
+        "eval", "base", "--adapter", "belt", "--data", "rows.jsonl", "--max-new-tokens", "2", "--before"
+    )
+    assert code == 0
+    for text in ("no adapter: exact", "belt: exact", "no adapter -> belt", "95% intervals", "constrained"):
+        assert text in out
+
+
+def test_bases_of_both_seeds_differ(place: Path) -> None:
+    """Otherwise the wrong base would be no wrong base."""
+    digests: Sequence[str] = [open_base(str(place / name)).fingerprint.weights for name in ("base", "other")]
+    assert digests[0] != digests[1]
