@@ -142,10 +142,13 @@ def batched_forgets_which_rows(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
     return broken(LoRA, batched=staticmethod(batched))
 
 
-@caught_by("model_compiles", "Unsupported|graph break|item")
-@caught_by("compiles", "Unsupported|graph break|item")
+@caught_by("model_compiles", "[Dd]ata-dependent")
+@caught_by("compiles", "[Dd]ata-dependent")
 def forward_leaves_the_graph(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
-    return broken(LoRA, forward=lambda self, x, base: base(x) + self.update(x) * (x.sum().item() == x.sum().item()))
+    def forward(self: LoRA, x: torch.Tensor, base: Any) -> torch.Tensor:
+        return base(x) + self.update(x) if x.sum() > 0 else base(x) + self.update(x) + 0
+
+    return broken(LoRA, forward=forward)
 
 
 @caught_by("base_bytes_stay", "")

@@ -7,7 +7,8 @@
     roles     = role | "{" role { "," role } "}"
 
 Layer numbers count from 0, negative ones from the component's end; ranges include both ends. A term
-without roles takes what the method patches by default. Every part of every term must match.
+without roles takes what the method patches by default; a glob takes every site that the method can
+patch. Every part of every term must match a site that the method can patch and a gradient can reach.
 """
 
 from __future__ import annotations
@@ -15,36 +16,33 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tarsia.core.errors import SelectionError
 from tarsia.core.site import Component, Kind, Role, Site
 
-_LAYERS = re.compile(r"(?P<first>-?\d+)?(?P<dots>\.\.)?(?P<last>-?\d+)?")
+_NUMBER = r"-?[0-9]{1,6}"
+_LAYERS = rf"\*|(?P<only>{_NUMBER})|(?!\.\.(?:\.|$))(?P<first>{_NUMBER})?\.\.(?P<last>{_NUMBER})?"
+_TERM = re.compile(rf"(?:{_LAYERS})(?:\.(?P<roles>[a-zA-Z_]\w*|\{{.*\}}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term of a selection, parsed. Empty ``roles`` mean the method's default."""
+    """One term of a selection, parsed. ``layers`` are its ends (None: open), empty ``roles`` the method's default."""
 
     text: str
     components: tuple[Component, ...] = ()
-    layers: str | None = None
+    numbered: bool = False
+    layers: tuple[int | None, int | None] = (None, None)
     roles: tuple[Role, ...] = ()
     glob: str | None = None
 
 
-def _names(given: str, allowed: Sequence[str], what: str, text: str) -> str:
-    if given in allowed:
-        return given
-    near = difflib.get_close_matches(given, allowed, 3, 0.4) or sorted(allowed)
-    raise SelectionError(
-        f"The selection {text!r} names no {what} of this model.",
-        given=given or "(nothing)",
-        allowed=", ".join(allowed),
-        do=f"did you mean {' or '.join(near[:3])}?",
-    )
+def near(word: str, words: Collection[str], otherwise: int = 3) -> str:
+    """The ``words`` that are most like ``word``, as a question; where none is, the first few."""
+    found = difflib.get_close_matches(word.lower(), list(words), 3, 0.4) or list(words)[:otherwise]
+    return f"did you mean {' or '.join(found)}?" if found else "choose another component"
 
 
 def parse(text: str) -> tuple[Term, ...]:
@@ -55,40 +53,42 @@ def parse(text: str) -> tuple[Term, ...]:
     return tuple(_term(piece) for piece in pieces)
 
 
+def _word(given: str, allowed: Sequence[str], what: str, text: str) -> str:
+    if given in allowed:
+        return given
+    raise SelectionError(
+        f"The selection {text!r} names no {what} of a model.",
+        given=given or "(nothing)",
+        allowed=", ".join(allowed),
+        do=near(given, allowed),
+    )
+
+
 def _term(text: str) -> Term:
     if text.startswith("@"):
         return Term(text, glob=text[1:].strip())
-    head, _, rest = text.partition(".")
-    component = _names(head, [*Component, "*"], "component", text)
+    head, dot, rest = text.partition(".")
+    component = _word(head.strip(), [*Component, "*"], "component", text)
     components = tuple(Component) if component == "*" else (Component(component),)
-    match = re.fullmatch(r"(\*|-?\d*(?:\.\.)?-?\d*)(?:\.([^.].*))?", rest)
-    if rest and (not match or not match[1]):
+    if not dot:
+        return Term(text, components)
+    match = _TERM.fullmatch(rest.strip())
+    if match is None:
+        words = re.findall(r"[a-zA-Z_]\w*", rest)
         raise SelectionError(
-            f"The selection {text!r} has no layers between component and roles.",
-            given=rest,
-            allowed="* | 3 | -1 | 2..5 | -4..",
-            do=f"write {head}.*.{rest.strip('.') or 'q'}",
+            f"The selection {text!r} is not component.layers.roles.",
+            given=rest or "(nothing after the dot)",
+            allowed="layers * | 3 | -1 | 2..5 | -4.. | ..3, then a role or {role,role}",
+            do=f"write {component}.*.{'{' + ','.join(words) + '}' if len(words) > 1 else (words or ['q'])[0]}",
         )
-    layers, roles = (match[1], match[2] or "") if match and rest else (None, "")
-    words = [word.strip() for word in roles.strip("{}").split(",")] if roles else []
-    return Term(text, components, layers, tuple(Role(_names(w, list(Role), "role", text)) for w in words))
+    layers = _number(match["only"] or match["first"]), _number(match["only"] or match["last"])
+    roles = match["roles"]
+    words = [] if roles is None else roles.strip("{}").split(",")
+    return Term(text, components, True, layers, tuple(Role(_word(w.strip(), list(Role), "role", text)) for w in words))
 
 
-def _in_layers(layers: str | None, site: Site, depth: int) -> bool:
-    if layers is None:
-        return True
-    if site.layer is None:
-        return False
-    if layers == "*":
-        return True
-    match = _LAYERS.fullmatch(layers)
-    assert match is not None
-    first = 0 if match["first"] is None else int(match["first"])
-    last = depth - 1 if match["last"] is None else int(match["last"])
-    if not match["dots"]:
-        last = first
-    first, last = (n + depth if n < 0 else n for n in (first, last))
-    return first <= site.layer <= last
+def _number(text: str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 def select(
@@ -97,81 +97,90 @@ def select(
     """The sites that ``text`` names, in model order, without the dead ones.
 
     ``kinds`` are what the method can patch and ``roles`` what a term without roles means (None: all).
-    Raises SelectionError where a term, or a role within it, matches nothing, or only dead sites.
+    Raises SelectionError where a term, or a role or layer within it, matches nothing, nothing that the
+    method can patch, or only dead sites.
     """
-    chosen: dict[str, Site] = {}
+    depths = {
+        c: 1 + max((s.layer for s in sites if s.component == c and s.layer is not None), default=-1) for c in Component
+    }
+    chosen: set[str] = set()
     for term in parse(text):
-        matched = list(_match(term, sites))
-        wanted = [
-            s for s in matched if s.kind in kinds and (term.roles or term.glob or roles is None or s.role in roles)
-        ]
-        _complain(term, sites, matched, wanted, kinds)
-        chosen |= {site.path: site for site in wanted if site.dead is None}
+        _check_layers(term, depths)
+        for role in term.roles or (None,):
+            matched = [s for s in sites if _matches(term, role, s, depths[s.component])]
+            if not matched:
+                raise _nothing(term, role, sites)
+            asked = role is not None or term.glob is not None or roles is None
+            wanted = [s for s in matched if s.kind in kinds and (asked or s.role in (roles or ()))]
+            _check(term, role, matched, wanted, kinds)
+            chosen |= {site.path for site in wanted if site.dead is None}
     return tuple(site for site in sites if site.path in chosen)
 
 
-def _match(term: Term, sites: Sequence[Site]) -> Iterator[Site]:
-    depth = {
-        c: 1 + max((s.layer for s in sites if s.component == c and s.layer is not None), default=-1) for c in Component
-    }
-    for site in sites:
-        if term.glob is not None:
-            if fnmatch.fnmatchcase(site.path, term.glob):
-                yield site
-        elif (
-            site.component in term.components
-            and (not term.roles or site.role in term.roles)
-            and _in_layers(term.layers, site, depth[site.component])
-        ):
-            yield site
+def _ends(term: Term, depth: int) -> tuple[int, int]:
+    first, last = (0 if term.layers[0] is None else term.layers[0]), (-1 if term.layers[1] is None else term.layers[1])
+    return first + depth * (first < 0), last + depth * (last < 0)
 
 
-def _complain(
-    term: Term, sites: Sequence[Site], matched: Sequence[Site], wanted: Sequence[Site], kinds: Collection[Kind]
+def _matches(term: Term, role: Role | None, site: Site, depth: int) -> bool:
+    if term.glob is not None:
+        return fnmatch.fnmatchcase(site.path, term.glob)
+    if site.component not in term.components or role not in (None, site.role):
+        return False
+    first, last = _ends(term, depth)
+    return not term.numbered or (site.layer is not None and first <= site.layer <= last)
+
+
+def _check_layers(term: Term, depths: Mapping[Component, int]) -> None:
+    """Raise SelectionError where a layer is named that none of the term's components has."""
+    deepest = max((depths[c] for c in term.components), default=0)
+    for number in term.layers:
+        if number is not None and deepest and not -deepest <= number < deepest:
+            raise SelectionError(
+                f"The selection {term.text!r} names a layer that is not there.",
+                given=number,
+                allowed=f"0..{deepest - 1}, or -{deepest}..-1 from the end",
+                do=f"the nearest is {deepest - 1 if number > 0 else -deepest}",
+            )
+
+
+def _check(
+    term: Term, role: Role | None, matched: Sequence[Site], wanted: Sequence[Site], kinds: Collection[Kind]
 ) -> None:
-    if not matched:
-        raise _nothing(term, sites)
-    for role in term.roles:
-        for component in term.components if len(term.components) == 1 else ():
-            if not any(s.role == role for s in matched):
-                has = sorted({str(s.role) for s in sites if s.component == component})
-                raise SelectionError(
-                    f"The selection {term.text!r} is only half matched: {component} has no {role} there.",
-                    given=str(role),
-                    allowed=", ".join(has),
-                    do=f"did you mean {' or '.join(difflib.get_close_matches(role, has, 3, 0.1) or has[:3])}?",
-                )
+    what = f"{term.text!r}" if role is None else f"{term.text!r}, its {role},"
     if not wanted:
         raise SelectionError(
-            f"The selection {term.text!r} matches {len(matched)} sites, none of a kind that this method patches.",
-            given=", ".join(sorted({str(s.kind) for s in matched})),
-            allowed=", ".join(sorted(kinds)),
+            f"The selection {what} matches {len(matched)} sites, none that this method patches.",
+            given=", ".join(sorted({f"{s.role} ({s.kind})" for s in matched})),
+            allowed=f"{', '.join(sorted(kinds))}, in the method's default roles where none is named",
             do="choose linear layers, or the method `full`, which trains any parameter",
         )
     if all(site.dead for site in wanted):
         raise SelectionError(
-            f"The selection {term.text!r} matches only sites that no gradient can reach.",
+            f"The selection {what} matches only sites that no gradient can reach.",
             given=", ".join(s.path for s in wanted[:3]) + (" ..." if len(wanted) > 3 else ""),
             allowed="; ".join(sorted({str(s.dead) for s in wanted})),
             do="choose earlier layers; `tarsia sites MODEL` prints the dead ones",
         )
 
 
-def _nothing(term: Term, sites: Sequence[Site]) -> SelectionError:
+def _nothing(term: Term, role: Role | None, sites: Sequence[Site]) -> SelectionError:
     if term.glob is not None:
-        near = difflib.get_close_matches(term.glob, [s.path for s in sites], 3, 0.0)
+        paths = difflib.get_close_matches(term.glob, [s.path for s in sites], 3, 0.0)
         return SelectionError(
-            "No path of this model matches.", given=term.glob, do=f"the nearest are {', '.join(near)}"
+            "No path of this model matches.", given=term.glob, do=f"the nearest are {', '.join(paths)}"
         )
     inside = [s for s in sites if s.component in term.components]
-    layers = sorted({s.layer for s in inside if s.layer is not None})
-    roles = sorted({str(s.role) for s in inside})
-    span = f"layers 0..{layers[-1]}" if layers else "no numbered layers"
-    wanted = term.roles[0] if term.roles else ""
-    near = difflib.get_close_matches(wanted, roles, 3, 0.1) or roles[:3]
+    layers = [s.layer for s in inside if s.layer is not None and role in (None, s.role)]
+    roles = sorted({str(s.role) for s in inside if not term.numbered or s.layer is not None})
+    there = f"layers {min(layers)}..{max(layers)}" if layers else "no numbered layers" if role is None else f"no {role}"
+    loose = [s.path for s in inside if s.layer is None and s.role == role]
+    half = f"is only half matched: there is no {role}" if len(term.roles) > 1 else "matches nothing"
     return SelectionError(
-        f"The selection {term.text!r} matches nothing.",
-        given=term.text,
-        allowed=f"{span}; roles {', '.join(roles)}" if inside else "this component has no sites",
-        do=f"did you mean {' or '.join(near)}? `tarsia sites MODEL` prints every site",
+        f"The selection {term.text!r} {half}.",
+        given=role or term.text,
+        allowed=f"{there}; roles {', '.join(roles) or '(none)'}" if inside else "this component has no sites",
+        do=f"it is in no layer: write {' or '.join(f'@{path}' for path in loose[:3])}"
+        if loose and not layers
+        else f"{near(role or '', roles)} `tarsia sites MODEL` prints every site",
     )
