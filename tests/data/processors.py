@@ -163,9 +163,11 @@ def internvl() -> Any:
     return _without_video("InternVLProcessor")(pictures, tokenizer, None, image_seq_length=4)
 
 
-def mllama() -> Any:
+def mllama(**options: Any) -> Any:
     pictures = _pictures("mllama", "MllamaImageProcessorPil", size={"height": 16, "width": 16}, max_image_tiles=2)
-    return transformers.MllamaProcessor(pictures, bytes_tokenizer(("<|image|>", "<|python_tag|>"), trim=True))
+    return transformers.MllamaProcessor(
+        pictures, bytes_tokenizer(("<|image|>", "<|python_tag|>"), trim=True, **options)
+    )
 
 
 def paligemma() -> Any:

@@ -200,6 +200,7 @@ def test_the_space_of_an_answer_is_its_own_where_tokens_allow() -> None:
             assert said(encoder, encoder.batch([row]), 0) == answers(row, template)
 
 
+_BY_ROLE = "{% if m['role'] == 'assistant' %}"
 _HEAD, _PROMPT = "{{ m['role'] + ':' }}", "assistant:"
 _LATEST = "c['text'] if m is sameas messages[-1] or m['role'] == 'user' else c['text'].split('/')[-1]"
 REFUSED = {
@@ -207,6 +208,7 @@ REFUSED = {
     "forgets": turns(_HEAD, "</s>", _PROMPT, PARTS.replace("c['text']", _LATEST)),
     "reverses": turns(_HEAD, "</s>", _PROMPT, over="messages | reverse"),
     "counts": "{{ messages | length }}" + turns(_HEAD, "</s>", _PROMPT),
+    "prompts otherwise": turns(_HEAD, "</s>", _PROMPT + "<think>"),
 }
 
 
@@ -253,6 +255,42 @@ def test_a_prompt_that_runs_into_the_answer_is_refused() -> None:
     with pytest.raises(DataError, match="holds both the assistant's text and the template's") as error:
         Encoder(made("llava", template)).batch([sample((0, "q", "a cat"), row=4)])
     assert "Row 4 of cells" in str(error.value) and "' a'" in str(error.value)
+
+
+def test_an_answer_that_runs_into_the_next_turn_is_refused() -> None:
+    """The answer ends in "USE" and the template goes on with "R:": one token is "USER"."""
+    template = turns(_BY_ROLE + "A:{% else %}R:{% endif %}", "", "A:")
+    with pytest.raises(DataError, match="holds both") as error:
+        Encoder(made("llava", template)).batch([sample((0, "q", "what USE"), (0, "q", "a"))])
+    assert "' USER'" in str(error.value) or "'USER'" in str(error.value)
+
+
+def test_white_space_in_a_token_with_the_prompts_is_not_learnt() -> None:
+    encoder = Encoder(made("llava", "chatml"))
+    batch = encoder.batch([sample((0, "q", "\n cat"))])
+    assert "\n\n" in [encoder.processor.tokenizer.decode([i]) for i in batch.inputs["input_ids"][0]]
+    assert said(encoder, batch, 0) == " cat<|im_end|>"
+
+
+@pytest.mark.parametrize("first", [(0, "what?", "a cat"), (1, "what is this?", "a cat")])
+def test_a_first_token_put_in_by_the_processor_moves_the_spans(first: tuple[int, str, str]) -> None:
+    """Mllama writes it before the text, or after the pictures that the text begins with."""
+    for template in ("vicuna with end", turns("", _BY_ROLE + "</s>{% else %}A:{% endif %}", "")):
+        encoder = Encoder(made("mllama", template, bos=False))
+        row = sample(first, (2, "and?", "two dogs"))
+        batch = encoder.batch([row])
+        assert int((batch.inputs["input_ids"] == encoder.processor.tokenizer.bos_token_id).sum()) == 1
+        opening = " " if template == "vicuna with end" else ""
+        assert said(encoder, batch, 0) == f"{opening}a cat</s>{opening}two dogs</s>"
+
+
+def test_a_template_that_forgets_a_picture_is_seen() -> None:
+    template = TEMPLATES["chatml"].replace(
+        "{% if c['type'] == 'image' %}MARK", "{% if c['type'] == 'image' %}{{ 'MARK' if m is sameas messages[0] }}"
+    )
+    with pytest.raises(DataError, match="differ in pictures") as error:
+        Encoder(made("llava", template)).batch([MIXED[2]])
+    assert "2 markers '<image>', 3 pictures" in str(error.value)
 
 
 def test_a_turn_that_only_takes_strings_is_given_one() -> None:
