@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ def base(folder: Path, **overrides: Any) -> Path:
     processor = made("llava", "chatml")
     processor.patch_size = CELL
     tokenizer = processor.tokenizer
-    text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    options = {"text_config": text, "image_token_index": processor.image_token_id, **overrides}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options = {
+        "text_config": {"vocab_size": len(tokenizer), **ids},
+        "image_token_index": processor.image_token_id,
+        **overrides,
+    }
     model, _ = FAMILIES["llava"].build(0, **options)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -38,7 +42,8 @@ def rows(path: Path, count: int = 12, pictures: Sequence[int] = (1, 0, 2)) -> Pa
         for i in range(pictures[row % len(pictures)]):
             names.append(f"{path.stem}-{row}-{i}.png")
             picture(shade=7 * row + i + 1).save(path.parent / names[-1])
-        lines.append({"images": names, "question": "what is this? " * (1 + row % 3), "answer": ANSWERS[row % len(ANSWERS)]})
+        question = "what is this? " * (1 + row % 3)
+        lines.append({"images": names, "question": question, "answer": ANSWERS[row % len(ANSWERS)]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -86,3 +91,9 @@ def until(events: Iterator[Event], step: int) -> None:
         if isinstance(event, Step) and event.step == step:
             break
     events.close()
+
+
+def drive(events: Iterator[Event], act: Callable[[Event], None]) -> None:
+    """Do something after each event, before the run goes on."""
+    for event in events:
+        act(event)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from train import small
 
-from tarsia.adapter import open_base
+from tarsia.adapter import Host, open_base
 from tarsia.core.attach import slots
 from tarsia.core.errors import AdapterError, ConfigError, DataError, SelectionError, TrainingError
 from tarsia.train import run as run_module
@@ -71,11 +71,13 @@ def poison_patch(host, site: str) -> None:
 
 def test_nan_in_a_patch_stops_and_keeps_the_last_checkpoint(fresh):
     host = open_base(fresh["model"])
-    events = fit(small.recipe(fresh), host=host)
+
+    def poison(event):
+        if isinstance(event, Step) and event.step == 4:
+            poison_patch(host, "language_model.layers.0.self_attn.q_proj")
+
     with pytest.raises(TrainingError, match="step 5 is not a number") as caught:
-        for event in events:
-            if isinstance(event, Step) and event.step == 4:
-                poison_patch(host, "language_model.layers.0.self_attn.q_proj")
+        small.drive(fit(small.recipe(fresh), host=host), poison)
     assert "row" in caught.value.given
     assert "task" in caught.value.given
     assert [p.name for p in found(Path(fresh["out"]) / "checkpoints")] == ["step-000003"]
@@ -102,12 +104,14 @@ def test_nan_in_a_row_names_the_row(fresh, monkeypatch):
 
 def test_a_gradient_that_is_no_number_names_the_site(fresh):
     host = open_base(fresh["model"])
-    events = fit(small.recipe(fresh), host=host)
+
+    def poison(event):
+        if isinstance(event, Step) and event.step == 1:
+            patch = next(p for s in slots(host.model) for held in s.patches.values() for p in held.values())
+            next(patch.parameters()).register_hook(lambda g: g * math.inf)
+
     with pytest.raises(TrainingError, match="gradient of step 2 is not a number") as caught:
-        for event in events:
-            if isinstance(event, Step) and event.step == 1:
-                patch = next(p for s in slots(host.model) for held in s.patches.values() for p in held.values())
-                next(patch.parameters()).register_hook(lambda g: g * math.inf)
+        small.drive(fit(small.recipe(fresh), host=host), poison)
     assert "model." in caught.value.given
     assert "row" in caught.value.given
 
@@ -133,20 +137,22 @@ def disk(monkeypatch):
 @pytest.mark.parametrize("synced", [False, True])
 def test_a_full_disk_while_saving_keeps_the_old_checkpoint(fresh, disk, monkeypatch, synced):
     """Full before the log is forced to the disk, or only for the checkpoint itself."""
-    plain = Log.sync
+    plain, reached = Log.sync, []
 
     def sync(self):
         length = plain(self)
-        disk["full"] = step == 6
+        disk["full"] = 6 in reached
         return length
+
+    def fill(event):
+        if isinstance(event, Step):
+            reached.append(event.step)
+            disk["full"] = event.step == 6 and not synced
 
     if synced:
         monkeypatch.setattr(Log, "sync", sync)
-    step = 0
     with pytest.raises(TrainingError, match="disk is full") as caught:
-        for event in fit(small.recipe(fresh)):
-            step = event.step if isinstance(event, Step) else step
-            disk["full"] = step == 6 and not synced
+        small.drive(fit(small.recipe(fresh)), fill)
     assert ("step-000003" if synced else "events.jsonl") in str(caught.value)
     disk["full"] = False
     monkeypatch.setattr(Log, "sync", plain)
@@ -156,9 +162,11 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint(fresh, disk, monkeypa
 
 
 def test_a_full_disk_for_the_adapter_keeps_the_last_checkpoint(fresh, disk):
+    def fill(event):
+        disk["full"] = isinstance(event, Saved) and event.step == 8
+
     with pytest.raises(AdapterError, match="The adapter can not be written"):
-        for event in fit(small.recipe(fresh)):
-            disk["full"] = isinstance(event, Saved) and event.step == 8
+        small.drive(fit(small.recipe(fresh)), fill)
     disk["full"] = False
     assert not (Path(fresh["out"]) / "adapter").exists()
     assert [event.kind for event in small.run(fresh)] == ["started", "finished"]
@@ -212,36 +220,32 @@ def test_pictures_that_are_never_drawn(fresh, tmp_path):
     assert not (Path(fresh["out"]) / "adapter").exists()
 
 
-def test_a_live_patch_without_gradient_stops_the_run(fresh):
-    """One site is cut off from the loss after attaching, as a wrongly written model would."""
-    host = open_base(fresh["model"])
+def without_gradient(values) -> Host:
+    """A base whose projector's output is cut off from the loss, as a wrongly written model would."""
+    host = open_base(values["model"])
     projector = host.model.get_submodule("model.multi_modal_projector")
     projector.register_forward_hook(lambda module, args, output: output.detach())
+    return host
+
+
+def test_a_live_patch_without_gradient_stops_the_run(fresh):
     with pytest.raises(TrainingError, match="never had a gradient: 4 steps with pictures") as caught:
-        small.run(fresh, host=host)
+        small.run(fresh, host=without_gradient(fresh))
     assert "multi_modal_projector.linear_1" in caught.value.given or "vision_tower" in caught.value.given
     assert "6 patches" in caught.value.what, "two of the projector, four of the vision tower, none of the language"
 
 
 def test_a_short_run_is_judged_at_its_end(fresh):
-    host = open_base(fresh["model"])
-    host.model.get_submodule("model.multi_modal_projector").register_forward_hook(lambda m, a, output: output.detach())
     with pytest.raises(TrainingError, match="never had a gradient"):
-        small.run(fresh, "steps=3", host=host)
+        small.run(fresh, "steps=3", host=without_gradient(fresh))
     assert not found(Path(fresh["out"]) / "checkpoints")
 
 
 def test_the_watch_goes_on_after_a_resume(fresh):
     """Two steps before the kill, two after: the dead patch is found all the same."""
-
-    def cut():
-        host = open_base(fresh["model"])
-        host.model.get_submodule("model.multi_modal_projector").register_forward_hook(lambda m, a, output: output.detach())
-        return host
-
-    small.until(fit(small.recipe(fresh, "save_every=2"), host=cut()), 3)
+    small.until(fit(small.recipe(fresh, "save_every=2"), host=without_gradient(fresh)), 3)
     with pytest.raises(TrainingError, match="After step 4"):
-        small.run(fresh, "save_every=2", host=cut())
+        small.run(fresh, "save_every=2", host=without_gradient(fresh))
 
 
 def test_two_runs_in_one_folder(fresh):
@@ -280,5 +284,5 @@ def test_a_checkpoint_of_other_patches(fresh, monkeypatch):
     held = read(folder / "step-000003")
     key = next(k for k in held.tensors if k.startswith("patch/"))
     write(folder, type(held)(held.step, {**held.tensors, key: torch.zeros(1)}, held.values))
-    with pytest.raises(TrainingError, match="patches are not those"):
+    with pytest.raises(TrainingError, match="patches are not this run"):
         small.run(fresh)

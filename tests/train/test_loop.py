@@ -173,7 +173,8 @@ def test_checkpointing_changes_no_number(whole, fresh):
 
 def test_bfloat16_base_keeps_float32_patches(fresh):
     finished = small.run(fresh, "precision=bfloat16", "steps=4")[-1]
-    assert {t.dtype for patched in finished.adapter.patches.values() for t in patched.tensors.values()} == {torch.float32}
+    tensors = [t for patched in finished.adapter.patches.values() for t in patched.tensors.values()]
+    assert {t.dtype for t in tensors} == {torch.float32}
     assert finished.adapter.card["machine"]["dtype"] == "torch.bfloat16"
 
 
@@ -188,7 +189,8 @@ def test_the_evaluator_sees_the_adapter_and_disturbs_nothing(whole, fresh):
         return {"accuracy": step / 10}
 
     events = small.run(fresh, "eval_every=3", evaluator=evaluator)
-    assert [(e.step, e.results["accuracy"]) for e in events if isinstance(e, Evaluated)] == [(3, 0.3), (6, 0.6), (8, 0.8)]
+    found = [(e.step, e.results["accuracy"]) for e in events if isinstance(e, Evaluated)]
+    assert found == [(3, 0.3), (6, 0.6), (8, 0.8)]
     assert all(seen)
     assert [s.loss for s in small.curve(events)] == [s.loss for s in small.curve(whole[0])]
 
@@ -249,7 +251,8 @@ def test_another_machine_is_told(fresh):
 
     folder = Path(fresh["out"]) / "checkpoints"
     held = read(folder / "step-000003")
-    write(folder, type(held)(held.step, held.tensors, {**held.values, "machine": {**held.values["machine"], "torch": "1.0"}}))
+    moved = {**held.values["machine"], "torch": "1.0"}
+    write(folder, type(held)(held.step, held.tensors, {**held.values, "machine": moved}))
     notices = [event.what for event in small.run(fresh) if isinstance(event, Notice)]
     assert len(notices) == 1
     assert "torch 1.0 ->" in notices[0]

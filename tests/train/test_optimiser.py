@@ -30,7 +30,10 @@ def test_known_points_of_the_schedule():
 
 def parts():
     torch.manual_seed(0)
-    return [{"a/w": nn.Parameter(torch.randn(3, 2)), "a/b": nn.Parameter(torch.randn(3))}, {"c/w": nn.Parameter(torch.randn(2, 2))}]
+    return [
+        {"a/w": nn.Parameter(torch.randn(3, 2)), "a/b": nn.Parameter(torch.randn(3))},
+        {"c/w": nn.Parameter(torch.randn(2, 2))},
+    ]
 
 
 def test_one_update_is_adamw_by_hand():

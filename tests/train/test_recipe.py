@@ -12,7 +12,10 @@ from tarsia.train.recipe import Recipe, differences
 
 VALUES = {
     "model": "mini-1",
-    "parts": [{"method": "lora", "select": "language", "rank": 4, "lr": 1e-3}, {"method": "full", "select": "projector"}],
+    "parts": [
+        {"method": "lora", "select": "language", "rank": 4, "lr": 1e-3},
+        {"method": "full", "select": "projector"},
+    ],
     "data": {"train": [{"path": "task.jsonl", "weight": 0.9}, {"path": "talk.jsonl", "weight": 0.1}]},
     "steps": 10,
     "out": "out",
@@ -45,7 +48,11 @@ REFUSED = {
     "a decay that is none": ({"decay": "cosin"}, "'decay'", "'cosine'"),
     "beta 1": ({"betas": [0.9, 1]}, "betas", "less than 1"),
     "no rate": ({"parts": [{"method": "lora", "select": "language", "lr": 0}]}, "lr", "greater than 0"),
-    "no number at all": ({"parts": [{"method": "lora", "select": "language", "lr": float("nan")}]}, "holds text", "Out of range"),
+    "no number at all": (
+        {"parts": [{"method": "lora", "select": "language", "lr": float("nan")}]},
+        "holds text",
+        "Out of range",
+    ),
 }
 
 
@@ -86,7 +93,8 @@ def test_overrides_reach_into_lists():
 @pytest.mark.parametrize(
     "override, names",
     [
-        ("parts.5.lr=1", "0..1"), ("parts.x.lr=1", "0..1"), ("steps", "key=value"), ("=3", "key=value"), ("a..b=3", "key=value"),
+        ("parts.5.lr=1", "0..1"), ("parts.x.lr=1", "0..1"), ("steps", "key=value"), ("=3", "key=value"),
+        ("a..b=3", "key=value"),
         ("stps=3", "did you mean steps"), ("steps.more=3", "holds no others"), ("dta.train=1", "did you mean data"),
         ("parts.0.lr=[", "no value"),
     ],
@@ -114,7 +122,8 @@ def test_yaml_numbers_are_numbers_and_words_are_words(tmp_path):
 @pytest.mark.parametrize(
     "text, names",
     [
-        ("steps: 1\nsteps: 2\n", "stands twice"), ("- 1\n", "table of keys"), ("a: [", "not YAML"), ("1: 2\n", "A key is a text"),
+        ("steps: 1\nsteps: 2\n", "stands twice"), ("- 1\n", "table of keys"), ("a: [", "not YAML"),
+        ("1: 2\n", "A key is a text"),
         ("out: !!python/object/apply:os.getcwd []\n", "not YAML"), ("", "table of keys"),
     ],
 )  # fmt: skip

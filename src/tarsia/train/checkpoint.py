@@ -128,7 +128,9 @@ def locked(out: Path) -> Iterator[None]:
         except BlockingIOError:
             owner = os.pread(handle, 64, 0).decode() or "unknown"
             raise ConfigError(
-                "Another run is writing to this folder.", given=f"{out} (process {owner})", do="wait for it, or choose another out"
+                "Another run is writing to this folder.",
+                given=f"{out} (process {owner})",
+                do="wait, or choose another out",
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,22 +39,25 @@ class OwnRandom:
 
     def _current(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
-        return state | {"cuda": torch.cuda.get_rng_state(device) for device in self.devices}
+        for device in self.devices:
+            state["cuda"] = torch.cuda.get_rng_state(device)
+        return state
 
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic kernels inside, on a CPU; a GPU keeps its fast ones."""
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     try:
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)
             # filling fresh memory finds bugs and costs time; it changes no result
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            memory.fill_uninitialized_memory = False
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 @contextmanager

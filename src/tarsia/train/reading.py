@@ -34,7 +34,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ConfigError("A key is a text.", given=f"{key!r} in line {key_node.start_mark.line + 1}")
         if key in values:
-            raise ConfigError(f"The key {key!r} stands twice.", given=f"line {key_node.start_mark.line + 1}", do="keep one")
+            raise ConfigError(f"The key {key!r} stands twice.", given=f"line {key_node.start_mark.line + 1}")
         values[key] = loader.construct_object(value_node, deep=True)
     return values
 

@@ -64,7 +64,7 @@ class PartRecipe(BaseModel):
         """The peak learning rate. Raises ConfigError where neither the part nor RATES names one."""
         if self.lr is None and self.method not in RATES:
             raise ConfigError(
-                f"The method {self.method!r} has no usual learning rate.", do="give the part an lr, for example lr: 1e-4"
+                f"The method {self.method!r} has no usual learning rate.", do="give the part an lr: 1e-4, say"
             )
         return RATES[self.method] if self.lr is None else self.lr
 
@@ -149,12 +149,12 @@ class Recipe(BaseModel):
     @classmethod
     def of(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
         """Build from plain values, as a YAML file holds them."""
-        values = json.loads(_plain(values))
+        plain = json.loads(_plain(values))
         for override in overrides:
-            _override(values, override)
+            _override(plain, override)
         try:
             # JSON mode takes a list for a tuple and still no string for a number
-            return cls.model_validate_json(json.dumps(values), strict=True)
+            return cls.model_validate_json(json.dumps(plain), strict=True)
         except ValidationError as error:
             raise _refusal(error, cls) from None
 
@@ -162,9 +162,9 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Every value, defaults too, as plain JSON values; methods' defaults filled in."""
         values = self.model_dump(mode="json")
-        values["parts"] = [
-            {"method": p.method, "select": p.select, "lr": p.rate, **dataclasses.asdict(p.configure())} for p in self.parts
-        ]
+        named = [{"method": part.method, "select": part.select, "lr": part.rate} for part in self.parts]
+        options = [dataclasses.asdict(part.configure()) for part in self.parts]
+        values["parts"] = [a | b for a, b in zip(named, options, strict=True)]
         return values
 
     @property

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import transformers
@@ -81,11 +81,15 @@ class Run:
         }
         return Batch(inputs, batch.labels, batch.n_pictures, batch.sources, batch.rows)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor of every patch, the live ones themselves."""
+        return {
+            f"{site.path}/{key}": v for site, patch in self.patches.items() for key, v in patch.state_dict().items()
+        }
+
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
-        tensors: dict[str, Tensor] = {}
-        for site, patch in self.patches.items():
-            tensors |= {f"patch/{site.path}/{key}": value for key, value in patch.state_dict().items()}
+        tensors = {f"patch/{key}": value for key, value in self._tensors().items()}
         tensors |= {f"optimiser/{key}": value for key, value in optimiser_state(self.optimiser).items()}
         tensors |= {f"random/{key}": value for key, value in self.random.state().items()}
         values = {
@@ -116,11 +120,11 @@ class Run:
         for key, value in checkpoint.tensors.items():
             kind, _, rest = key.partition("/")
             groups.setdefault(kind, {})[rest] = value
-        held = {f"{site.path}/{key}": v for site, patch in self.patches.items() for key, v in patch.state_dict().items()}
-        given = groups["patch"]
-        wrong = sorted(k for k in held.keys() | given.keys() if k not in held or k not in given or held[k].shape != given[k].shape)
-        if wrong:
-            raise TrainingError("The checkpoint's patches are not those of this run.", given=wrong[0], do="choose another out")
+        held, given = self._tensors(), groups["patch"]
+        shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (held, given)]
+        if shapes[0] != shapes[1]:
+            wrong = next(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
+            raise TrainingError("The checkpoint's patches are not this run's.", given=wrong, do="choose another out")
         for key, value in given.items():
             held[key].copy_(value)
         restore_optimiser(self.optimiser, groups.get("optimiser", {}))
@@ -156,7 +160,7 @@ def find_checkpoint(recipe: Recipe, out: Path) -> tuple[Checkpoint | None, tuple
     checkpoint, notices = newest(folder)
     if checkpoint is not None and checkpoint.values["recipe"] != recipe.hash:
         raise ConfigError(
-            "The folder's checkpoint is of another recipe.", given=str(out), do="choose another out, or remove that folder"
+            "The folder's checkpoint is of another recipe.", given=str(out), do="choose another out, or remove it"
         )
     wanted = None if checkpoint is None else checkpoint.values["threads"]
     if recipe.threads is not None and wanted is not None and wanted != recipe.threads:
@@ -211,6 +215,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
         )
     coverage = attach(host.model, host.sites, parts, name=NAME, seed=recipe.seed)
     made = patches(host.model, NAME)
+    named = [_named(sites, made) for sites in chosen]
     return Run(
         recipe=recipe,
         host=host,
@@ -220,7 +225,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
         encoder=encoder,
         mixture=Mixture(sources, [source.weight for source in recipe.data.train], recipe.seed),
         digests=digests,
-        optimiser=adamw([_named(sites, made) for sites in chosen], [part.rate for part in recipe.parts], recipe.betas, recipe.weight_decay),
+        optimiser=adamw(named, [part.rate for part in recipe.parts], recipe.betas, recipe.weight_decay),
         schedule=schedule,
         watch=GradientWatch(made, pictures),
         random=OwnRandom(recipe.seed, next(host.model.parameters()).device),
@@ -241,5 +246,3 @@ def _chosen(host: Host, part: Part) -> tuple[Site, ...]:
 
 def _named(sites: Sequence[Site], made: Mapping[Site, Patch]) -> dict[str, nn.Parameter]:
     return {f"{site.path}/{key}": p for site in sites for key, p in made[site].named_parameters()}
-
-

@@ -97,7 +97,7 @@ def backward(model: nn.Module, batches: Sequence[Batch], step: int) -> Losses:
     """
     tokens = sum(int(predicted(batch.labels).sum()) for batch in batches)
     if not tokens:
-        raise TrainingError(f"Step {step} has no labelled token.", given=named(batches), do="look at these rows' answers")
+        raise TrainingError(f"Step {step} has no labelled token.", given=named(batches), do="look at their answers")
     sources = [source for batch in batches for source in batch.sources]
     total, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0)
     for batch in batches:
