@@ -14,6 +14,7 @@ from tarsia.data import Sample
 from tarsia.evaluate import score
 from tarsia.evaluate.chat import Chat, examined
 
+_PROVED: Final = 8  # answers, the longest, on which packing is held to the plain scoring
 _PLAIN_ROWS: Final = 32  # answers of one row that the plain scoring takes at a time
 
 
@@ -43,8 +44,7 @@ def chances(host: Host, samples: Sequence[Sample], choice: Sequence[str], batch:
                 for i, text in zip(rows, texts, strict=True):
                     found[i] = _plain(chat, samples[i], text, ids[i])
                 continue
-            longest = max(sum(len(a) - 1 for a in ids[i]) for i in rows)
-            size = score.room(chat.model, max(1, longest))
+            size = score.room(chat.model, max(len(score.tree(tuple(ids[i])).tokens) for i in rows))
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
                 inputs = chat.inputs([samples[i] for i in part], texts[start : start + size])
@@ -57,7 +57,7 @@ def chances(host: Host, samples: Sequence[Sample], choice: Sequence[str], batch:
 def _difference(chat: Chat, samples: Sequence[Sample], ids: Sequence[Sequence[score.Ids]]) -> str | None:
     """Why packing may not be trusted here: what it gets otherwise than the plain computation, or None."""
     i = max(range(len(samples)), key=lambda n: len(samples[n].pictures))
-    text, few = chat.prompt(samples[i]), ids[i][-_PLAIN_ROWS:]
+    text, few = chat.prompt(samples[i]), sorted(ids[i], key=len)[-_PROVED:]
     fast = score.packed(chat.model, chat.inputs([samples[i]], [text]), [few])[0]
     slow = _plain(chat, samples[i], text, few)
     lengths = torch.tensor([len(a) for a in few])

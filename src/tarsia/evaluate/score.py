@@ -1,7 +1,8 @@
 """How likely each of several answers is: the sum of its tokens' log-probabilities, its end of turn included.
 
 ``plain`` is the definition: prompt and answer in one pass. ``packed`` is fast: the prompt is read once, and all
-of a row's answers follow it side by side in one sequence, each seeing the prompt and itself alone.
+of a row's answers follow it as one tree in one sequence: beginnings that answers share are one branch, and a
+token sees the prompt and the branch that it grows from.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -54,44 +57,68 @@ def packed(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[
     positions = (seen.long().cumsum(1) - 1).clamp(min=0)
     read = model(**inputs, position_ids=positions, use_cache=True, **keep)
     first = read.logits[:, -1].float().log_softmax(-1)  # [rows, vocabulary]
-    ids, owner, step, target = _side_by_side(answers, inputs["input_ids"].device)
-    scores = [torch.stack([first[row, a[0]].double() for a in mine]) for row, mine in enumerate(answers)]
-    if not ids.shape[1]:
+    trees = [tree(tuple(map(tuple, mine))) for mine in answers]
+    scores = [first[row, [a[0] for a in mine]].double() for row, mine in enumerate(answers)]
+    width = max(len(t.tokens) for t in trees)
+    if not width:
         return scores
-    visible = _visible(seen, owner)
+    visible = _visible(seen, trees)
     mask = torch.zeros(visible.shape, dtype=read.logits.dtype, device=visible.device)
     mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
+    padded = torch.tensor([[*t.tokens, *[0] * (width - len(t.tokens))] for t in trees], device=visible.device)
+    depths = torch.tensor([[*t.depths, *[0] * (width - len(t.depths))] for t in trees], device=visible.device)
     logits = model(
-        input_ids=ids,
+        input_ids=padded,
         attention_mask=mask[:, None],
-        position_ids=lengths[:, None] + step,
+        position_ids=lengths[:, None] + depths,
         past_key_values=read.past_key_values,
         use_cache=True,
-    ).logits  # [rows, S, vocabulary]
-    found = -F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none").double()
-    real = owner >= 0
-    for row, score in enumerate(scores):
-        score.index_add_(0, owner[row][real[row]], found[row][real[row]])
+    ).logits  # [rows, width, vocabulary]
+    for score, t, mine in zip(scores, trees, logits.float().log_softmax(-1), strict=True):
+        score.index_add_(0, t.owners.to(score.device), mine[t.nodes, t.targets].double())
     return scores
 
 
-def _side_by_side(answers: Sequence[Sequence[Ids]], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All but the last token of each row's answers in one sequence: ids, number of the answer (-1: padding),
-    place in the answer, and the token to predict; each int64 [rows, S]."""
-    table = [
-        [(a[t], number, t, a[t + 1]) for number, a in enumerate(mine) for t in range(len(a) - 1)] for mine in answers
-    ]
-    width = max(map(len, table))
-    padded = [row + [(0, -1, 0, 0)] * (width - len(row)) for row in table]
-    whole = torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(table), width, 4)
-    ids, owner, step, target = whole.unbind(-1)
-    return ids, owner, step, target
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Answers as one tree of their tokens, but for the last ones, which are only predicted.
+
+    ``tokens`` and ``depths`` (from 0) have an entry a node; ``above`` is bool [nodes, nodes], whether a node is, or
+    grows from, another. ``nodes``, ``targets`` and ``owners``, int64, have an entry for each token but the first of
+    each answer: the node that predicts it, its id, and the answer's number.
+    """
+
+    tokens: tuple[int, ...]
+    depths: tuple[int, ...]
+    above: Tensor
+    nodes: Tensor
+    targets: Tensor
+    owners: Tensor
 
 
-def _visible(seen: Tensor, owner: Tensor) -> Tensor:
-    """What each token of the answers sees, bool [rows, S, P + S]: the prompt, and its own answer up to itself."""
-    own = (owner[:, :, None] == owner[:, None, :]).tril()
-    return torch.cat([seen[:, None, :].expand(-1, owner.shape[1], -1), own], -1)
+@lru_cache(maxsize=256)
+def tree(answers: tuple[tuple[int, ...], ...]) -> Tree:
+    """The tree of these answers."""
+    places: dict[tuple[int, ...], int] = {}
+    for answer in answers:
+        for end in range(1, len(answer)):
+            places.setdefault(answer[:end], len(places))
+    above = torch.eye(len(places), dtype=torch.bool)
+    for start, place in places.items():  # a branch is entered before what grows from it
+        if len(start) > 1:
+            above[place] |= above[places[start[:-1]]]
+    read = [(places[a[:end]], a[end], number) for number, a in enumerate(answers) for end in range(1, len(a))]
+    nodes, targets, owners = torch.tensor(read, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    return Tree(tuple(start[-1] for start in places), tuple(len(s) - 1 for s in places), above, nodes, targets, owners)
+
+
+def _visible(seen: Tensor, trees: Sequence[Tree]) -> Tensor:
+    """What each node sees, bool [rows, width, P + width]: the prompt, itself and what it grows from."""
+    width = max(len(t.tokens) for t in trees)
+    own = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for row, t in enumerate(trees):
+        own[row, : len(t.tokens), : len(t.tokens)] = t.above
+    return torch.cat([seen[:, None, :].expand(-1, width, -1), own.to(seen.device)], -1)
 
 
 def plain(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> Tensor:
@@ -134,4 +161,4 @@ def tolerance(model: Any) -> float:
 
 def room(model: Any, positions: int) -> int:
     """How many rows of ``positions`` logits fit into a batch, at least one."""
-    return int(max(1, _LOGITS // (positions * model.config.get_text_config().vocab_size)))
+    return int(max(1, _LOGITS // (max(1, positions) * model.config.get_text_config().vocab_size)))
