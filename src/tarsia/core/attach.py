@@ -94,6 +94,7 @@ def install(model: nn.Module, patches: Sequence[tuple[Site, Patch]], *, name: st
             raise AttachError(
                 f"{site.path} is used again as {', '.join(site.tied)}, where only a patch that folds can act.",
                 given=type(patch).__name__,
+                do="choose a method that folds, or other sites",
             )
     if not slots(model):
         model.__dict__["tarsia_frozen"] = tuple(n for n, p in model.named_parameters() if p.requires_grad)
@@ -120,8 +121,13 @@ def _device(module: nn.Module) -> torch.device:
 
 def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
     """Raise AttachError for whatever would stop ``install`` half-way, or make a patch that does not act."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise AttachError("That is no adapter name.", given=repr(name), allowed="letters, digits, - and _")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise AttachError(
+            "That is no adapter name.",
+            given=repr(name),
+            allowed="letters, digits, - and _, but no name that torch's ModuleDict has a use for",
+            do=f"for example {re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-') or 'mine'}-1",
+        )
     if name in adapters(model):
         raise AttachError(f"An adapter {name!r} is attached already.", do="choose another name, or detach it first")
     _unmerged(model)
@@ -138,7 +144,10 @@ def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
             _free(module)
             others = names[id(own)] - {site.weight, *site.tied}
             if others:
-                raise AttachError(f"{weight} is the same tensor as {', '.join(others)}, which its site does not name.")
+                raise AttachError(
+                    f"{weight} is the same tensor as {', '.join(sorted(others))}, where the patch would not act.",
+                    do="name these in the site's `tied`, or choose other sites",
+                )
 
 
 def _free(module: nn.Module) -> None:

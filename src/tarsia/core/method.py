@@ -20,7 +20,8 @@ METHODS: dict[str, Method] = {}
 class Method:
     """A way to make patches, and the promises that its laws are tested from.
 
-    ``config`` is a frozen dataclass. ``kinds`` are the kinds of site it patches and ``roles`` those it
+    ``config`` is a frozen dataclass; where it has ``check(sites)``, that refuses what fits none of the
+    sites that were selected. ``kinds`` are the kinds of site it patches and ``roles`` those it
     takes where a selection names none (None: all). ``folds``: the patch can be written as a change of
     (W, b). ``identity``: a new patch changes nothing. ``batches``: rows of different adapters share one pass.
     """

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from tarsia.core.errors import AttachError
 from tarsia.core.method import method
 from tarsia.core.patch import Base, Patch
 from tarsia.core.site import Kind, Site
@@ -42,6 +43,10 @@ class Full(Patch):
 
     @classmethod
     def restore(cls, site: Site, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Any]) -> Self:
+        if shapes["weight"] != site.shape:
+            raise AttachError(
+                f"The trained tensor does not fit {site.path}.", given=shapes["weight"], allowed=site.shape
+            )
         return cls(torch.empty(shapes["weight"]), torch.empty(shapes["bias"]) if "bias" in shapes else None)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

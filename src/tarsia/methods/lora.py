@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
@@ -35,12 +36,28 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.ranks.values()):
-            if not isinstance(rank, int) or rank < 1:
-                raise ConfigError("A rank must be a whole number of at least 1.", given=rank)
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("Dropout must be at least 0 and below 1.", given=self.dropout)
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ConfigError("A rank must be a whole number of at least 1.", given=repr(rank))
+        for alpha in (self.alpha, *self.alphas.values()):
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
+                raise ConfigError("An alpha must be a number, and not 0.", given=repr(alpha))
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ConfigError("Dropout must be at least 0 and below 1.", given=repr(self.dropout))
         if self.scaling not in ("alpha/r", "alpha/sqrt(r)"):
-            raise ConfigError("Unknown scaling.", given=self.scaling, allowed="alpha/r, alpha/sqrt(r)")
+            raise ConfigError("Unknown scaling.", given=repr(self.scaling), allowed="alpha/r, alpha/sqrt(r)")
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise ConfigError where a glob of ``ranks`` or ``alphas`` matches none of the ``sites``."""
+        paths = [site.path for site in sites]
+        for table in (self.ranks, self.alphas):
+            for glob in table:
+                if not any(fnmatchcase(path, glob) for path in paths):
+                    near = get_close_matches(glob, paths, 3, 0.0)
+                    raise ConfigError(
+                        "A rank or alpha is set for sites that are not selected.",
+                        given=glob,
+                        do=f"the nearest are {', '.join(near)}",
+                    )
 
     def scale(self, site: Site) -> tuple[int, float]:
         """Rank and effective scale at ``site``; the last glob that matches wins."""
@@ -85,7 +102,8 @@ class LoRA(Patch):
         if (width, height, depth) != (into, out, rank):
             raise AttachError(
                 f"The low-rank factors do not fit {site.path}.",
-                given=f"A {shapes['A']}, B {shapes['B']}" + ("; A and B are swapped" if (rank, depth) == (out, into) else ""),
+                given=f"A {shapes['A']}, B {shapes['B']}"
+                + ("; A and B are swapped" if (rank, depth) == (out, into) else ""),
                 allowed=f"A (rank, {into}), B ({out}, rank)",
             )
         return cls(torch.empty(shapes["A"]), torch.empty(shapes["B"]), **constants)
