@@ -69,7 +69,8 @@ def _temporary(folder: Path) -> Iterator[Path]:
         finally:
             # after an exchange this is the old folder; after a rename it is gone
             if fresh.exists():
-                shutil.rmtree(fresh)
+                # what can not be removed now, the next save takes away
+                shutil.rmtree(fresh, ignore_errors=True)
 
 
 def glob_escape(text: str) -> str:

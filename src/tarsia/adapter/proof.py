@@ -89,6 +89,13 @@ def prove(host: Host, name: str, recorded: Probe) -> float:
         adapted = _logits(host, recorded.inputs)
     off = float((adapted.gather(-1, recorded.tokens) - recorded.logits).abs().max()) / recorded.peak
     moved = float((adapted - bare).abs().max())
+    if moved == 0:
+        raise AdapterError(
+            "The adapter does nothing: the outputs are the base's.",
+            given="no difference",
+            allowed=f"{recorded.difference:.4g}, as when it was saved",
+            do="fetch the adapter again; if its files are whole, report this",
+        )
     change = abs(moved - recorded.difference) / recorded.peak
     if not max(off, change) <= tolerance:
         raise AdapterError(

@@ -42,7 +42,7 @@ class Speller:
         ]
         language = [site.path for site in sites if site.component is Component.LANGUAGE]
         trunks = {path.partition(".layers.")[0] for path in language if ".layers." in path}
-        return cls(frozenset([*modules, *parameters]), _transforms(model), tuple(sorted(trunks)))
+        return cls(frozenset([*modules, *parameters]) - {""}, _transforms(model), tuple(sorted(trunks)))
 
     def find(self, name: str) -> str:
         """The model's own name for a module or a parameter. Raises AdapterError, where it has none."""

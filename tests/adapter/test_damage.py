@@ -1,0 +1,240 @@
+"""Whatever is broken in a folder is an error that says so; nothing is read by halves."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tarsia.adapter import load, open_base, save
+from tarsia.core.errors import AdapterError
+
+TENSORS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "tarsia.json"
+
+
+@pytest.fixture
+def folder(make, tmp_path):
+    save(make(probed=True), tmp_path / "a")
+    return tmp_path / "a"
+
+
+def edit(path, change):
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def test_truncated_anywhere(folder):
+    whole = (folder / TENSORS).read_bytes()
+    for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        (folder / TENSORS).write_bytes(whole[:length])
+        with pytest.raises(AdapterError, match="truncated"):
+            load(folder)
+
+
+def test_one_changed_byte(folder):
+    content = bytearray((folder / TENSORS).read_bytes())
+    content[-5] ^= 1
+    (folder / TENSORS).write_bytes(content)
+    with pytest.raises(AdapterError, match="changed since"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [TENSORS, CONFIG, "probe.safetensors"])
+def test_a_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(AdapterError, match="missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG, OURS])
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_broken_json(folder, name, text):
+    (folder / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(AdapterError, match=name):
+        load(folder)
+
+
+def test_every_field_of_tarsia_json_is_needed(folder):
+    whole = json.loads((folder / OURS).read_text())
+    for key in whole.keys() - {"tarsia"}:
+        (folder / OURS).write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+        with pytest.raises(AdapterError, match="incomplete|another format"):
+            load(folder)
+
+
+def test_a_later_format(folder):
+    edit(folder / OURS, lambda fields: fields.update(format=2))
+    with pytest.raises(AdapterError, match="another format"):
+        load(folder)
+
+
+def test_tensors_that_are_not_listed(folder):
+    edit(folder / OURS, lambda fields: fields["patches"].popitem())
+    with pytest.raises(AdapterError, match="left over"):
+        load(folder)
+
+
+def test_tensors_that_are_not_there(folder):
+    def add(fields):
+        fields["patches"]["model.x"] = {"method": "full", "constants": {}, "tensors": {"weight": "x.weight"}}
+
+    edit(folder / OURS, add)
+    with pytest.raises(AdapterError, match="missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"lora_alpha": 5}, "scale"),
+        ({"r": 2}, "rank"),
+        ({"use_rslora": True}, "scale"),
+        ({"target_modules": ["q_proj"]}, "target_modules"),
+        ({"modules_to_save": None}, "modules_to_save"),
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "TARSIA"}, "peft_type"),
+        ({"rank_pattern": {"(": 1}}, "regular expression"),
+    ],
+)
+def test_the_two_descriptions_must_agree(folder, change, match):
+    edit(folder / CONFIG, lambda fields: fields.update(change))
+    with pytest.raises(AdapterError, match=match):
+        load(folder)
+
+
+def test_values_that_are_no_numbers(make, tmp_path):
+    adapter = make()
+    next(iter(adapter.patches.values())).tensors["weight"][0, 0] = torch.nan
+    with pytest.raises(AdapterError, match="no numbers"):
+        save(adapter, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_card_that_is_no_json(make, tmp_path):
+    for value in (float("nan"), object(), {1, 2}):
+        with pytest.raises(AdapterError, match=r"tarsia\.json can not be written"):
+            save(make(card={"x": value}), tmp_path / "a")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_pickles_are_never_read(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    (folder / TENSORS).unlink()
+    (folder / OURS).unlink()
+    torch.save({"x": Bomb()}, folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickle"):
+        load(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(AdapterError, match="no such adapter"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match="missing"):
+        load(tmp_path)
+
+
+# A folder that PEFT made has no digests: the checks stand on names, shapes and the configuration.
+
+
+@pytest.fixture
+def foreign(folder):
+    (folder / OURS).unlink()
+    (folder / "probe.safetensors").unlink()
+    return folder
+
+
+def test_without_a_base_it_means_nothing(foreign):
+    with pytest.raises(AdapterError, match="against its base"):
+        load(foreign)
+
+
+def test_it_says_that_the_base_is_not_verified(foreign, host):
+    adapter = load(foreign, host)
+    assert adapter.fingerprint is None
+    assert "unverified base" in adapter.card["base"]
+
+
+def broken(foreign, host, change, match):
+    tensors = load_file(foreign / TENSORS)
+    change(tensors)
+    save_file(tensors, foreign / TENSORS, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=match):
+        load(foreign, host)
+
+
+LOW = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
+FULL = "base_model.model.model.multi_modal_projector.linear_1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(LOW.format("A")), "Half of the update"),
+        (lambda t: (t.pop(LOW.format("A")), t.pop(LOW.format("B"))), "no tensor in the file"),
+        (lambda t: t.pop(FULL), "missing model.multi_modal_projector.linear_1.weight"),
+        (lambda t: t.update({LOW.format("A").replace(".0.", ".9."): torch.ones(3, 32)}), "does not have"),
+        (lambda t: t.update({"base_model.model.model.stray.weight": torch.ones(3)}), "does not have"),
+        (lambda t: t.update({FULL.replace("linear_1", "linear_3"): torch.ones(3)}), "does not have"),
+        (lambda t: t.update({LOW.format("A"): t[LOW.format("B")], LOW.format("B"): t[LOW.format("A")]}), "swapped"),
+        (lambda t: t.update({LOW.format("A"): t[LOW.format("A")][:, 1:].contiguous()}), "another shape"),
+        (lambda t: t.update({LOW.format("B"): t[LOW.format("B")][1:].contiguous()}), "another shape"),
+        (lambda t: t.update({LOW.format("A"): torch.ones(5, 32), LOW.format("B"): torch.ones(32, 5)}), "another shape"),
+        (lambda t: t.update({FULL: t[FULL].T.contiguous()}), "another shape"),
+        (lambda t: t[LOW.format("A")].fill_(torch.inf), "no numbers"),
+        (lambda t: t.update({LOW.format("B").replace("weight", "bias"): torch.ones(32)}), "bias of lora_B"),
+        (
+            lambda t: t.update({LOW.format("A").replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(9)}),
+            "DoRA",
+        ),
+        (
+            lambda t: t.update({LOW.format("A").replace("lora_A.weight", "lora_embedding_A"): torch.ones(9)}),
+            "embedding",
+        ),
+        (lambda t: t.update({LOW.format("A").replace("A.weight", "A.other.weight"): torch.ones(3, 32)}), "Two tensors"),
+        (lambda t: t.update({LOW.format("A").replace("q_proj", "k_proj"): torch.ones(3, 32)}), "Half of the update"),
+        (
+            lambda t: t.update(
+                {
+                    k.replace("q_proj", "k_proj"): v.clone()
+                    for k, v in t.items()
+                    if ".0.self_attn.q_proj" in k and "A" in k
+                }
+                | {LOW.format("B").replace("q_proj", "k_proj"): torch.ones(16, 3)}
+            ),
+            "does not speak of",
+        ),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(96, 32)}), "does not speak of"),
+    ],
+)
+def test_a_foreign_file_with_a_fault(foreign, host, change, match):
+    broken(foreign, host, change, match)
+
+
+def test_a_foreign_file_that_is_truncated(foreign, host):
+    content = (foreign / TENSORS).read_bytes()
+    (foreign / TENSORS).write_bytes(content[:-1])
+    with pytest.raises(AdapterError, match="truncated"):
+        load(foreign, host)
+
+
+def test_a_copy_of_the_bases_own_tensor_is_left_out(foreign, host):
+    """PEFT likes to save embeddings beside an update."""
+    tensors = load_file(foreign / TENSORS)
+    head = host.model.get_parameter("lm_head.weight").detach()
+    save_file(tensors | {"base_model.model.lm_head.base_layer.weight": head.clone()}, foreign / TENSORS)
+    assert "lm_head" not in load(foreign, host).patches
+
+
+def test_a_base_of_another_name(foreign, checkpoint):
+    base = open_base(str(checkpoint), processor=False)
+    edit(foreign / CONFIG, lambda fields: fields.update(base_model_name_or_path="someone/llava-1.5-7b"))
+    with pytest.raises(AdapterError, match="another name"):
+        load(foreign, base)
+    assert load(foreign, base, allow=("base name",)).card["base_name"] == "someone/llava-1.5-7b"
+    edit(foreign / CONFIG, lambda fields: fields.update(base_model_name_or_path="/elsewhere/base/"))
+    load(foreign, base)
