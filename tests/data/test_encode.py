@@ -243,6 +243,13 @@ def test_a_template_is_tried_before_it_is_trusted(template: str, says: str) -> N
         Encoder(made("llava", template))
 
 
+def test_what_is_asked_is_how_the_answered_row_begins() -> None:
+    template = Encoder(made("llava", "default system")).template
+    rendered = template.render(MIXED[1])
+    assert template.write(MIXED[1].messages[:1], prompt=True) == rendered.text[: rendered.spans[0][0]]
+    assert template.write(MIXED[1].messages, prompt=False) == rendered.text
+
+
 def test_a_date_makes_a_clock_harmless() -> None:
     clock = "{% if not date is defined %}{% set date = strftime_now('%d') %}{% endif %}{{ date }}" + TEMPLATES["chatml"]
     encoder = Encoder(made("llava", clock), variables={"date": "26 Jul 2024"})

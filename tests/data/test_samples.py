@@ -145,6 +145,7 @@ def test_messages_with_strings_or_parts() -> None:
     )
     assert parts(as_text) == parts(as_parts) == [(PICTURE, "what?"), ("a cat",)]
     assert parts(row(messages=[{"role": "user", "content": "hi"}], images=[])) == [("hi",)]
+    assert parts(row(messages=[{"role": "assistant", "content": "a <image> tag"}])) == [("a <image> tag",)]
 
 
 def test_pictures_of_every_spelling() -> None:

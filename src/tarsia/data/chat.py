@@ -61,7 +61,7 @@ class Template:
         beginnings of the whole, an assistant's turn holds a picture or starts the conversation, or
         the text has more picture markers than the row has pictures.
         """
-        chat = [self._message(message, sample) for message in sample.messages]
+        chat = self._chat(sample.messages, sample)
         whole = self._apply(chat, prompt=False, where=sample)
         spans = []
         for i, message in enumerate(sample.messages):
@@ -84,7 +84,14 @@ class Template:
             )
         return Rendered(whole, tuple(spans))
 
-    def _message(self, message: Message, where: Sample) -> dict[str, object]:
+    def write(self, messages: Sequence[Message], *, prompt: bool) -> str:
+        """The messages as the template writes them, with what asks for an answer after them where ``prompt``."""
+        return self._apply(self._chat(messages, None), prompt=prompt, where=None)
+
+    def _chat(self, messages: Sequence[Message], where: Sample | None) -> list[dict[str, object]]:
+        return [self._message(message, where) for message in messages]
+
+    def _message(self, message: Message, where: Sample | None) -> dict[str, object]:
         if message.role not in self._as_parts:
             self._as_parts[message.role] = self._takes_parts(message.role, where)
         if self._as_parts[message.role]:
@@ -111,19 +118,18 @@ class Template:
         raise _refused(where, f"the chat template does not write what the {role} says.", text)
 
     def _try(self) -> None:
-        user = Message("user", (PICTURE, _PROBE))
-        question = [self._message(user, _NOWHERE)]
-        if self._apply(question, prompt=False, where=None).count(self.marker) != 1:
+        question, answer = Message("user", (PICTURE, _PROBE)), Message("assistant", (_PROBE,))
+        asked = self.write([question], prompt=False)
+        if asked.count(self.marker) != 1:
             raise DataError(
                 "The chat template does not write the image token for a picture.",
                 given=self.marker,
                 do="use the template that belongs to this processor",
             )
-        answer = self._message(Message("assistant", (_PROBE,)), _NOWHERE)
-        prompted = self._apply(question, prompt=True, where=None)
-        said = self._apply([*question, answer], prompt=False, where=None).removeprefix(prompted)
+        prompted = self.write([question], prompt=True)
+        said = self.write([question, answer], prompt=False).removeprefix(prompted)
         header, _, self.closing = said.partition(_PROBE)
-        if header.strip() and prompted == self._apply(question, prompt=False, where=None):
+        if header.strip() and prompted == asked:
             raise DataError(
                 "The chat template has no generation prompt, so an answer's header would be learnt with it.",
                 given=repr(header.strip()),
@@ -138,9 +144,6 @@ class Template:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _refused(where, f"the chat template refuses it: {error}.") from None
         return text
-
-
-_NOWHERE: Final = Sample((Message("user", ("",)),), (), "the template's trial", 0)
 
 
 def _part(part: object) -> dict[str, object]:
