@@ -191,17 +191,28 @@ class Anatomy:
 def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The model's own parameters, each under its first name, without the patches in slots."""
     slots = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Slot))
+    further = {name for names in _tied(model).values() for name in names}
     for name, parameter in model.named_parameters():
-        if not name.startswith(slots):
+        if not name.startswith(slots) and name not in further:
             yield name, parameter
 
 
 def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The further names of each parameter that has several, by its first."""
-    names: dict[int, list[str]] = {}
+    """For each parameter that has several names, its first name and the others.
+
+    Offloaded or merged, they are no longer one object, so what Transformers says of them counts too.
+    """
+    first: dict[int, str] = {}
+    further: dict[str, str] = {}
+    names = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {first: tuple(others) for first, *others in names.values() if others}
+        if first.setdefault(id(parameter), name) != name:
+            further[name] = first[id(parameter)]
+    for pair in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if all(name in names for name in pair):
+            known, name = sorted(pair, key=names.__getitem__)
+            further.setdefault(name, known)
+    return {known: tuple(n for n, k in further.items() if k == known) for known in further.values()}
 
 
 def _place(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
