@@ -59,7 +59,7 @@ def test_every_field_of_tarsia_json_is_needed(folder):
     whole = json.loads((folder / OURS).read_text())
     for key in whole.keys() - {"tarsia"}:
         (folder / OURS).write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
-        with pytest.raises(AdapterError, match="incomplete|another format"):
+        with pytest.raises(AdapterError, match=r"incomplete|another format"):
             load(folder)
 
 
@@ -85,7 +85,7 @@ def test_tensors_that_are_not_there(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "match"),
+    "change, match",
     [
         ({"lora_alpha": 5}, "scale"),
         ({"r": 2}, "rank"),
@@ -172,7 +172,7 @@ FULL = "base_model.model.model.multi_modal_projector.linear_1.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "match"),
+    "change, match",
     [
         (lambda t: t.pop(LOW.format("A")), "Half of the update"),
         (lambda t: (t.pop(LOW.format("A")), t.pop(LOW.format("B"))), "no tensor in the file"),

@@ -60,7 +60,7 @@ def test_a_field_that_nobody_knows_and_nobody_uses(value):
 
 
 @pytest.mark.parametrize(
-    ("change", "match"),
+    "change, match",
     [
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"peft_type": None}, "peft_type"),

@@ -58,7 +58,7 @@ def edit(path, change):
 
 
 @pytest.mark.parametrize(
-    ("name", "match"), [("./nowhere", "no such model"), ("/no/where", "no such model"), ("mini-9", "no such model")]
+    "name, match", [("./nowhere", "no such model"), ("/no/where", "no such model"), ("mini-9", "no such model")]
 )
 def test_no_such_model(name, match):
     with pytest.raises(ConfigError, match=match):
