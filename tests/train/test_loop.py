@@ -144,9 +144,9 @@ def test_a_host_is_given_back_as_it_was(fresh, fails):
             small.run(fresh, "warmup=8", host=host)
     else:
         small.run(fresh, "steps=4", "checkpointing=true", host=host)
+        assert host.model.get_submodule("model.language_model.layers.1").gradient_checkpointing is False
     assert not slots(host.model)
     assert not host.model.training
-    assert not host.model.is_gradient_checkpointing
     after = host.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -169,6 +169,33 @@ def test_checkpointing_changes_no_number(whole, fresh):
     for a, b in zip(curve, small.curve(whole[0]), strict=True):
         assert a.loss == pytest.approx(b.loss, abs=1e-5)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+
+
+def test_activations_are_computed_anew(fresh):
+    """The start of a layer runs twice a micro-batch with checkpointing and once without."""
+    counts = []
+    for wanted in ("false", "true"):
+        host, calls = open_base(fresh["model"]), []
+        inside = host.model.get_submodule("model.language_model.layers.1.input_layernorm")
+        inside.register_forward_hook(lambda module, args, output, calls=calls: calls.append(module.training))
+        small.run(fresh | {"out": fresh["out"] + wanted}, f"checkpointing={wanted}", "steps=4", host=host)
+        counts.append(sum(calls))
+    assert counts == [8, 16]
+
+
+def test_the_gradient_is_clipped(fresh, monkeypatch):
+    norms = []
+    plain = torch.optim.AdamW.step
+
+    def step(self, *args, **keywords):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return plain(self, *args, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    curve = small.curve(small.run(fresh, "clip=0.5", "steps=4"))
+    assert all(event.grad_norm > 1 for event in curve), "what is reported is the norm before"
+    assert norms == pytest.approx([0.5] * 4, rel=1e-3)
 
 
 def test_bfloat16_base_keeps_float32_patches(fresh):
