@@ -44,7 +44,7 @@ SITES = tuple(_sites())
     [
         ("language.*.q", "text.0.q text.1.q text.2.q"),
         ("language.1.{q,v}", "text.1.q text.1.v"),
-        ("language.{}.v".format(-1), "text.2.v"),
+        (f"language.{-1}.v", "text.2.v"),
         ("language.-2...q", "text.1.q text.2.q"),
         ("language...1.q", "text.0.q text.1.q"),
         ("language.0..1.{q}", "text.0.q text.1.q"),
@@ -142,8 +142,8 @@ def test_any_text_is_a_selection_or_refused(text: str) -> None:
     try:
         chosen = select(text, SITES, LINEAR)
     except SelectionError as error:
-        assert error.what
-        assert error.do
+        if not (error.what and error.do):
+            raise
         return
     assert chosen, "an empty selection passed"
     assert all(site.dead is None and site.kind in LINEAR for site in chosen)
