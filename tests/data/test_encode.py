@@ -6,11 +6,13 @@ tokenised alone; and, over generated conversations, that what is labelled reads 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from data import processors
 from data.processors import CLOSING, EXPANSION, FAMILIES, OPENING, PARTS, STRIPS, TEMPLATES, made, picture, turns
 from hypothesis import assume, event, given, settings
@@ -38,6 +40,14 @@ MIXED = (
 )
 
 
+# Older transformers refuse, for Mllama, rows without a picture beside rows with one.
+OLD_MLLAMA = "at least one image per sample" in inspect.getsource(transformers.MllamaProcessor)
+
+
+def mixed(family: str) -> tuple[Sample, ...]:
+    return MIXED[1:] if family == "mllama" and OLD_MLLAMA else MIXED
+
+
 def templates_of(family: str) -> tuple[str, ...]:
     return WITH_FIRST if family == "mllama" else tuple(TEMPLATES)
 
@@ -60,10 +70,11 @@ def answers(row: Sample, template: str) -> str:
 @pytest.mark.parametrize("family, template", PAIRS)
 def test_what_is_labelled_reads_as_what_was_said(family: str, template: str) -> None:
     encoder = Encoder(made(family, template))
-    batch = encoder.batch(MIXED)
-    assert [said(encoder, batch, i) for i in range(3)] == [answers(row, template) for row in MIXED]
-    assert batch.n_pictures == (0, 1, 3)
-    assert (batch.sources, batch.rows) == (("cells",) * 3, (0, 1, 2))
+    rows = mixed(family)
+    batch = encoder.batch(rows)
+    assert [said(encoder, batch, i) for i in range(len(rows))] == [answers(row, template) for row in rows]
+    assert batch.n_pictures == (0, 1, 3)[-len(rows) :]
+    assert (batch.sources, batch.rows) == (("cells",) * len(rows), (0, 1, 2)[-len(rows) :])
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
     assert batch.labels.shape == ids.shape
     assert bool((batch.labels[batch.labels != IGNORED] == ids[batch.labels != IGNORED]).all())
@@ -76,10 +87,10 @@ def test_what_is_labelled_reads_as_what_was_said(family: str, template: str) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_in_a_batch_is_the_row_alone(family: str, side: Any) -> None:
     encoder = Encoder(made(family, "mistral"), padding_side=side)
-    batch = encoder.batch(MIXED)
+    batch = encoder.batch(mixed(family))
     pixels = batch.inputs["pixel_values"]
     at = 0
-    for i, row in enumerate(MIXED):
+    for i, row in enumerate(mixed(family)):
         alone = encoder.batch([row])
         mask = batch.inputs["attention_mask"][i].bool()
         assert bool(mask[0 if side == "right" else -1])
@@ -375,7 +386,7 @@ def test_a_cut_takes_text_never_a_picture(family: str) -> None:
     assert f"max_length {first}" in str(error.value) and "Row 6 of cells" in str(error.value)
     for cut in (last, 3):
         with pytest.raises(DataError, match="would cut a picture") as error:
-            Encoder(processor, max_length=cut).batch([MIXED[0], row])
+            Encoder(processor, max_length=cut).batch([mixed(family)[0], row])
         assert "Row 6 of cells" in str(error.value)
 
 
@@ -396,7 +407,7 @@ def test_what_can_not_be_exact_is_refused_at_once() -> None:
 
 def test_two_first_tokens_are_seen() -> None:
     template = "{{ ' ' }}" + TEMPLATES["mistral"].replace("{{ bos_token }}", "")
-    assert Encoder(made("mllama", "mistral")).batch(MIXED)
+    assert Encoder(made("mllama", "mistral")).batch(mixed("mllama"))
     with pytest.raises(DataError, match="two first tokens"):
         Encoder(made("mllama", template)).batch([MIXED[0]])
 
