@@ -62,7 +62,8 @@ class Chat:
         self.tokenizer: Any = host.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
             raise DataError("The tokenizer has no padding token.", given=host.name, do="set tokenizer.pad_token")
-        self._special = frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        special = {i: t.content for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        self._special, self._controls = frozenset(special), (*special.values(), self.template.marker)
         self._known: dict[str, tuple[int, ...]] = {}
         declared = getattr(self.model.generation_config, "eos_token_id", None)
         found = [*(declared if isinstance(declared, list) else [declared]), self.tokenizer.eos_token_id]
@@ -159,6 +160,13 @@ class Chat:
 
     def _said(self, sample: Sample, text: str) -> tuple[str, str]:
         """The prompt, and what the template then writes where the assistant says ``text``."""
+        for spoken in (*(message.text for message in question(sample)), text):
+            if found := next((control for control in self._controls if control in spoken), None):
+                raise DataError(
+                    f"Row {sample.row} of {sample.source}: a text holds a control token of this model.",
+                    given=found,
+                    do="take it out or spell it otherwise; a picture's place is a part, not a token",
+                )
         answered = replace(sample, messages=(*question(sample), Message("assistant", (text,))))
         rendered = self.template.render(answered)
         start, end = rendered.spans[-1]
