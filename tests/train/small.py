@@ -69,6 +69,8 @@ def world(folder: Path) -> dict[str, Any]:
         "warmup": 2,
         "save_every": 3,
         "threads": 1,
+        "device": "cpu",
+        "precision": "float32",
         "out": str(folder / "out"),
     }
 

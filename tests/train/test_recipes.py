@@ -45,7 +45,15 @@ def test_it_trains(path, values, tmp_path):
         f"data.train.{i}.path={small.rows(tmp_path / f'rows-{i}.jsonl', 4, (1,))}"
         for i in range(len(recipe.data.train))
     ]
-    short = ["steps=2", "epochs=null", "warmup=0", "threads=1", f"model={values['model']}", f"out={tmp_path / 'out'}"]
+    short = [
+        "steps=2",
+        "epochs=null",
+        "warmup=0",
+        "threads=1",
+        "device=cpu",
+        f"model={values['model']}",
+        f"out={tmp_path / 'out'}",
+    ]
     events = list(fit(Recipe.load(path, [*sources, *short])))
     assert isinstance(events[-1], Finished)
     assert {line.method for line in events[0].coverage} == {part.method for part in recipe.parts}

@@ -64,22 +64,24 @@ def _training(run: Run) -> Iterator[None]:
     try:
         model.train()
         if run.recipe.checkpointing:
-            _recompute(model)
+            _recompute(model, True)
         yield
     finally:
         if run.recipe.checkpointing:
-            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+            _recompute(model, False)
         detach(model, NAME)
         model.eval()
 
 
-def _recompute(model: Any) -> None:
-    """Activation checkpointing that needs no input with a gradient (the embeddings are frozen)."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:  # its name in older versions of transformers
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+def _recompute(model: Any, wanted: bool) -> None:
+    """Switch activation checkpointing; the kind that needs no input with a gradient, for embeddings are frozen."""
+    # what newer versions of transformers call activation checkpointing, older ones call gradient checkpointing
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{name}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _moved(run: Run, before: Mapping[str, str]) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ from tarsia.train.reading import parse_value, read_yaml
 RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "full": 2e-5}
 """Peak learning rates where a part names none: the usual ones for models of billions of parameters."""
 
-_UNHASHED: Final = ("out", "threads")
-"""Fields that do not change what is computed. (Threads change the last bits; a resume checks them apart.)"""
+_UNHASHED: Final = ("out", "threads", "device")
+"""Fields that do not change what is computed but for the last bits; a resume looks at these apart."""
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -90,8 +90,9 @@ class Recipe(BaseModel):
     ``model`` is a folder, a hub id or "mini-1". Exactly one of ``steps`` and ``epochs`` is given; an epoch is
     as many rows as all sources hold together. ``batch`` rows make a micro-batch, ``accumulate`` of them a
     step. ``warmup`` is in steps, or a share of all steps where it lies below 1. ``clip`` bounds the 2-norm of
-    the gradient. ``precision`` is the frozen base's: patches are float32 always. ``checkpointing`` recomputes
-    activations in the backward pass. ``save_every`` and ``eval_every`` are in steps; the last step is always saved.
+    the gradient. ``precision`` is the frozen base's: patches are float32 always. ``device`` auto is a GPU where
+    there is one. ``checkpointing`` recomputes activations in the backward pass. ``save_every`` and ``eval_every``
+    are in steps; the last step is always saved.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -109,6 +110,7 @@ class Recipe(BaseModel):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip: Rate | None = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpointing: bool = False
     seed: NotNegative = 0
     save_every: Positive = 100

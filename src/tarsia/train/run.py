@@ -202,7 +202,8 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     steps = recipe.steps_for(sum(map(len, sources)))
     schedule = Schedule(steps, recipe.warmup_steps(steps), recipe.decay)
     if host is None:
-        host = open_base(recipe.model, dtype=recipe.precision, device="cuda" if torch.cuda.is_available() else "cpu")
+        device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        host = open_base(recipe.model, dtype=recipe.precision, device=device)
     encoder = Encoder(host.processor, recipe.max_length)
     parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
     chosen = [_chosen(host, part) for part in parts]
