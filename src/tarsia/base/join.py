@@ -253,23 +253,18 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photographs", type=Path, required=True, help="CIFAR-10 training Parquet file")
-    parser.add_argument("--test", type=Path, required=True, help="CIFAR-10 test Parquet file")
-    parser.add_argument("--work", type=Path, required=True, help="folder with the tower; checkpoint and log go here")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    model, tok = build(args.work / "see.safetensors"), tokenizer()
-    tower, rest = model.model.vision_tower, nn.ModuleList([model.model.multi_modal_projector, model.model.language_model, model.lm_head])
-    pairs = [*resumable.optimisers(rest, [model.model.language_model.layers], args.lr), *resumable.optimisers(tower, [tower.encoder], 0.2 * args.lr)]
+def train(model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
+    """All steps that are left, with a checkpoint every four minutes and a look at held-out rows every 150 steps."""
+    tower, inner = model.model.vision_tower, model.model
+    rest = nn.ModuleList([inner.multi_modal_projector, inner.language_model, model.lm_head])
+    pairs = [
+        *resumable.optimisers(rest, [inner.language_model.layers], args.lr),
+        *resumable.optimisers(tower, [tower.encoder], 0.2 * args.lr),
+    ]
     checkpoint, log = args.work / "join.safetensors", args.work / "join.jsonl"
     first = resumable.load(checkpoint, model, pairs)
     resumable.cut(log, first)
+    resumable.remember(args.work, f"python -m tarsia.base.join --steps {args.steps} --seed {args.seed}", first)
     world, trial = World(args.photographs, args.seed), held_out_rows(args.test, 200)
     began = saved = time.monotonic()
     losses: list[float] = []
@@ -287,7 +282,7 @@ def main() -> None:
         for optimiser in pairs:
             optimiser.step()
             optimiser.zero_grad()
-        last = step + 1 == args.steps
+        last = step + 1 in (args.steps, args.stop)
         if (step + 1) % 25 == 0 or last:
             seconds = (time.monotonic() - began) / (step + 1 - first)
             shown = examine(model, tok, trial) if (step + 1) % 150 == 0 or last else {}
@@ -296,23 +291,47 @@ def main() -> None:
         if time.monotonic() - saved > 240 or last:
             resumable.save(checkpoint, step + 1, model, pairs)
             saved = time.monotonic()
-    model = model.to(torch.bfloat16).float()
-    final = examine(model, tok, held_out_rows(args.test, 1000))
-    curve = {stage: [json.loads(line) for line in (args.work / f"{stage}.jsonl").read_text().splitlines()] for stage in ("see", "join")}
-    card = {
-        "commands": [
-            "python -m tarsia.base.see --photographs cifar10-train.parquet --work DIR",
-            f"python -m tarsia.base.join --photographs cifar10-train.parquet --test cifar10-test.parquet --work DIR --out {args.out.name} --steps {args.steps}",
-        ],
+        if last:
+            break
+
+
+def card(model: nn.Module, args: argparse.Namespace, final: dict[str, float]) -> dict[str, object]:
+    """How the model was made and how well it answers: commands, seed, digests of the data, curves."""
+    files = (args.photographs, args.test, Path(pictures.__file__).parent / "digits.png")
+
+    def lines(name: str) -> list[object]:
+        return [json.loads(line) for line in (args.work / f"{name}.jsonl").read_text().splitlines()]
+
+    return {
+        "commands": lines("commands"),
         "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_exact": final,
-        "data": {args.photographs.name: sha256(args.photographs), args.test.name: sha256(args.test), "digits.png": sha256(Path(pictures.__file__).parent / "digits.png")},
+        "data": {file.name: sha256(file) for file in files},
         "torch": torch.__version__,
-        "curve": curve,
-    }  # fmt: skip
-    export(model, tok, args.out, card)
-    resumable.note(log, final=final)
+        "curve": {stage: lines(stage) for stage in ("see", "join")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photographs", type=Path, required=True, help="CIFAR-10 training Parquet file")
+    parser.add_argument("--test", type=Path, required=True, help="CIFAR-10 test Parquet file")
+    parser.add_argument("--work", type=Path, required=True, help="folder with the tower; checkpoint and log go here")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stop", type=int, help="stop after this step, as a killed run would")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model, tok = build(args.work / "see.safetensors"), tokenizer()
+    train(model, tok, args)
+    if args.stop is None:
+        model = model.to(torch.bfloat16).float()
+        final = examine(model, tok, held_out_rows(args.test, 1000))
+        export(model, tok, args.out, card(model, args, final))
+        print(json.dumps(final))
 
 
 if __name__ == "__main__":

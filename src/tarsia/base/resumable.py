@@ -117,6 +117,12 @@ def cut(log: Path, step: int) -> None:
         log.write_text("".join(f"{line}\n" for line in lines))
 
 
+def remember(work: Path, command: str, first: int) -> None:
+    """Keep the command of every run that adds to this training, and the step that it begins with."""
+    with (work / "commands.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"from_step": first, "command": command}) + "\n")
+
+
 def note(log: Path, **entry: object) -> None:
     """Append one line to the run's log and show it."""
     line = json.dumps(entry)
