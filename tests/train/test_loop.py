@@ -129,7 +129,7 @@ def test_nothing_outside_is_moved(fresh):
     expected = torch.rand(3)
     torch.manual_seed(5)
     threads = torch.get_num_threads()
-    small.run(fresh, "steps=4")
+    small.run(fresh, "steps=4", f"threads={threads + 1}")
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()

@@ -88,7 +88,7 @@ class Run:
         }
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on. (The rows follow from the recipe and the step.)"""
         tensors = {f"patch/{key}": value for key, value in self._tensors().items()}
         tensors |= {f"optimiser/{key}": value for key, value in optimiser_state(self.optimiser).items()}
         tensors |= {f"random/{key}": value for key, value in self.random.state().items()}
@@ -96,7 +96,6 @@ class Run:
             "recipe": self.recipe.hash,
             "base": asdict(self.host.fingerprint),
             "data": dict(self.digests),
-            "drawn": self.step * self.recipe.batch * self.recipe.accumulate,
             "watch": self.watch.state(),
             "seconds": self.seconds,
             "log": self.log.sync(),
@@ -207,7 +206,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     encoder = Encoder(host.processor, recipe.max_length)
     parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
     chosen = [_chosen(host, part) for part in parts]
-    pictures = any(_shows(rows) for rows, source in zip(sources, recipe.data.train, strict=True) if source.weight)
+    pictures = _show([rows for rows, source in zip(sources, recipe.data.train, strict=True) if source.weight])
     if not pictures and (seeing := [s for sites in chosen for s in sites if s.component is not Component.LANGUAGE]):
         raise TrainingError(
             "No row has a picture, so vision and projector can not be trained.",
@@ -235,9 +234,9 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     )
 
 
-def _shows(rows: Rows) -> bool:
-    """Whether any row has a picture; mostly the first one tells."""
-    return any(sample.pictures for sample in rows)
+def _show(sources: Sequence[Rows]) -> bool:
+    """Whether any row has a picture; mostly a source's first one tells."""
+    return any(rows[0].pictures for rows in sources) or any(sample.pictures for rows in sources for sample in rows)
 
 
 def _chosen(host: Host, part: Part) -> tuple[Site, ...]:
