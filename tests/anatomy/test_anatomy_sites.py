@@ -252,6 +252,13 @@ def test_a_second_parameter_at_a_site_is_named():
         anatomy_of(config).sites(model)
 
 
+def test_a_bias_without_a_weight_is_named():
+    model, config = FAMILIES["llava"].build()
+    model.model.multi_modal_projector.linear_1.register_parameter("weight", None)
+    with pytest.raises(AnatomyError, match=r"linear_1\.bias has no place"):
+        anatomy_of(config).sites(model)
+
+
 def test_a_parameter_with_two_places_is_named():
     model, anatomy, _ = built("paligemma")
     again = Part(Component.PROJECTOR, "multi_modal_projector", rules({"linear": Role.PROJ}))

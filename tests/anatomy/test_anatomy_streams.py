@@ -192,6 +192,14 @@ def test_a_class_token_that_is_kept_takes_a_placeholder():
     assert anatomy.segments(inputs).counts["pictures"] == (1, 2)
 
 
+def test_a_picture_that_is_partly_zero_is_a_picture():
+    model, anatomy, sites = built("idefics3")
+    inputs = FAMILIES["idefics3"].batch((1, 2))
+    inputs["pixel_values"][..., :8, :] = 0
+    _same_lengths(model, anatomy, sites, inputs)
+    assert anatomy.segments(inputs).counts["tiles"] == (1, 2)
+
+
 def test_onevision_cuts_pictures_where_the_numbers_by_row_are_missing():
     model, anatomy, sites = built("llava_onevision")
     inputs = FAMILIES["llava_onevision"].batch((1, 1))

@@ -129,7 +129,7 @@ class Anatomy:
                 sites[path] = replace(site, bias=name)
                 continue
             found = [(match, rule, part) for pattern, rule, part in patterns if (match := pattern.fullmatch(path))]
-            if len(found) != 1 or site is not None or leaf == "bias":
+            if len(found) != 1 or leaf == "bias":
                 raise self._foreign(name, [rule.path for _, rule, _ in found])
             sites[path] = self._site(path, name, parameter, modules[name.rpartition(".")[0]], found[0])
         tied = _tied(model)
@@ -160,7 +160,7 @@ class Anatomy:
     def _foreign(self, name: str, found: list[str]) -> AnatomyError:
         return AnatomyError(
             f"The parameter {name} has no place in the anatomy of {self.name}."
-            if not found
+            if len(found) < 2
             else f"The parameter {name} has more than one place in the anatomy of {self.name}.",
             given=name,
             allowed=", ".join(found) or ", ".join(f"{part.prefix or 'the model'}.*" for part in self.parts),
