@@ -55,7 +55,7 @@ def refuses(kind: type[TarsiaError], says: str, act: Callable[[], Any]) -> None:
     [
         ([], AttachError, "needs at least one part"),
         ([Part("lroa", "language", LoRAConfig())], ConfigError, "did you mean lora?"),
-        ([*LORA, Part("full", "language.*.{norm,q}", FullConfig())], AttachError, "Two parts claim model.layers.0.self"),
+        ([*LORA, Part("full", "language.*.{norm,q}", FullConfig())], AttachError, "Two parts claim model.layers.0"),
         ([Part("lora", "langage", LoRAConfig())], SelectionError, "did you mean language?"),
         ([Part("lora", "language.*.q", LoRAConfig(ranks={"*.v_proj": 2}))], ConfigError, "the nearest are model"),
         ([Part("lora", "language.*.q", LoRAConfig(alphas={"*.v_proj": 2}))], ConfigError, "not selected"),

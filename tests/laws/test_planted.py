@@ -97,6 +97,12 @@ def apply_forgets_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patch.Ground, "apply", lambda self, weight, bias, x: apply(self, weight, self.dense()[1], x))
 
 
+@caught_by("merge_restores", "merged: differs", "full")
+@caught_by("forward_is_fold", "differs", "full")
+def the_tied_head_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch.Tied, "forward", lambda self, x, base: base(x))
+
+
 @caught_by("only_patches_learn", "is trained")
 def a_patch_trains_the_base(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
     def forward(self: LoRA, x: torch.Tensor, base: Any) -> torch.Tensor:

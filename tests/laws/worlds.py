@@ -65,7 +65,7 @@ def worlds() -> dict[str, World]:
     """Every world by name."""
     ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     text = World(
-        "text", _llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Segments({"rows": (1, 1, 1)})
+        "text", tied_llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Segments({"rows": (1, 1, 1)})
     )
     return {"text": text, "pictures": _family("llava"), "experts": _family("qwen3_vl_moe")}
 
