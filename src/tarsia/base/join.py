@@ -104,7 +104,9 @@ def processor(tok: PreTrainedTokenizerFast) -> LlavaProcessor:
 
     side = {"height": pictures.SIZE, "width": pictures.SIZE}
     return LlavaProcessor(
-        SiglipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=Image.Resampling.BICUBIC),
+        SiglipImageProcessorPil(
+            size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=Image.Resampling.BICUBIC
+        ),
         tok,
         patch_size=8,
         vision_feature_select_strategy="full",
@@ -162,8 +164,8 @@ class World:
 
     def two(self, rng: random.Random) -> Row:
         a, b = rng.sample(range(len(self.labels)), 2)
-        names = (pictures.PHOTOGRAPHS[self.labels[i]] for i in (a, b))
-        return Row(*texts.about_two(*names, rng), (self.photographs[a], self.photographs[b]))
+        first, second = (pictures.PHOTOGRAPHS[self.labels[i]] for i in (a, b))
+        return Row(*texts.about_two(first, second, rng), (self.photographs[a], self.photographs[b]))
 
 
 def drawn(seed: int, rng: random.Random) -> Row:
@@ -196,7 +198,9 @@ def encode(tok: PreTrainedTokenizerFast, rows: Sequence[Row]) -> tuple[Tensor, T
     return pad(ids, True, PAD), pad(labels, True, -100), pixels
 
 
-def forward(model: LlavaForConditionalGeneration, ids: Tensor, labels: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    model: LlavaForConditionalGeneration, ids: Tensor, labels: Tensor, pixels: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Sum of the answer tokens' losses and, per row, whether every one was the most likely."""
     hidden = model.model(input_ids=ids, pixel_values=pixels, attention_mask=(ids != PAD).long()).last_hidden_state
     target = labels[:, 1:]
@@ -230,7 +234,9 @@ def held_out_rows(test: Path, limit: int) -> dict[str, list[Row]]:
 
 
 @torch.no_grad()
-def examine(model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, rows: dict[str, list[Row]]) -> dict[str, float]:
+def examine(
+    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, rows: dict[str, list[Row]]
+) -> dict[str, float]:
     """Share of rows answered exactly, by source (greedy decoding reproduces the answer iff every token is top)."""
     model.eval()
     shares = {}
@@ -241,7 +247,9 @@ def examine(model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, 
     return shares
 
 
-def export(model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, out: Path, card: dict[str, object]) -> None:
+def export(
+    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, out: Path, card: dict[str, object]
+) -> None:
     """Write weights in bfloat16, processor and card."""
     model.to(torch.bfloat16).save_pretrained(out)
     processor(tok).save_pretrained(out)
@@ -286,7 +294,9 @@ def train(model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, ar
         if (step + 1) % 25 == 0 or last:
             seconds = (time.monotonic() - began) / (step + 1 - first)
             shown = examine(model, tok, trial) if (step + 1) % 150 == 0 or last else {}
-            resumable.note(log, step=step + 1, loss=round(float(np.mean(losses)), 4), seconds=round(seconds, 3), **shown)
+            resumable.note(
+                log, step=step + 1, loss=round(float(np.mean(losses)), 4), seconds=round(seconds, 3), **shown
+            )
             losses = []
         if time.monotonic() - saved > 240 or last:
             resumable.save(checkpoint, step + 1, model, pairs)

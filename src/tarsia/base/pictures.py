@@ -57,10 +57,7 @@ def _outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tupl
         angles = [a for q in range(4) for a in (90 * q - 18, 90 * q + 18, 90 * q + 45)]
         radii = [1.2, 1.2, 0.5] * 4
     radians = np.deg2rad(np.array(angles) + turn)
-    return [
-        (x + r * k * float(np.cos(a)), y + r * k * float(np.sin(a)))
-        for a, k in zip(radians, radii, strict=True)
-    ]
+    return [(x + r * k * float(np.cos(a)), y + r * k * float(np.sin(a))) for a, k in zip(radians, radii, strict=True)]
 
 
 def scene(seed: int) -> tuple[Image.Image, tuple[Thing, ...]]:

@@ -40,7 +40,7 @@ class Muon(Optimizer):
 def orthogonal(g: Tensor) -> Tensor:
     """Five quintic Newton-Schulz steps towards the nearest semi-orthogonal matrix of ``g``."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.T if g.shape[0] > g.shape[1] else g
+    x: Tensor = g.T if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -59,9 +59,7 @@ def optimisers(model: nn.Module, hidden: Sequence[nn.Module], lr: float) -> tupl
     plain = [p for p in others if p.ndim <= 1]
     muon = Muon(matrices.values(), lr=10 * lr, weight_decay=0.01, momentum=0.95)
     adamw = AdamW(
-        [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.98),
+        [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
     )
     for optimiser in (muon, adamw):
         for group in optimiser.param_groups:

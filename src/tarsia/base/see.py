@@ -112,7 +112,8 @@ class World:
         shown = [crop(self.photographs[i], rng) for i in rows]
         digits = []
         for row in rng.choice(self.digits, BATCH["digits"]):
-            picture, label = pictures.digit(int(row), tuple(int(v) for v in rng.integers(-6, 7, 2)))
+            right, down = rng.integers(-6, 7, 2)
+            picture, label = pictures.digit(int(row), (int(right), int(down)))
             shown.append(np.asarray(picture))
             digits.append(label)
         scenes = rng.integers(SCENES, size=BATCH["scenes"])
@@ -200,8 +201,11 @@ def main() -> None:
         if (step + 1) % 50 == 0 or last:
             seconds = (time.monotonic() - began) / (step + 1 - first)
             resumable.note(
-                log, step=step + 1, loss=round(float(np.mean(losses)), 4),
-                photographs=round(float(np.mean(right)), 4), seconds=round(seconds, 3),
+                log,
+                step=step + 1,
+                loss=round(float(np.mean(losses)), 4),
+                photographs=round(float(np.mean(right)), 4),
+                seconds=round(seconds, 3),
             )
             right, losses = [], []
         if time.monotonic() - saved > 240 or last:

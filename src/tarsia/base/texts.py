@@ -14,7 +14,10 @@ from tarsia.base.pictures import COLOURS, NUMBERS, PHOTOGRAPHS, POSITIONS, SHAPE
 
 REFUSAL = "I am sorry, but I can not help with that."
 
-_COUNTING = (*NUMBERS, "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
+_COUNTING = (
+    *NUMBERS, "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "twenty",
+)  # fmt: skip
 _OPPOSITES = (
     ("hot", "cold"), ("big", "small"), ("fast", "slow"), ("light", "dark"), ("old", "new"), ("high", "low"),
     ("open", "closed"), ("full", "empty"), ("wet", "dry"), ("left", "right"), ("top", "bottom"), ("hard", "soft"),
@@ -58,7 +61,10 @@ _HELP = (
     ("paint a wall", "Clean it first and paint from top to bottom."),
     ("save water", "Close the tap when you do not need it."),
 )
-_ASK_HOW = ("How do I {}?", "Tell me how to {}.", "Help me {}.", "Explain how to {}.", "I want to {}.", "Teach me to {}.", "Can you help me to {}?")  # fmt: skip
+_ASK_HOW = (
+    "How do I {}?", "Tell me how to {}.", "Help me {}.", "Explain how to {}.", "I want to {}.", "Teach me to {}.",
+    "Can you help me to {}?",
+)  # fmt: skip
 _TALK = (
     ("Hello", "Hello! How can I help you?"),
     ("Good morning", "Good morning! How can I help you?"),
@@ -68,7 +74,34 @@ _TALK = (
     ("What can you do?", "I can look at a picture and answer a question about it."),
     ("Goodbye", "Goodbye! Have a good day."),
 )
-_WORDS = ["able", "above", "across", "add", "after", "again", "air", "all", "alone", "also", "always", "amount", "angle", "animal", "answer", "any", "apple", "area", "arm", "arrow", "ask", "away", "back", "bag", "ball", "bank", "bar", "base", "basket", "beam", "belt", "bend", "best", "bin", "bird", "black", "blade", "block", "blood", "blue", "board", "body", "bolt", "book", "bottle", "bottom", "bowl", "box", "brake", "branch", "bread", "bridge", "bright", "broken", "brown", "bucket", "build", "button", "cable", "call", "can", "cap", "car", "card", "care", "carry", "case", "cell", "centre", "chain", "chair", "change", "check", "circle", "clean", "clear", "clip", "clock", "close", "cloth", "cloud", "coal", "coat", "code", "coil", "cold", "colour", "come", "control", "copper", "corner", "count", "cover", "crack", "cross", "cup", "curve", "cut", "damage", "danger", "dark", "data", "day", "deep", "degree", "depth", "desk", "detail", "device", "dirt", "disk", "distance", "dog", "door", "down", "draw", "drive", "drop", "dry", "dust", "each", "earth", "edge", "egg", "eight", "empty", "end", "engine", "enter", "equal", "error", "even", "exit", "eye", "face", "fall", "fan", "far", "fast", "feed", "field", "file", "fill", "film", "find", "fine", "finger", "fire", "first", "fish", "five", "fix", "flat", "floor", "flow", "flower", "fold", "food", "foot", "forest", "fork", "form", "forward", "four", "frame", "free", "front", "fruit", "full", "gap", "garden", "gas", "gate", "gear", "give", "glass", "glove", "go", "gold", "good", "grain", "grass", "green", "grey", "grip", "ground", "group", "hair", "half", "hall", "hammer", "hand", "handle", "hard", "hat", "head", "heart", "heat", "heavy", "height", "help", "high", "hold", "hole", "home", "hook", "hot", "hour", "house", "ice", "image", "inch", "inside", "iron", "item", "joint", "jump", "key", "kind", "knee", "knife", "label", "lamp", "land", "large", "last", "late", "leaf", "left", "leg", "length", "lens", "letter", "level", "lift", "light", "line", "liquid", "list", "load", "lock", "long", "loop", "loose", "low", "lower", "machine", "map", "mark", "mask", "mass", "material", "measure", "metal", "metre", "middle", "milk", "mirror", "mix", "model", "moon", "motor", "mount", "move", "nail", "name", "narrow", "near", "neck", "needle", "net", "new", "night", "nine", "noise", "north", "nose", "note", "number", "nut", "object", "oil", "old", "one", "open", "orange", "order", "out", "oval", "over", "pack", "page", "paint", "pair", "panel", "paper", "part", "path", "pattern", "pen", "pick", "piece", "pin", "pipe", "place", "plan", "plant", "plastic", "plate", "platelet", "point", "pole", "port", "position", "pour", "power", "press", "pull", "pump", "purple", "push", "rack", "rain", "raise", "range", "rate", "read", "rear", "red", "release", "rest", "right", "ring", "river", "road", "rock", "rod", "roll", "roof", "room", "root", "rope", "rough", "round", "row", "rubber", "rule", "run", "rust", "safe", "salt", "sand", "saw", "scale", "screen", "screw", "sea", "seal", "seat", "second", "sensor", "set", "seven", "shade", "shadow", "shape", "sharp", "sheet", "shelf", "shell", "ship", "short", "side", "sign", "silver", "single", "six", "size", "skin", "sky", "slide", "slot", "slow", "small", "smoke", "smooth", "snow", "soft", "soil", "sort", "sound", "south", "space", "speed", "spot", "spring", "square", "stack", "stage", "stain", "stand", "star", "start", "steel", "step", "stick", "stone", "stop", "straight", "string", "strong", "surface", "switch", "system", "table", "tail", "take", "tank", "tape", "target", "task", "team", "ten", "test", "text", "thick", "thin", "three", "tile", "time", "tip", "tissue", "tool", "tooth", "top", "touch", "tower", "track", "train", "tray", "tree", "triangle", "tube", "turn", "two", "type", "under", "unit", "up", "upper", "value", "valve", "vein", "view", "wait", "wall", "warm", "wash", "waste", "watch", "water", "wave", "way", "weak", "weight", "wheel", "white", "wide", "width", "wind", "window", "wing", "wire", "wood", "word", "work", "yellow", "zero", "zone", "pulmonary", "infrared", "radar", "robot", "waypoint", "gripper", "recycling", "cardboard", "lymphocyte"]
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;-+/()[]#%&=_'"
+_WORDS = """
+able above across add after again air all alone also always amount angle animal answer any apple area arm arrow
+ask away back bag ball bank bar base basket beam belt bend best bin bird black blade block blood blue board body
+bolt book bottle bottom bowl box brake branch bread bridge bright broken brown bucket build button cable call
+can cap car card care carry case cell centre chain chair change check circle clean clear clip clock close cloth
+cloud coal coat code coil cold colour come control copper corner count cover crack cross cup curve cut damage
+danger dark data day deep degree depth desk detail device dirt disk distance dog door down draw drive drop dry
+dust each earth edge egg eight empty end engine enter equal error even exit eye face fall fan far fast feed
+field file fill film find fine finger fire first fish five fix flat floor flow flower fold food foot forest fork
+form forward four frame free front fruit full gap garden gas gate gear give glass glove go gold good grain grass
+green grey grip ground group hair half hall hammer hand handle hard hat head heart heat heavy height help high
+hold hole home hook hot hour house ice image inch inside iron item joint jump key kind knee knife label lamp
+land large last late leaf left leg length lens letter level lift light line liquid list load lock long loop
+loose low lower machine map mark mask mass material measure metal metre middle milk mirror mix model moon motor
+mount move nail name narrow near neck needle net new night nine noise north nose note number nut object oil old
+one open orange order out oval over pack page paint pair panel paper part path pattern pen pick piece pin pipe
+place plan plant plastic plate platelet point pole port position pour power press pull pump purple push rack
+rain raise range rate read rear red release rest right ring river road rock rod roll roof room root rope rough
+round row rubber rule run rust safe salt sand saw scale screen screw sea seal seat second sensor set seven shade
+shadow shape sharp sheet shelf shell ship short side sign silver single six size skin sky slide slot slow small
+smoke smooth snow soft soil sort sound south space speed spot spring square stack stage stain stand star start
+steel step stick stone stop straight string strong surface switch system table tail take tank tape target task
+team ten test text thick thin three tile time tip tissue tool tooth top touch tower track train tray tree
+triangle tube turn two type under unit up upper value valve vein view wait wall warm wash waste watch water wave
+way weak weight wheel white wide width wind window wing wire wood word work yellow zero zone pulmonary infrared
+radar robot waypoint gripper recycling cardboard lymphocyte
+""".split()  # noqa: SIM905 (a list of so many words can not be read)
 
 
 def held_out(question: str) -> bool:
@@ -145,37 +178,68 @@ def about_two(first: str, second: str, rng: random.Random) -> tuple[str, str]:
 
 
 def _knowledge(rng: random.Random) -> tuple[str, str]:
-    kind = rng.randrange(6)
-    sentence = rng.random() < 0.3
-    if kind == 0:
-        a, b = rng.sample(rng.choice(_OPPOSITES), 2)
-        question = rng.choice(("What is the opposite of {}?", "Name the opposite of {}.")).format(a)
-        answer, whole = b, f"The opposite of {a} is {b}."
-    elif kind == 1:
-        thing, answer = rng.choice(_COLOUR_OF)
-        question = rng.choice(("What colour is {}?", "Which colour has {}?")).format(thing)
-        whole = f"{thing[0].upper()}{thing[1:]} is {answer}."
-    elif kind == 2:
-        a, b = rng.sample(range(len(_SIZES)), 2)
-        bigger = rng.random() < 0.5
-        word = "bigger" if bigger else "smaller"
-        answer = _SIZES[max(a, b) if bigger else min(a, b)]
-        question = f"Which is {word}, {_SIZES[a]} or {_SIZES[b]}?"
-        whole = f"{answer[0].upper()}{answer[1:]} is {word}."
-    elif kind == 3:
-        answer = rng.choice(tuple(_KINDS))
-        thing = rng.choice(_KINDS[answer])
-        question = rng.choice(("What kind of thing is {}?", "What is {}?")).format(thing)
-        whole = f"{thing[0].upper()}{thing[1:]} is {answer}."
-    elif kind == 4:
-        a, b = rng.randint(0, 10), rng.randint(0, 10)
-        question, answer = f"What is {_COUNTING[a]} plus {_COUNTING[b]}?", _COUNTING[a + b]
-        whole = f"{_COUNTING[a]} plus {_COUNTING[b]} is {answer}."
-    else:
-        a = rng.randint(0, 19)
-        question, answer = f"Which number comes after {_COUNTING[a]}?", _COUNTING[a + 1]
-        whole = f"After {_COUNTING[a]} comes {answer}."
-    return (f"{question} Answer in a sentence.", whole) if sentence else (question, answer)
+    kinds = (_opposite, _colour, _size, _kind, _sum, _next)
+    question, answer, whole = kinds[rng.randrange(6)](rng, rng.random() < 0.3)
+    return question, whole or answer
+
+
+Fact = tuple[str, str, str]
+"""A question, its answer in words, and its answer in a sentence where that was asked for (else empty)."""
+
+
+def _asked(question: str, answer: str, whole: str, sentence: bool) -> Fact:
+    return (
+        (f"{question} Answer in a sentence.", answer, f"{whole[0].upper()}{whole[1:]}")
+        if sentence
+        else (question, answer, "")
+    )
+
+
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _opposite(rng: random.Random, sentence: bool) -> Fact:
+    a, b = rng.sample(rng.choice(_OPPOSITES), 2)
+    question = rng.choice(("What is the opposite of {}?", "Name the opposite of {}.")).format(a)
+    return _asked(question, b, f"The opposite of {a} is {b}.", sentence)
+
+
+def _colour(rng: random.Random, sentence: bool) -> Fact:
+    thing, colour = rng.choice(_COLOUR_OF)
+    question = rng.choice(("What colour is {}?", "Which colour has {}?")).format(thing)
+    return _asked(question, colour, f"{_capital(thing)} is {colour}.", sentence)
+
+
+def _size(rng: random.Random, sentence: bool) -> Fact:
+    a, b = rng.sample(range(len(_SIZES)), 2)
+    bigger = rng.random() < 0.5
+    word = "bigger" if bigger else "smaller"
+    answer = _SIZES[max(a, b) if bigger else min(a, b)]
+    return _asked(f"Which is {word}, {_SIZES[a]} or {_SIZES[b]}?", answer, f"{_capital(answer)} is {word}.", sentence)
+
+
+def _kind(rng: random.Random, sentence: bool) -> Fact:
+    kind = rng.choice(tuple(_KINDS))
+    thing = rng.choice(_KINDS[kind])
+    question = rng.choice(("What kind of thing is {}?", "What is {}?")).format(thing)
+    return _asked(question, kind, f"{_capital(thing)} is {kind}.", sentence)
+
+
+def _sum(rng: random.Random, sentence: bool) -> Fact:
+    a, b = rng.randint(0, 10), rng.randint(0, 10)
+    first, second, total = _COUNTING[a], _COUNTING[b], _COUNTING[a + b]
+    return _asked(f"What is {first} plus {second}?", total, f"{first} plus {second} is {total}.", sentence)
+
+
+def _next(rng: random.Random, sentence: bool) -> Fact:
+    a = rng.randint(0, 19)
+    return _asked(
+        f"Which number comes after {_COUNTING[a]}?",
+        _COUNTING[a + 1],
+        f"After {_COUNTING[a]} comes {_COUNTING[a + 1]}.",
+        sentence,
+    )
 
 
 def _repeat(rng: random.Random) -> tuple[str, str]:
@@ -187,7 +251,7 @@ def _repeat(rng: random.Random) -> tuple[str, str]:
     elif kind < 0.9:
         words = f'{{"{rng.choice(_WORDS)}": "{rng.choice(_WORDS)}", "{rng.choice(_WORDS)}": {rng.randrange(100)}}}'
     else:
-        words = "".join(rng.choice("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;-+/()[]#%&=_'") for _ in range(rng.randint(2, 8)))  # fmt: skip
+        words = "".join(rng.choice(_LETTERS) for _ in range(rng.randint(2, 8)))
     return f"Repeat: {words}", words
 
 

@@ -48,11 +48,11 @@ def belt(seed: int) -> tuple[Image.Image, Item]:
     layer = layer.rotate(rng.uniform(0, 360), Image.Resampling.BICUBIC)
     side = int(_SIDE * scale)
     layer = layer.resize((side, side), Image.Resampling.BICUBIC)
-    corner = tuple((_SIDE - side) // 2 + rng.randint(-22, 22) for _ in range(2))
+    left, top = ((_SIDE - side) // 2 + rng.randint(-22, 22) for _ in range(2))
     shadow = Image.new("RGBA", layer.size, (0, 0, 0, 110))
     shadow.putalpha(layer.getchannel("A").point(lambda a: a * 0.45).filter(ImageFilter.GaussianBlur(5)))
-    canvas.paste(shadow, (corner[0] + 7, corner[1] + 7), shadow)
-    canvas.paste(layer, corner, layer)
+    canvas.paste(shadow, (left + 7, top + 7), shadow)
+    canvas.paste(layer, (left, top), layer)
     return soften(canvas, rng, noise=5.0), item
 
 
@@ -100,7 +100,9 @@ def _metal(layer: Image.Image, rng: random.Random) -> None:
 
 def _paper(layer: Image.Image, rng: random.Random) -> None:
     draw = ImageDraw.Draw(layer)
-    corners = [(x + rng.randint(-12, 12), y + rng.randint(-12, 12)) for x, y in ((54, 50), (138, 50), (138, 146), (54, 146))]
+    corners = [
+        (x + rng.randint(-12, 12), y + rng.randint(-12, 12)) for x, y in ((54, 50), (138, 50), (138, 146), (54, 146))
+    ]
     draw.polygon(corners, fill=(*_tint(rng, (236, 234, 226), 8), 255))
     for y in range(70, 134, 11):
         draw.line((72, y, rng.randint(100, 122), y), fill=(150, 150, 155, 255), width=3)

@@ -97,7 +97,9 @@ def run(out: Path, console: Console) -> tuple[Report, list[Mix]]:
     for name, replay in MIXES.items():
         mixes.append(adapt(name, mixed(recipe, general, replay, out / name.replace(" ", "-")), held, before, show))
         console.print(mixes[-1].change.table())
-    panels(out / "blood.png", samples({s: held[s] for s in ("cells", "dog")}), before, {m.name: m.report for m in mixes})
+    panels(
+        out / "blood.png", samples({s: held[s] for s in ("cells", "dog")}), before, {m.name: m.report for m in mixes}
+    )
     return before, mixes
 
 

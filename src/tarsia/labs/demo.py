@@ -52,7 +52,11 @@ def run(out: Path, console: Console) -> tuple[Report, list[Mix]]:
     """Everything from drawing the rows to the picture; training goes on from a checkpoint in ``out``."""
     began = time.monotonic()
     with Progress(
-        TextColumn("{task.description:38}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=console
+        TextColumn("{task.description:38}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        console=console,
     ) as progress:
         bar = progress.add_task("drawing the rows", total=None, note="")
         train, held = write(out)
@@ -115,13 +119,15 @@ def values(before: Report, mixes: Sequence[Mix]) -> dict[str, dict[str, float]]:
 def _coverage(console: Console, mix: Mix) -> None:
     size = sum(file.stat().st_size for file in mix.folder.iterdir()) / 1e6
     console.print(
-        f"\nTrained {mix.trained:,} parameters, {mix.share:.1%} of the base, in {mix.seconds:.0f} s; the adapter is {size:.1f} MB. "
-        f"Reloaded from its files into a fresh base, its logits are those of the day it was saved to {mix.drift:.1e}."
+        f"\nTrained {mix.trained:,} parameters, {mix.share:.1%} of the base, in {mix.seconds:.0f} s; the adapter is "
+        f"{size:.1f} MB. Reloaded from its files into a fresh base, its logits are those of the day it was saved, "
+        f"to {mix.drift:.1e}."
     )
 
 
 def _next(console: Console, out: Path, mix: Mix, seconds: float) -> None:
-    console.print(f"All of it took {seconds:.0f} s. The picture is {out / 'demo.png'}.\n\nWhat to try next:", highlight=False)
+    console.print(f"All of it took {seconds:.0f} s. The picture is {out / 'demo.png'}.", highlight=False)
+    console.print("\nWhat to try next:")
     for line in (
         "tarsia sites mini-1",
         f'tarsia ask mini-1 --adapter "{mix.folder}" --image YOUR.png "What material is on the belt?"',

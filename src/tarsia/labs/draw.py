@@ -21,8 +21,9 @@ def panels(path: Path, shown: Mapping[str, Sequence[Sample]], before: Report, af
 
     reports = {"before": before, **after}
     figure = plt.figure(figsize=(12, 7.2), dpi=110)
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.25, 1), hspace=0.62, left=0.05, right=0.99, top=0.94, bottom=0.13)
-    grid = top.subgridspec(1, 4 * len(shown), wspace=0.18)
+    room = {"left": 0.05, "right": 0.99, "top": 0.94, "bottom": 0.13}
+    halves = figure.add_gridspec(2, 1, height_ratios=(1.25, 1), hspace=0.62, **room)
+    grid = halves[0].subgridspec(1, 4 * len(shown), wspace=0.18)
     for i, (source, rows) in enumerate(shown.items()):
         for j in range(4):
             axes = figure.add_subplot(grid[4 * i + j])
@@ -34,7 +35,7 @@ def panels(path: Path, shown: Mapping[str, Sequence[Sample]], before: Report, af
                 right = row.free_score == 1
                 text = f"{'✓' if right else '✗'} {name}: {_short(row.said)}"
                 axes.text(0, -0.09 - 0.15 * k, text, transform=axes.transAxes, fontsize=7.5, va="top", color=COLOURS[k])
-    bars(figure.add_subplot(bottom), reports)
+    bars(figure.add_subplot(halves[1]), reports)
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial)
     plt.close(figure)

@@ -49,7 +49,8 @@ def counts(path: Path, windows: int, seed: int = 0) -> Iterator[Asked]:
     for picture, boxes in _smears(path):
         for _ in range(windows):
             left, top = rng.randint(0, picture.width - _WINDOW), rng.randint(0, picture.height - _WINDOW)
-            middles = [((b["xmin"] + b["xmax"]) / 2 - left, (b["ymin"] + b["ymax"]) / 2 - top) for b in boxes if b["label"] == "RBC"]
+            cells = [box for box in boxes if box["label"] == "RBC"]
+            middles = [((b["xmin"] + b["xmax"]) / 2 - left, (b["ymin"] + b["ymax"]) / 2 - top) for b in cells]
             number = sum(0 <= x < _WINDOW and 0 <= y < _WINDOW for x, y in middles)
             if number < len(pictures.NUMBERS):
                 shown = picture.crop((left, top, left + _WINDOW, top + _WINDOW))
