@@ -189,7 +189,7 @@ Fact = tuple[str, str, str]
 
 def _asked(question: str, answer: str, whole: str, sentence: bool) -> Fact:
     return (
-        (f"{question} Answer in a sentence.", answer, f"{whole[0].upper()}{whole[1:]}")
+        (f"{question} Answer in a sentence.", answer, whole)
         if sentence
         else (question, answer, "")
     )
