@@ -48,10 +48,9 @@ def test_a_run_on_every_family(name, rows, tmp_path, monkeypatch):
     for checkpointing in (False, True):
         model, config = family.build()
         monkeypatch.setattr(run_module, "Encoder", encoder(family, config))
-        values = {
-            "model": name, "parts": PARTS, "data": {"train": [{"path": str(rows)}]}, "steps": 5, "batch": 2, "warmup": 0,
-            "checkpointing": checkpointing, "device": "cpu", "threads": 1, "out": str(tmp_path / f"out-{checkpointing}"),
-        }  # fmt: skip
+        values = {"model": name, "parts": PARTS, "data": {"train": [{"path": str(rows)}]}, "steps": 5, "batch": 2}
+        values |= {"warmup": 0, "checkpointing": checkpointing, "device": "cpu", "threads": 1}
+        values |= {"out": str(tmp_path / f"out-{checkpointing}")}
         events = small.run(values, host=Host.of(model))
         assert {line.component for line in events[0].coverage} == {"vision", "projector", "language"}
         curves.append(small.curve(events))

@@ -75,6 +75,9 @@ def test_the_hash_is_of_the_meaning():
     assert Recipe.of(VALUES | {"batch": 8, "warmup": 0.03}).hash == ours, "defaults that are written out"
     assert Recipe.of(VALUES | {"out": "elsewhere", "threads": 2, "device": "cpu"}).hash == ours
     assert Recipe.of(VALUES | lora(alpha=16)).hash == Recipe.of(VALUES | lora(alpha=16.0)).hash
+    mapped = [{"path": "a", "columns": columns} for columns in ({"x": "1", "y": "2"}, {"y": "2", "x": "1"})]
+    hashes = {Recipe.of(VALUES | {"data": {"train": [source]}}).hash for source in mapped}
+    assert len(hashes) == 1, "the order of a source's columns means nothing"
     for change in ({"seed": 1}, {"steps": 11}, lora(rank=4, lr=1e-3), {"clip": None}, {"precision": "float32"}):
         assert Recipe.of(VALUES | change).hash != ours, change
 

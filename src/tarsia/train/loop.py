@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tarsia import __version__
 from tarsia.adapter import Adapter, Host, Probe, probe, save
-from tarsia.core.attach import activate, adapters, detach
+from tarsia.core.attach import detach, slots
 from tarsia.train.checkpoint import locked, write
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, read_log
 from tarsia.train.exact import deterministic, threads
@@ -145,14 +145,15 @@ def _step(run: Run) -> Step:
 
 
 def _evaluated(run: Run, evaluator: Evaluator) -> Mapping[str, Any]:
-    """Evaluate in eval mode; the run's random numbers and mode are as before afterwards."""
-    before = adapters(run.model)
+    """Evaluate in eval mode; what acts and the mode are as before afterwards, whatever the evaluator did."""
+    before = [(slot, slot.active) for slot in slots(run.model)]
     run.model.eval()
     try:
         with torch.no_grad():
             return evaluator(run.host, run.step)
     finally:
-        activate(run.model, *before)
+        for slot, active in before:
+            slot.active = active
         run.model.train()
 
 
