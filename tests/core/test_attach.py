@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import tarsia.methods  # noqa: F401 (registers every method)
 from tarsia.core.attach import (
     Part,
+    _device,
     activate,
     adapters,
     attach,
@@ -73,7 +75,7 @@ def test_a_refusal_changes_nothing(parts: list[Part], kind: type[TarsiaError], s
 def test_names_of_adapters() -> None:
     world = worlds()["text"]
     model = world.model()
-    for name in ("", "a.b", "a b", "keys", "train", "type", "forward"):
+    for name in ("", "a.b", "a b", "keys", "train", "training", "_modules"):
         refuses(AttachError, "That is no adapter name.", lambda n=name: attach(model, world.sites, LORA, name=n))
         assert not slots(model)
     attach(model, world.sites, LORA, name="one")
@@ -157,6 +159,21 @@ def test_coverage_counts_parameters_once() -> None:
     assert sum(p.numel() for p in base_parameters(model).values()) == total
     second = attach(model, world.sites, parts, name="second")
     assert second == first, "the first adapter's patches count as the base's"
+
+
+def test_a_new_patch_lies_where_its_module_computes() -> None:
+    module = nn.Linear(4, 3, device="meta")
+    assert _device(nn.Linear(4, 3)) == torch.device("cpu")
+    assert _device(module) == torch.device("cpu")
+    for place in ("cuda:1", torch.device("cuda", 2)):
+        module._hf_hook = SimpleNamespace(execution_device=place)
+        assert _device(module) == torch.device(place)
+    module._hf_hook = SimpleNamespace(execution_device=0)
+    if torch.accelerator.is_available():
+        assert _device(module) == torch.device(0)
+    else:
+        with pytest.raises(RuntimeError, match="accelerator"):
+            _device(module)  # and not the processor, for being false
 
 
 def test_the_seed_decides() -> None:

@@ -115,13 +115,14 @@ def _place(site: Site, tied: str) -> Site:
 
 def _device(module: nn.Module) -> torch.device:
     """Where ``module`` computes."""
-    hook = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return next((p.device for p in module.parameters(recurse=False) if not p.is_meta), torch.device(hook or "cpu"))
+    here = [p.device for p in module.parameters(recurse=False) if not p.is_meta]
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return here[0] if here else torch.device("cpu" if hooked is None else hooked)  # 0 is the first accelerator
 
 
 def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
     """Raise AttachError for whatever would stop ``install`` half-way, or make a patch that does not act."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise AttachError(
             "That is no adapter name.",
             given=repr(name),
