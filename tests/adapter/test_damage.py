@@ -1,13 +1,15 @@
 """Whatever is broken in a folder is an error that says so; nothing is read by halves."""
 
 import json
+import random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tarsia.adapter import load, open_base, save
-from tarsia.core.errors import AdapterError
+from tarsia.adapter import load, open_base, put, save
+from tarsia.core.attach import detach
+from tarsia.core.errors import AdapterError, TarsiaError
 
 TENSORS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "tarsia.json"
 
@@ -238,3 +240,61 @@ def test_a_base_of_another_name(foreign, checkpoint):
     assert load(foreign, base, allow=("base name",)).card["base_name"] == "someone/llava-1.5-7b"
     edit(foreign / CONFIG, lambda fields: fields.update(base_model_name_or_path="/elsewhere/base/"))
     load(foreign, base)
+
+
+# Whatever else stands in the JSON files, the answer is a refusal or the same adapter, never another exception.
+
+JUNK = (None, True, 0, -1, 1e999, 0.5, "", "(", "x", [], [1], ["x"], [[]], {}, {"x": 1}, {"(": "x"})
+
+
+def nodes(value, path=()):
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from nodes(value[key], (*path, key))
+
+
+def with_junk(value, path, junk):
+    if not path:
+        return junk
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = with_junk(value[path[0]], path[1:], junk)
+    return copied
+
+
+@pytest.mark.parametrize("name, ours", [(OURS, True), (CONFIG, True), (CONFIG, False)])
+def test_junk_in_every_place(folder, host, name, ours):
+    if not ours:
+        (folder / OURS).unlink()
+    whole = json.loads((folder / name).read_text())
+    refused, seen, draw = 0, set(), random.Random(0)
+    for path in nodes(whole):
+        # one list element or one site stands for all of its kind
+        kind = tuple("*" if isinstance(key, int) or "." in key else key for key in path)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        for junk in draw.sample(JUNK, 3):
+            (folder / name).write_text(json.dumps(with_junk(whole, path, junk)))
+            try:
+                adapter = load(folder, host)
+                if ours:
+                    put(host, adapter, "x")
+                    detach(host.model, "x")
+            except TarsiaError:
+                refused += 1
+    assert refused > len(seen)
+
+
+def test_junk_in_the_table_of_a_tensor_file(foreign, host):
+    content = (foreign / TENSORS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + length])
+    first = sorted(table)[1]
+    for path in ((), (first,), (first, "data_offsets"), (first, "dtype"), (first, "shape"), ("__metadata__",)):
+        for junk in JUNK:
+            header = json.dumps(with_junk(table, path, junk)).encode()
+            (foreign / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+            if path == ("__metadata__",):
+                continue
+            with pytest.raises(AdapterError):
+                load(foreign, host)

@@ -89,9 +89,9 @@ class PeftConfig:
         init = fields.get("init_lora_weights", True)
         _refuse(fields, "init_lora_weights", init in _PLAIN_INITS, "an initialisation that leaves the base as it is")
         for key in ("r", "lora_alpha", "target_modules"):
-            _refuse(fields, key, fields.get(key) is not None, "a value")
-        _refuse(fields, "r", isinstance(fields["r"], int) and fields["r"] > 0, "a whole number of at least 1")
-        _patterns(fields)
+            _refuse(fields, key, bool(fields.get(key)), "a value")
+        _refuse(fields, "r", _is_rank(fields["r"]), "a whole number of at least 1")
+        _check_forms(fields)
         targets, excluded = fields["target_modules"], fields.get("exclude_modules") or ()
         layers, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or ()
         return cls(
@@ -163,25 +163,46 @@ def _refuse(fields: Mapping[str, Any], key: str, fine: bool, allowed: str) -> No
         )
 
 
-def _patterns(fields: Mapping[str, Any]) -> None:
-    """Refuse what is no regular expression, as PEFT takes these keys and texts to be."""
-    texts = [(k, p) for k in ("rank_pattern", "alpha_pattern") for p in fields.get(k) or {}]
-    texts += [(k, fields[k]) for k in ("target_modules", "exclude_modules") if isinstance(fields.get(k), str)]
-    for key, text in texts:
+def _check_forms(fields: Mapping[str, Any]) -> None:
+    """Refuse values of another form than PEFT's, and what is no regular expression where PEFT takes it for one."""
+    for key, known in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        table = fields.get(key) or {}
+        _refuse(fields, key, isinstance(table, Mapping) and all(map(known, table.values())), "numbers by pattern")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        names = fields.get(key) or ()
+        text = isinstance(names, str) and key != "modules_to_save"
+        fine = text or (isinstance(names, list | tuple | set) and all(isinstance(name, str) and name for name in names))
+        _refuse(fields, key, fine, "a list of names" + (" or a pattern" if key != "modules_to_save" else ""))
+    layers = fields.get("layers_to_transform")
+    listed = [layers] if isinstance(layers, int) else layers or []
+    fine = isinstance(listed, list | tuple) and all(isinstance(n, int) for n in listed)
+    _refuse(fields, "layers_to_transform", fine, "numbers of layers")
+    dropout = fields.get("lora_dropout") or 0
+    _refuse(fields, "lora_dropout", _is_number(dropout) and 0 <= dropout < 1, "at least 0 and below 1")
+    patterns = [(key, fields[key]) for key in ("target_modules", "exclude_modules") if isinstance(fields.get(key), str)]
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"):
+        given = fields.get(key) or ()
+        patterns += [(key, pattern) for pattern in ([given] if isinstance(given, str) else given)]
+    for key, pattern in patterns:
         try:
-            re.compile(text)
+            re.compile(pattern)
         except re.error as error:
             raise AdapterError(
-                f"The adapter's {key} holds no regular expression.", given=f"{text!r}: {error}"
+                f"The adapter's {key} holds no regular expression.", given=f"{pattern!r}: {error}"
             ) from None
 
 
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _number(fields: Mapping[str, Any], key: str) -> float:
-    value = fields[key]
-    _refuse(
-        fields, key, isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value), "a number"
-    )
-    return float(value)
+    _refuse(fields, key, _is_number(fields[key]), "a number")
+    return float(fields[key])
 
 
 def write(adapter: Adapter) -> dict[str, Any]:

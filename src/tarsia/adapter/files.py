@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -133,23 +134,22 @@ def _read(folder: Path) -> Adapter:
             "tarsia.json is of another format.", given=described.get("format"), allowed=FORMAT, do="update tarsia"
         )
     try:
-        for name, digest in described["sha256"].items():
-            _check_digest(folder / name, digest)
-        held = read_tensors(folder / TENSORS)
+        for name in (TENSORS, PROBE) if described["probe"] is not None else (TENSORS,):
+            _check_digest(folder / name, described["sha256"][name])
         adapter = Adapter(
             parts=tuple(_part(part) for part in described["parts"]),
-            patches=MappingProxyType(_patches(described["patches"], held)),
+            patches=MappingProxyType(_patches(described["patches"], read_tensors(folder / TENSORS))),
             layout=_layout(described["layout"]),
             base=described["base"],
             fingerprint=None if described["fingerprint"] is None else Fingerprint.read(described["fingerprint"]),
-            card=MappingProxyType(described["card"]),
+            card=MappingProxyType(dict(described["card"])),
             probe=None if described["probe"] is None else _probe(read_tensors(folder / PROBE), described["probe"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        _check_agreement(adapter, read_json(folder / CONFIG))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(
-            "tarsia.json is incomplete.", given=f"{folder}: {type(error).__name__} {error}", do=AGAIN
+            "tarsia.json is incomplete, or was edited.", given=f"{folder}: {type(error).__name__} {error}", do=AGAIN
         ) from None
-    _check_agreement(adapter, read_json(folder / CONFIG))
     return adapter
 
 
@@ -172,12 +172,19 @@ def _patches(described: Mapping[str, Any], held: dict[str, Tensor]) -> dict[str,
         )
     return {
         path: Patched(
-            patch["method"],
-            MappingProxyType(patch["constants"]),
+            find(patch["method"]).name,
+            MappingProxyType(_constants(path, patch["constants"])),
             MappingProxyType({name: held[key] for name, key in patch["tensors"].items()}),
         )
         for path, patch in described.items()
     }
+
+
+def _constants(path: str, values: Mapping[str, Any]) -> dict[str, float | int | bool]:
+    for name, value in values.items():
+        if not isinstance(value, float | int) or not math.isfinite(value):
+            raise AdapterError(f"The constant {name} at {path} is no number.", given=repr(value), do=AGAIN)
+    return dict(values)
 
 
 def _check_agreement(adapter: Adapter, fields: Mapping[str, Any]) -> None:

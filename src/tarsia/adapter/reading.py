@@ -69,9 +69,13 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
             table = json.loads(file.read(length)) if 0 < length <= size - 8 else None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do="fetch it again") from None
-    entries = {k: v for k, v in table.items() if k != "__metadata__"} if isinstance(table, dict) else {}
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if table is None or 8 + length + end != size:
+    try:
+        entries = {k: v for k, v in (table or {}).items() if k != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        whole = table is not None and 8 + length + end == size
+    except (AttributeError, IndexError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise AdapterError(
             f"{path.name} is truncated or no safetensors file.", given=f"{path}, {size} bytes", do="fetch it again"
         )
