@@ -41,7 +41,7 @@ def part(select: str, method: str = "lora", **options) -> dict:
         ("language.*.qq", "did you mean q"),  # misspelt role
         ("langage", "did you mean language"),  # misspelt component
         ("language.*.{q,router}", "half matched"),  # half of the term is there
-        ("language.7..", "layers 0..2"),  # no such layers
+        ("language.7..", "0..2"),  # no such layers
         ("vision.2", "no gradient can reach"),  # LLaVA reads the layer before the last
     ],
 )
