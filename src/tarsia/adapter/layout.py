@@ -1,4 +1,11 @@
-"""Whether, and where, a PEFT folder has a place for each patch (peft 0.21.2)."""
+"""Whether, and where, a PEFT folder has a place for each patch (peft 0.21.2).
+
+It has one for LoRA at any linear layer, with a rank and a scale for each, and for whole modules
+(``modules_to_save``): a projector, a norm, both expert tensors of a mixture's layer, Gemma-3's projector module
+with its bare tensor. It has none for a module that is trained in part (one expert tensor of two), for a bare
+tensor of the model itself (LLaVA-NeXT's and OneVision's ``image_newline``, BLIP-2's ``query_tokens``), nor for
+methods that it does not know.
+"""
 
 from __future__ import annotations
 
