@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,22 +139,22 @@ def build(tower: Path) -> LlavaForConditionalGeneration:
 class World:
     """Every training row, as a function of (seed, step)."""
 
-    def __init__(self, photographs: Path, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, photographs: Path, seed: int, mix: Mapping[str, int]) -> None:
+        self.seed, self.mix = seed, mix
         self.photographs, self.labels = pictures.photographs(photographs)
 
     def rows(self, step: int) -> Iterator[list[Row]]:
         """Rows with one picture, with two and with none, each as a batch."""
         rng = random.Random(f"{self.seed} {step}")
         noise = np.random.default_rng((self.seed, step))
-        one = [self.photograph(rng, noise) for _ in range(BATCH["photographs"])]
-        for row in rng.choices(pictures.digit_rows("train"), k=BATCH["digits"]):
+        one = [self.photograph(rng, noise) for _ in range(self.mix["photographs"])]
+        for row in rng.choices(pictures.digit_rows("train"), k=self.mix["digits"]):
             picture, value = pictures.digit(row, (rng.randint(-6, 6), rng.randint(-6, 6)))
             one.append(Row(*texts.about_digit(value, rng), (np.asarray(picture),)))
-        one += [drawn(rng.randrange(100_000), rng) for _ in range(BATCH["scenes"])]
+        one += [drawn(rng.randrange(100_000), rng) for _ in range(self.mix["scenes"])]
         yield one
-        yield [self.two(rng) for _ in range(BATCH["two"])]
-        yield [Row(q, a) for q, a in text_rows(step * 1000, BATCH["text"], held_out=False)]
+        yield [self.two(rng) for _ in range(self.mix["two"])]
+        yield [Row(q, a) for q, a in text_rows(step * 1000, self.mix["text"], held_out=False)]
 
     def photograph(self, rng: random.Random, noise: np.random.Generator) -> Row:
         i = rng.randrange(len(self.labels))
@@ -272,13 +272,15 @@ def train(model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, ar
     checkpoint, log = args.work / "join.safetensors", args.work / "join.jsonl"
     first = resumable.load(checkpoint, model, pairs)
     resumable.cut(log, first)
-    resumable.remember(args.work, f"python -m tarsia.base.join --steps {args.steps} --seed {args.seed}", first)
-    world, trial = World(args.photographs, args.seed), held_out_rows(args.test, 200)
+    mix = BATCH | {name: int(rows) for name, _, rows in (pair.partition("=") for pair in args.mix.split(",") if pair)}
+    command = f"python -m tarsia.base.join --steps {args.steps} --seed {args.seed} --joint {args.joint}"
+    resumable.remember(args.work, command + (f" --mix {args.mix}" if args.mix else ""), first)
+    world, trial = World(args.photographs, args.seed, mix), held_out_rows(args.test, 200)
     began = saved = time.monotonic()
     losses: list[float] = []
     for step in range(first, args.steps):
         resumable.schedule(pairs, step, args.steps)
-        tower.requires_grad_(step >= 0.6 * args.steps)
+        tower.requires_grad_(step >= args.joint * args.steps)
         batches = [encode(tok, rows) for rows in world.rows(step)]
         tokens = sum(int((labels != -100).sum()) for _, labels, _ in batches)
         losses.append(0.0)
@@ -332,6 +334,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--joint", type=float, default=0.6, help="share of the steps after which the tower is trained too"
+    )
+    parser.add_argument(
+        "--mix", default="", help="rows of a step that differ from the usual, such as scenes=90,text=30"
+    )
     parser.add_argument("--stop", type=int, help="stop after this step, as a killed run would")
     args = parser.parse_args()
     torch.manual_seed(args.seed)

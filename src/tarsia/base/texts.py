@@ -188,11 +188,7 @@ Fact = tuple[str, str, str]
 
 
 def _asked(question: str, answer: str, whole: str, sentence: bool) -> Fact:
-    return (
-        (f"{question} Answer in a sentence.", answer, whole)
-        if sentence
-        else (question, answer, "")
-    )
+    return (f"{question} Answer in a sentence.", answer, whole) if sentence else (question, answer, "")
 
 
 def _capital(text: str) -> str:
