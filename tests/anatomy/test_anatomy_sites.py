@@ -175,7 +175,8 @@ def test_experts_hold_most_of_a_mixture():
     _, _, sites = built("qwen3_vl_moe")
     experts = [site for site in sites if site.kind is Kind.EXPERT]
     assert {site.path.rpartition(".")[2]: site.shape for site in experts} == {
-        "gate_up_proj": (4, 40, 32), "down_proj": (4, 32, 20)
+        "gate_up_proj": (4, 40, 32),
+        "down_proj": (4, 32, 20),
     }
     assert [site.kind for site in sites if site.role is Role.ROUTER] == [Kind.TENSOR] * 3
 
@@ -329,6 +330,7 @@ def test_every_rule_describes_a_parameter_of_some_model():
                 used[key] = used.get(key, False) or any(pattern.fullmatch(site.path) for site in sites)
     unused = {key for key, seen in used.items() if not seen}
     assert {path for _, path in unused} == {
-        "project_in", "project_out",  # OPT of one size only
+        "project_in",
+        "project_out",  # OPT of one size only
         *(f"qformer.encoder.layer.#.{path}" for path in ("intermediate.dense", "output.dense", "output.LayerNorm")),
     } | {path for prefix, path in unused if prefix.startswith(("language_model", "text_model"))}

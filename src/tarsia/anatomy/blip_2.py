@@ -12,22 +12,26 @@ _LAYER = "qformer.encoder.layer.#"
 _QFORMER = (
     *rules({"query_tokens": Role.TOKEN}, stream=None),
     *rules({"qformer.layernorm": Role.NORM, "language_projection": Role.PROJ}),
-    *rules({
-        f"{_LAYER}.{attention}.{path}": role
-        for attention in ("attention", "crossattention")
-        for path, role in {
-            "attention.query": Role.Q,
-            "attention.key": Role.K,
-            "attention.value": Role.V,
-            "output.dense": Role.O,
-            "output.LayerNorm": Role.NORM,
-        }.items()
-    }),
-    *rules({
-        f"{_LAYER}.intermediate_query.dense": Role.UP,
-        f"{_LAYER}.output_query.dense": Role.DOWN,
-        f"{_LAYER}.output_query.LayerNorm": Role.NORM,
-    }),
+    *rules(
+        {
+            f"{_LAYER}.{attention}.{path}": role
+            for attention in ("attention", "crossattention")
+            for path, role in {
+                "attention.query": Role.Q,
+                "attention.key": Role.K,
+                "attention.value": Role.V,
+                "output.dense": Role.O,
+                "output.LayerNorm": Role.NORM,
+            }.items()
+        }
+    ),
+    *rules(
+        {
+            f"{_LAYER}.intermediate_query.dense": Role.UP,
+            f"{_LAYER}.output_query.dense": Role.DOWN,
+            f"{_LAYER}.output_query.LayerNorm": Role.NORM,
+        }
+    ),
     # the feed-forward of text tokens, which the Q-Former of a generating model never gets
     *rules(
         {

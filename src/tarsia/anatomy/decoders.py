@@ -7,23 +7,25 @@ from tarsia.anatomy.table import Config, Part, rules, type_of
 from tarsia.core.errors import AnatomyError
 from tarsia.core.site import Component, Kind, Role
 
-LLAMA = rules({
-    "embed_tokens": Role.EMBED,
-    "layers.#.self_attn.q_proj": Role.Q,
-    "layers.#.self_attn.k_proj": Role.K,
-    "layers.#.self_attn.v_proj": Role.V,
-    "layers.#.self_attn.o_proj": Role.O,
-    "layers.#.self_attn.q_norm": Role.NORM,
-    "layers.#.self_attn.k_norm": Role.NORM,
-    "layers.#.mlp.gate_proj": Role.GATE,
-    "layers.#.mlp.up_proj": Role.UP,
-    "layers.#.mlp.down_proj": Role.DOWN,
-    "layers.#.input_layernorm": Role.NORM,
-    "layers.#.post_attention_layernorm": Role.NORM,
-    "layers.#.pre_feedforward_layernorm": Role.NORM,
-    "layers.#.post_feedforward_layernorm": Role.NORM,
-    "norm": Role.NORM,
-})
+LLAMA = rules(
+    {
+        "embed_tokens": Role.EMBED,
+        "layers.#.self_attn.q_proj": Role.Q,
+        "layers.#.self_attn.k_proj": Role.K,
+        "layers.#.self_attn.v_proj": Role.V,
+        "layers.#.self_attn.o_proj": Role.O,
+        "layers.#.self_attn.q_norm": Role.NORM,
+        "layers.#.self_attn.k_norm": Role.NORM,
+        "layers.#.mlp.gate_proj": Role.GATE,
+        "layers.#.mlp.up_proj": Role.UP,
+        "layers.#.mlp.down_proj": Role.DOWN,
+        "layers.#.input_layernorm": Role.NORM,
+        "layers.#.post_attention_layernorm": Role.NORM,
+        "layers.#.pre_feedforward_layernorm": Role.NORM,
+        "layers.#.post_feedforward_layernorm": Role.NORM,
+        "norm": Role.NORM,
+    }
+)
 PHI3 = (*LLAMA, *rules({"layers.#.self_attn.qkv_proj": Role.QKV, "layers.#.mlp.gate_up_proj": Role.GATE_UP}))
 # One tensor holds all experts; router and experts see the rows' tokens end to end.
 EXPERTS = (
@@ -31,21 +33,24 @@ EXPERTS = (
     *rules({"layers.#.mlp.gate": Role.ROUTER}, stream=TOKENS),
     *rules(
         {"layers.#.mlp.experts.gate_up_proj": Role.GATE_UP, "layers.#.mlp.experts.down_proj": Role.DOWN},
-        stream=TOKENS, kind=Kind.EXPERT,
+        stream=TOKENS,
+        kind=Kind.EXPERT,
     ),
 )
 OPT = (
-    *rules({
-        "embed_tokens": Role.EMBED,
-        "project_in": Role.PROJ,
-        "project_out": Role.PROJ,
-        "final_layer_norm": Role.NORM,
-        "layers.#.self_attn.q_proj": Role.Q,
-        "layers.#.self_attn.k_proj": Role.K,
-        "layers.#.self_attn.v_proj": Role.V,
-        "layers.#.self_attn.out_proj": Role.O,
-        "layers.#.self_attn_layer_norm": Role.NORM,
-    }),
+    *rules(
+        {
+            "embed_tokens": Role.EMBED,
+            "project_in": Role.PROJ,
+            "project_out": Role.PROJ,
+            "final_layer_norm": Role.NORM,
+            "layers.#.self_attn.q_proj": Role.Q,
+            "layers.#.self_attn.k_proj": Role.K,
+            "layers.#.self_attn.v_proj": Role.V,
+            "layers.#.self_attn.out_proj": Role.O,
+            "layers.#.self_attn_layer_norm": Role.NORM,
+        }
+    ),
     # rows are laid end to end for the feed-forward; its norm stands before or after that, by configuration
     *rules({"layers.#.fc1": Role.UP, "layers.#.fc2": Role.DOWN}, stream=TOKENS),
     *rules({"layers.#.final_layer_norm": Role.NORM}, stream=None),

@@ -30,24 +30,28 @@ _EMBEDDINGS = (
         },
         stream=None,
     ),
-    *rules({
-        "gated_positional_embedding.gate": Role.SCALE,
-        "pre_tile_positional_embedding.gate": Role.SCALE,
-        "post_tile_positional_embedding.gate": Role.SCALE,
-        "layernorm_pre": Role.NORM,
-        "layernorm_post": Role.NORM,
-    }),
+    *rules(
+        {
+            "gated_positional_embedding.gate": Role.SCALE,
+            "pre_tile_positional_embedding.gate": Role.SCALE,
+            "post_tile_positional_embedding.gate": Role.SCALE,
+            "layernorm_pre": Role.NORM,
+            "layernorm_post": Role.NORM,
+        }
+    ),
 )
 # Keys and values of the cross attention see the projected tiles, everything else of it the rows.
 _CROSS = (
-    *rules({
-        "layers.#.cross_attn.q_proj": Role.Q,
-        "layers.#.cross_attn.o_proj": Role.O,
-        "layers.#.cross_attn.q_norm": Role.NORM,
-        "layers.#.cross_attn.k_norm": Role.NORM,
-        "layers.#.cross_attn_attn_gate": Role.SCALE,
-        "layers.#.cross_attn_mlp_gate": Role.SCALE,
-    }),
+    *rules(
+        {
+            "layers.#.cross_attn.q_proj": Role.Q,
+            "layers.#.cross_attn.o_proj": Role.O,
+            "layers.#.cross_attn.q_norm": Role.NORM,
+            "layers.#.cross_attn.k_norm": Role.NORM,
+            "layers.#.cross_attn_attn_gate": Role.SCALE,
+            "layers.#.cross_attn_mlp_gate": Role.SCALE,
+        }
+    ),
     *rules({"layers.#.cross_attn.k_proj": Role.K, "layers.#.cross_attn.v_proj": Role.V}, stream=TILES),
 )
 

@@ -14,30 +14,34 @@ from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part, rules
 from tarsia.core.site import Component, Role
 
 _TOWER = (
-    *rules({
-        "patch_embed.proj": Role.PATCH,
-        "blocks.#.attn.qkv": Role.QKV,
-        "blocks.#.attn.proj": Role.O,
-        "blocks.#.mlp.fc1": Role.UP,
-        "blocks.#.mlp.fc2": Role.DOWN,
-        "blocks.#.mlp.linear_fc1": Role.UP,
-        "blocks.#.mlp.linear_fc2": Role.DOWN,
-        "blocks.#.mlp.gate_proj": Role.GATE,
-        "blocks.#.mlp.up_proj": Role.UP,
-        "blocks.#.mlp.down_proj": Role.DOWN,
-        "blocks.#.norm1": Role.NORM,
-        "blocks.#.norm2": Role.NORM,
-    }),
+    *rules(
+        {
+            "patch_embed.proj": Role.PATCH,
+            "blocks.#.attn.qkv": Role.QKV,
+            "blocks.#.attn.proj": Role.O,
+            "blocks.#.mlp.fc1": Role.UP,
+            "blocks.#.mlp.fc2": Role.DOWN,
+            "blocks.#.mlp.linear_fc1": Role.UP,
+            "blocks.#.mlp.linear_fc2": Role.DOWN,
+            "blocks.#.mlp.gate_proj": Role.GATE,
+            "blocks.#.mlp.up_proj": Role.UP,
+            "blocks.#.mlp.down_proj": Role.DOWN,
+            "blocks.#.norm1": Role.NORM,
+            "blocks.#.norm2": Role.NORM,
+        }
+    ),
     *rules({"pos_embed": Role.POSITION}, stream=None),
 )
 _MERGER = (
     *rules({"merger.ln_q": Role.NORM, "merger.norm": Role.NORM}, stream=PATCHES),
     *rules({"merger.mlp.*": Role.PROJ, "merger.linear_fc1": Role.PROJ, "merger.linear_fc2": Role.PROJ}),
-    *rules({
-        "deepstack_merger_list.#.norm": Role.NORM,
-        "deepstack_merger_list.#.linear_fc1": Role.PROJ,
-        "deepstack_merger_list.#.linear_fc2": Role.PROJ,
-    }),
+    *rules(
+        {
+            "deepstack_merger_list.#.norm": Role.NORM,
+            "deepstack_merger_list.#.linear_fc1": Role.PROJ,
+            "deepstack_merger_list.#.linear_fc2": Role.PROJ,
+        }
+    ),
 )
 
 

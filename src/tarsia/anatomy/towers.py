@@ -36,25 +36,24 @@ _POOLING = (
     *rules({"head.probe": Role.TOKEN}, stream=None, feeds="pooled"),
     *rules(
         {"head.attention.in_proj_weight": Role.QKV, "head.attention.out_proj": Role.O},
-        stream=None, kind=Kind.TENSOR, feeds="pooled",
+        stream=None,
+        kind=Kind.TENSOR,
+        feeds="pooled",
     ),
     *rules({"head.layernorm": Role.NORM, "head.mlp.fc1": Role.UP, "head.mlp.fc2": Role.DOWN}, feeds="pooled"),
 )
-SIGLIP = (
-    *_EMBEDDINGS,
-    *rules({**_ATTENTION, **_MLP}),
-    *rules({"post_layernorm": Role.NORM}, feeds="last"),
-    *_POOLING,
-)
+SIGLIP = (*_EMBEDDINGS, *rules({**_ATTENTION, **_MLP}), *rules({"post_layernorm": Role.NORM}, feeds="last"), *_POOLING)
 IDEFICS = (*_EMBEDDINGS, *rules({**_ATTENTION, **_MLP, "post_layernorm": Role.NORM}))
 BLIP = (
     *_EMBEDDINGS,
-    *rules({
-        "encoder.layers.#.self_attn.qkv": Role.QKV,
-        "encoder.layers.#.self_attn.projection": Role.O,
-        **_MLP,
-        "post_layernorm": Role.NORM,
-    }),
+    *rules(
+        {
+            "encoder.layers.#.self_attn.qkv": Role.QKV,
+            "encoder.layers.#.self_attn.projection": Role.O,
+            **_MLP,
+            "post_layernorm": Role.NORM,
+        }
+    ),
 )
 # All pictures are one sequence here, [1, patches of all, width]: rows lie along the second dimension.
 PIXTRAL = (
@@ -79,20 +78,22 @@ INTERNVL = (
     *rules({"embeddings.patch_embeddings.projection": Role.PATCH}),
     *rules({"embeddings.cls_token": Role.TOKEN, "embeddings.position_embeddings": Role.POSITION}, stream=None),
     *rules({"embeddings.mask_token": Role.TOKEN}, stream=None, feeds="nothing"),
-    *rules({
-        "encoder.layer.#.attention.q_proj": Role.Q,
-        "encoder.layer.#.attention.k_proj": Role.K,
-        "encoder.layer.#.attention.v_proj": Role.V,
-        "encoder.layer.#.attention.projection_layer": Role.O,
-        "encoder.layer.#.attention.q_norm": Role.NORM,
-        "encoder.layer.#.attention.k_norm": Role.NORM,
-        "encoder.layer.#.mlp.fc1": Role.UP,
-        "encoder.layer.#.mlp.fc2": Role.DOWN,
-        "encoder.layer.#.layernorm_before": Role.NORM,
-        "encoder.layer.#.layernorm_after": Role.NORM,
-        "encoder.layer.#.lambda_1": Role.SCALE,
-        "encoder.layer.#.lambda_2": Role.SCALE,
-    }),
+    *rules(
+        {
+            "encoder.layer.#.attention.q_proj": Role.Q,
+            "encoder.layer.#.attention.k_proj": Role.K,
+            "encoder.layer.#.attention.v_proj": Role.V,
+            "encoder.layer.#.attention.projection_layer": Role.O,
+            "encoder.layer.#.attention.q_norm": Role.NORM,
+            "encoder.layer.#.attention.k_norm": Role.NORM,
+            "encoder.layer.#.mlp.fc1": Role.UP,
+            "encoder.layer.#.mlp.fc2": Role.DOWN,
+            "encoder.layer.#.layernorm_before": Role.NORM,
+            "encoder.layer.#.layernorm_after": Role.NORM,
+            "encoder.layer.#.lambda_1": Role.SCALE,
+            "encoder.layer.#.lambda_2": Role.SCALE,
+        }
+    ),
     *rules({"layernorm": Role.NORM}, feeds="last"),
 )
 

@@ -7,39 +7,53 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tarsia.data import Sample
-from tarsia.evaluate import Report
+from tarsia.evaluate import Report, Row
 
 COLOURS = ("#9aa0a6", "#c4553b", "#2f6f5e", "#b58a2e", "#4a6fa5")
 
 
+SHOWN = 3
+"""Pictures of each source."""
+
+
 def panels(path: Path, shown: Mapping[str, Sequence[Sample]], before: Report, after: Mapping[str, Report]) -> None:
-    """Four pictures of each shown source with every model's answer, over bars of each source's free accuracy."""
+    """Pictures of each shown source with every model's answer, over bars of each source's free accuracy.
+
+    The first rows on which the models do not agree are shown.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     reports = {"before": before, **after}
-    figure = plt.figure(figsize=(12, 7.2), dpi=110)
-    room = {"left": 0.05, "right": 0.99, "top": 0.94, "bottom": 0.13}
-    halves = figure.add_gridspec(2, 1, height_ratios=(1.25, 1), hspace=0.62, **room)
-    grid = halves[0].subgridspec(1, 4 * len(shown), wspace=0.18)
-    for i, (source, rows) in enumerate(shown.items()):
-        for j in range(4):
-            axes = figure.add_subplot(grid[4 * i + j])
-            axes.imshow(rows[j].pictures[0].load())
+    figure = plt.figure(figsize=(12, 6.6), dpi=110)
+    room = {"left": 0.05, "right": 0.99, "top": 0.93, "bottom": 0.1}
+    halves = figure.add_gridspec(2, 1, height_ratios=(1, 1.15), hspace=0.5, **room)
+    grid = halves[0].subgridspec(1, SHOWN * len(shown), wspace=0.08)
+    for i, (source, samples) in enumerate(shown.items()):
+        rows = {name: next(r for r in report.results if r.source == source).rows for name, report in reports.items()}
+        for j, number in enumerate(_telling(list(rows.values()))):
+            axes = figure.add_subplot(grid[SHOWN * i + j])
+            axes.imshow(samples[number].pictures[0].load())
             axes.axis("off")
-            axes.set_title(_wrap(rows[j].messages[0].text, 20), fontsize=8, loc="left")
-            for k, (name, report) in enumerate(reports.items()):
-                row = next(r for r in report.results if r.source == source).rows[j]
-                right = row.free_score == 1
-                text = f"{'✓' if right else '✗'} {name}: {_short(row.said)}"
-                axes.text(0, -0.09 - 0.15 * k, text, transform=axes.transAxes, fontsize=7.5, va="top", color=COLOURS[k])
+            axes.set_title(_wrap(samples[number].messages[0].text, 24), fontsize=8.5, loc="left")
+            for k, answers in enumerate(rows.values()):
+                row = answers[number]
+                text = f"{'✓' if row.free_score == 1 else '✗'} {_short(row.said)}"
+                axes.text(0, -0.06 - 0.13 * k, text, transform=axes.transAxes, fontsize=8.5, va="top", color=COLOURS[k])
     bars(figure.add_subplot(halves[1]), reports)
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial)
     plt.close(figure)
     os.replace(partial, path)
+
+
+def _telling(reports: Sequence[Sequence[Row]]) -> list[int]:
+    """The first rows that are right for some and wrong for others, then the first of the rest."""
+    numbers = range(len(reports[0]))
+    differing = [n for n in numbers if len({rows[n].free_score for rows in reports}) > 1]
+    return [*differing, *(n for n in numbers if n not in differing)][:SHOWN]
 
 
 def bars(axes: object, reports: Mapping[str, Report]) -> None:
@@ -59,7 +73,7 @@ def bars(axes: object, reports: Mapping[str, Report]) -> None:
     axes.set_ylabel("held-out rows answered right, %")
     axes.set_ylim(0, 105)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(reports), loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes.legend(frameon=False, ncols=len(reports), loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
 def _wrap(text: str, width: int) -> str:
@@ -69,4 +83,4 @@ def _wrap(text: str, width: int) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 22 else text[:21] + "…"
+    return text if len(text) <= 26 else text[:25] + "…"
