@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tomllib
@@ -95,6 +96,9 @@ def test_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str |
 def test_base_is_named_by_its_digest(tmp_path: Path) -> None:
     assert machine.base(tmp_path).state is State.FAIL
     (tmp_path / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / "card.json").write_text(json.dumps({"sha256": hashlib.sha256(b"abd").hexdigest()}))
+    assert machine.base(tmp_path).state is State.FAIL
+    (tmp_path / "card.json").write_text(json.dumps({"sha256": hashlib.sha256(b"abc").hexdigest()}))
     finding = machine.base(tmp_path)
     assert finding.state is State.OK
     assert "ba7816bf8f01cfea" in finding.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -282,4 +283,9 @@ def base(folder: Path) -> Finding:
     if not weights.is_file():
         return Finding(folder.name, State.FAIL, f"{weights} is missing", "install the package again")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    card = folder / "card.json"
+    stated = json.loads(card.read_text(encoding="utf8")).get("sha256") if card.is_file() else "(no card)"
+    if digest != stated:
+        what = f"sha256 {digest[:16]}, but its card says {str(stated)[:16]}"
+        return Finding(folder.name, State.FAIL, what, "install the package again")
     return Finding(folder.name, State.OK, f"{weights.stat().st_size / 1e6:.1f} MB, sha256 {digest[:16]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -52,7 +52,7 @@ class Picture:
     errors call it; ``source`` and ``row`` say which row owns it.
     """
 
-    content: Path | bytes | Image.Image
+    content: Path | bytes | Image.Image = field(repr=False)
     name: str
     source: str
     row: int
