@@ -52,7 +52,7 @@ TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-BATCH = {"photographs": 44, "digits": 16, "scenes": 44, "two": 6, "text": 48}
+BATCH = {"photographs": 44, "digits": 16, "scenes": 44, "search": 0, "two": 6, "text": 48}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,9 @@ class World:
             picture, value = pictures.digit(row, (rng.randint(-6, 6), rng.randint(-6, 6)))
             one.append(Row(*texts.about_digit(value, rng), (np.asarray(picture),)))
         one += [drawn(rng.randrange(100_000), rng) for _ in range(self.mix["scenes"])]
+        for _ in range(self.mix["search"]):
+            picture, things = pictures.scene(rng.randrange(100_000))
+            one.append(Row(*texts.about_search(things, rng), (np.asarray(picture),)))
         yield one
         yield [self.two(rng) for _ in range(self.mix["two"])]
         yield [Row(q, a) for q, a in text_rows(step * 1000, self.mix["text"], held_out=False)]

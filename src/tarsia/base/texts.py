@@ -166,6 +166,28 @@ def about_scene(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
     return "Describe the picture.", f"There is {listed}."
 
 
+def about_search(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
+    """A question that has to find a thing by its shape or its colour first: where it is, or what else it is."""
+    thing = rng.choice(things)
+    by_shape = [t for t in things if t.shape == thing.shape]
+    by_colour = [t for t in things if t.colour == thing.colour]
+    asked = []
+    if len(by_shape) == 1:
+        asked += [
+            (f"What colour is the {thing.shape}?", thing.colour),
+            (f"Where is the {thing.shape}?", thing.position),
+        ]
+    if len(by_colour) == 1:
+        asked += [
+            (f"What shape is {thing.colour}?", article(thing.shape)),
+            (f"Where is the {thing.colour} shape?", thing.position),
+        ]
+    shape = rng.choice(SHAPES) if rng.random() < 0.3 else thing.shape
+    count = sum(t.shape == shape for t in things)
+    asked.append((f"How many {shape}{'es' if shape == 'cross' else 's'} are there?", NUMBERS[count]))
+    return rng.choice(asked)
+
+
 def about_two(first: str, second: str, rng: random.Random) -> tuple[str, str]:
     """A question about two photographs (labels given) and its answer."""
     if first != second and rng.random() < 0.5:
