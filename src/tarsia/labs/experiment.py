@@ -12,6 +12,9 @@ from tarsia.data import Sample, Source, read
 from tarsia.evaluate import Comparison, Report, compare, evaluate
 from tarsia.train import Event, Finished, Recipe, fit
 
+PLACE: Mapping[str, Any] = {"precision": "float32", "device": "cpu"}
+"""Where an experiment trains and measures: the same everywhere, or before and after would not be of one model."""
+
 Show = Callable[[str, Event | None], None]
 """Told the name of the mix, and each event of its training (None: it is being measured)."""
 
@@ -35,7 +38,7 @@ def mixed(recipe: Mapping[str, Any], general: Sequence[Mapping[str, Any]], repla
     """The recipe with a share of ``replay`` of its rows drawn from the ``general`` sources, in equal parts."""
     task = [{**source, "weight": (1 - replay) / len(recipe["data"]["train"])} for source in recipe["data"]["train"]]
     rest = [{**source, "weight": replay / len(general)} for source in general] if replay else []
-    return Recipe.of({**recipe, "data": {**recipe["data"], "train": [*task, *rest]}, "out": str(out)})
+    return Recipe.of({**PLACE, **recipe, "data": {**recipe["data"], "train": [*task, *rest]}, "out": str(out)})
 
 
 def samples(files: Mapping[str, Path]) -> dict[str, Sequence[Sample]]:
@@ -59,7 +62,7 @@ def adapt(name: str, recipe: Recipe, files: Mapping[str, Path], before: Report, 
         share = getattr(event, "share", share)
     assert finished is not None
     show(name, None)
-    host = open_base(recipe.model)
+    host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device)
     adapter = load(finished.folder)
     put(host, adapter, "adapted")
     assert adapter.probe is not None
