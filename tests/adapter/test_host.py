@@ -121,6 +121,17 @@ def test_a_processor_that_is_not_whole(checkpoint, names):
     open_base(str(checkpoint), processor=False)
 
 
+def test_a_processor_that_needs_another_library(checkpoint, monkeypatch):
+    def refuse(*args, **options):
+        raise ImportError("\nSomeVideoProcessor requires the Torchvision library but it was not found. Check out ...")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(AdapterError, match="library that is not installed") as caught:
+        open_base(str(checkpoint))
+    assert "SomeVideoProcessor requires the Torchvision library" in str(caught.value)
+    assert "pip" in str(caught.value)
+
+
 def test_weights_that_are_not_whole(checkpoint):
     path = checkpoint / "model.safetensors"
     tensors = load_file(path)

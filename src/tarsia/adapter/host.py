@@ -182,8 +182,14 @@ def _processor(folder: Path) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
+    except ImportError as error:  # most families' processors take films too, and need torchvision for them
+        raise AdapterError(
+            "The base's processor needs a library that is not installed.",
+            given=f"{folder}: {str(error).strip().partition('.')[0]}",
+            do="install it with pip, in a build that fits your torch",
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterError(
             "The base has no processor that can be loaded.",
             given=f"{folder}: {first}",
