@@ -393,3 +393,17 @@ def test_a_template_that_writes_an_answer_in_two_ways_is_refused() -> None:
     rows = [tiny.sample("what?", "a cat"), tiny.sample("WHAT?", "a cat", row=1)]
     with pytest.raises(DataError, match="in two ways"):
         choose.chances(host, rows, ["a cat"])
+
+
+def test_plain_scoring_lets_the_head_see_only_what_predicts(host: Host) -> None:
+    """Prompts with pictures are thousands of tokens long, and a vocabulary has a hundred thousand words."""
+    seen = []
+    head = host.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    row, answers = tiny.sample("what is this?", "red", 1), [(5, 6, 7), (5, 8)]
+    chat = Chat(host)
+    inputs = chat.inputs([row] * 2, [chat.prompt(row)] * 2)
+    with examined(host.model):
+        score.plain(host.model, inputs, answers)
+    handle.remove()
+    assert seen == [4]

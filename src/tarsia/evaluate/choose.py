@@ -15,7 +15,6 @@ from tarsia.evaluate import score
 from tarsia.evaluate.chat import Chat, examined
 
 _PROVED: Final = 8  # answers, the longest, on which packing is held to the plain scoring
-_PLAIN_ROWS: Final = 32  # answers of one row that the plain scoring takes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,11 @@ def chances(host: Host, samples: Sequence[Sample], choice: Sequence[str], batch:
     ids = [chat.choices(sample, choice) for sample in samples]
     found: list[Tensor] = [torch.empty(0)] * len(samples)
     with examined(host.model):
-        reason = score.obstacle(chat.model) or _difference(chat, samples, ids)
+        reason = score.obstacle(chat.model) or _difference(chat, samples, ids, batch)
         for rows, texts in chat.batches(samples, batch):
             if reason is not None:
                 for i, text in zip(rows, texts, strict=True):
-                    found[i] = _plain(chat, samples[i], text, ids[i])
+                    found[i] = _plain(chat, samples[i], text, ids[i], batch)
                 continue
             size = score.room(chat.model, max(len(score.tree(tuple(ids[i])).tokens) for i in rows))
             for start in range(0, len(rows), size):
@@ -54,21 +53,21 @@ def chances(host: Host, samples: Sequence[Sample], choice: Sequence[str], batch:
     return Chances(tuple(scores.cpu() for scores in found), tuple(len(mine[-1]) for mine in ids), way)
 
 
-def _difference(chat: Chat, samples: Sequence[Sample], ids: Sequence[Sequence[score.Ids]]) -> str | None:
+def _difference(chat: Chat, samples: Sequence[Sample], ids: Sequence[Sequence[score.Ids]], batch: int) -> str | None:
     """Why packing may not be trusted here: what it gets otherwise than the plain computation, or None."""
     i = max(range(len(samples)), key=lambda n: len(samples[n].pictures))
     text, few = chat.prompt(samples[i]), sorted(ids[i], key=len)[-_PROVED:]
     fast = score.packed(chat.model, chat.inputs([samples[i]], [text]), [few])[0]
-    slow = _plain(chat, samples[i], text, few)
+    slow = _plain(chat, samples[i], text, few, batch)
     lengths = torch.tensor([len(a) for a in few])
     apart = float(((fast - slow).abs().cpu() / lengths).max())
     return None if apart <= score.tolerance(chat.model) else f"packed scores were {apart:.2g} a token off"
 
 
-def _plain(chat: Chat, sample: Sample, text: str, answers: Sequence[score.Ids]) -> Tensor:
+def _plain(chat: Chat, sample: Sample, text: str, answers: Sequence[score.Ids], batch: int) -> Tensor:
     parts = []
-    for start in range(0, len(answers), _PLAIN_ROWS):
-        some = answers[start : start + _PLAIN_ROWS]
+    for start in range(0, len(answers), batch):
+        some = answers[start : start + batch]
         inputs = chat.inputs([sample] * len(some), [text] * len(some))
         parts.append(score.plain(chat.model, inputs, some))
     return torch.cat(parts)

@@ -11,6 +11,7 @@ from tarsia.core.attach import activate
 from tarsia.data import Sample
 from tarsia.evaluate.chat import Chat, examined
 from tarsia.evaluate.evaluate import active
+from tarsia.evaluate.score import only_last
 
 
 def effects(host: Host, samples: Sequence[Sample]) -> dict[str, float]:
@@ -25,7 +26,7 @@ def effects(host: Host, samples: Sequence[Sample]) -> dict[str, float]:
     def logits(acting: Sequence[str]) -> list[Tensor]:
         activate(host.model, *acting)
         inputs = (chat.inputs([samples[i] for i in rows], texts) for rows, texts in chat.batches(samples, 8))
-        return [chat.model(**batch).logits[:, -1].float() for batch in inputs]
+        return [chat.model(**batch, **only_last(chat.model, 1)).logits[:, -1].float() for batch in inputs]
 
     try:
         with examined(host.model):

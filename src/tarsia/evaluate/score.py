@@ -53,9 +53,8 @@ def packed(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[
     """For each row of ``inputs`` (padded on the left), float64 [answers of that row]: log-probabilities."""
     seen = inputs["attention_mask"].bool()  # [rows, P]
     lengths = seen.sum(1)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     positions = (seen.long().cumsum(1) - 1).clamp(min=0)
-    read = model(**inputs, position_ids=positions, use_cache=True, **keep)
+    read = model(**inputs, position_ids=positions, use_cache=True, **only_last(model, 1))
     first = read.logits[:, -1].float().log_softmax(-1)  # [rows, vocabulary]
     trees = [tree(tuple(map(tuple, mine))) for mine in answers]
     scores = [first[row, [a[0] for a in mine]].double() for row, mine in enumerate(answers)]
@@ -141,7 +140,8 @@ def plain(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> T
         longer["cross_attention_mask"] = torch.cat(
             [inputs["cross_attention_mask"], last.expand(-1, longest, -1, -1)], 1
         )
-    logits = model(**longer, use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()  # [answers, longest, vocabulary]
+    read = model(**longer, use_cache=False, **only_last(model, longest + 1)).logits
+    logits = read[:, -longest - 1 : -1].float()  # [answers, longest, vocabulary]
     first = logits[:, 0].log_softmax(-1)
     if float((first - first[0]).abs().max()) > tolerance(model):
         raise AnatomyError(
@@ -151,6 +151,11 @@ def plain(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> T
         )
     found = F.cross_entropy(logits.transpose(1, 2), tail, reduction="none").double()
     return -(found * real).sum(1)
+
+
+def only_last(model: Any, count: int) -> dict[str, int]:
+    """What lets the language head see the last ``count`` positions alone, where the model can."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def tolerance(model: Any) -> float:
