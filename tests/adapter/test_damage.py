@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,8 @@ FULL = "base_model.model.model.multi_modal_projector.linear_1.weight"
         (lambda t: t.update({LOW.format("A"): t[LOW.format("B")], LOW.format("B"): t[LOW.format("A")]}), "swapped"),
         (lambda t: t.update({LOW.format("A"): t[LOW.format("A")][:, 1:].contiguous()}), "another shape"),
         (lambda t: t.update({LOW.format("B"): t[LOW.format("B")][1:].contiguous()}), "another shape"),
+        (lambda t: t.update({LOW.format("A"): torch.ones(3)}), "another shape"),
+        (lambda t: t.update({"base_model.model.model.language_model.layers.0.mlp": torch.ones(3)}), "module's name"),
         (lambda t: t.update({LOW.format("A"): torch.ones(5, 32), LOW.format("B"): torch.ones(32, 5)}), "another shape"),
         (lambda t: t.update({FULL: t[FULL].T.contiguous()}), "another shape"),
         (lambda t: t[LOW.format("A")].fill_(torch.inf), "no numbers"),
@@ -230,6 +233,26 @@ def test_a_copy_of_the_bases_own_tensor_is_left_out(foreign, host):
     head = host.model.get_parameter("lm_head.weight").detach()
     save_file(tensors | {"base_model.model.lm_head.base_layer.weight": head.clone()}, foreign / TENSORS)
     assert "lm_head" not in load(foreign, host).patches
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_a_copy_of_the_bases_own_buffer_is_left_out(foreign, host, prefix):
+    host.model.model.multi_modal_projector.register_buffer("running", torch.ones(3))
+    tensors, key = load_file(foreign / TENSORS), f"{prefix}model.multi_modal_projector.running"
+    save_file(tensors | {key: torch.ones(3)}, foreign / TENSORS)
+    assert all("running" not in path for path in load(foreign, host).patches)
+    save_file(tensors | {key: torch.zeros(3)}, foreign / TENSORS)
+    with pytest.raises(AdapterError, match="not the base's"):
+        load(foreign, host)
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (3, 32, 1)])
+def test_factors_of_another_number_of_dimensions(make, host, shape):
+    adapter = make()
+    path, low = next((path, patched) for path, patched in adapter.patches.items() if patched.method == "lora")
+    for tensors in ({**low.tensors, "A": torch.ones(shape)}, {**low.tensors, "B": torch.ones(shape)}):
+        with pytest.raises(AdapterError, match="does not fit"):
+            put(host, replace(adapter, patches={path: replace(low, tensors=tensors)}), "x")
 
 
 def test_a_base_of_another_name(foreign, checkpoint):

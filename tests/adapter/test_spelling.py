@@ -144,3 +144,26 @@ def test_an_adapter_of_the_text_model_alone(tmp_path):
     save_file({k: v for k, v in content.items() if ".layers.1." not in k}, save_to / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="no tensor in the file"):
         load(save_to, fresh)
+
+
+def test_an_older_spelling_excuses_no_missing_tower(tmp_path):
+    """Only a text-only model's names say that the vision tower was not meant."""
+    host = Host.of(FAMILIES["llava"].build()[0])
+    parts = [Part("lora", "*.*.{q,v}", LoRAConfig(rank=2))]
+    attach(host.model, host.sites, parts)
+    save(Adapter.of(host, "default", parts), tmp_path / "a")
+    detach(host.model, "default")
+    (tmp_path / "a/tarsia.json").unlink()
+    fields = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(fields | {"target_modules": ["q_proj", "v_proj"]}))
+    path = tmp_path / "a/adapter_model.safetensors"
+    older = {
+        k.replace("model.language_model.layers", "language_model.model.layers"): v for k, v in load_file(path).items()
+    }
+    save_file(older, path)
+    # the tower's last layer is dead, so PEFT's file would have it and ours has not
+    with pytest.raises(AdapterError, match="targets 2 modules"):
+        load(tmp_path / "a", host)
+    save_file({k: v for k, v in older.items() if "vision_tower" not in k}, path)
+    with pytest.raises(AdapterError, match="targets 6 modules"):
+        load(tmp_path / "a", host)

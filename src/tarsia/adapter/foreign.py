@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tarsia.adapter.config import DUMMY, OURS, PeftConfig
 from tarsia.adapter.host import Host
 from tarsia.adapter.layout import bare, layout
+from tarsia.adapter.reading import AGAIN
 from tarsia.adapter.spelling import Speller, respellings
 from tarsia.adapter.value import Adapter, Patched
 from tarsia.core.attach import Part
@@ -24,6 +25,7 @@ from tarsia.methods.lora import LoRAConfig
 
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<name>[^.]+))?\.(?P<rest>.+)")
+_TEXT_ALONE = re.compile(r"(model\.)?layers\.")  # how a text-only model spells its layers
 _UNKNOWN = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "LoRA on an embedding",
@@ -130,9 +132,11 @@ def _sort(tensors: Mapping[str, Tensor], speller: Speller, modules: Mapping[str,
                     f"The adapter holds {what}, which is not known here.", given=key, allowed="LoRA, modules_to_save"
                 )
         name = f"{saved['module']}.{saved['rest']}" if saved else key
-        path = spelled[name] = speller.find(name) if not _is_buffer(name, speller, modules) else name
+        path = spelled[name] = _short(name) if _is_buffer(_short(name), modules) else speller.find(name)
         if path in replaced:
             raise _twice(path)
+        if path in modules:
+            raise AdapterError("The file holds a tensor that has a module's name.", given=key, do=AGAIN)
         replaced[path] = value
     if len(names) > 1:
         raise AdapterError(
@@ -141,8 +145,8 @@ def _sort(tensors: Mapping[str, Tensor], speller: Speller, modules: Mapping[str,
     return _Sorted(factors, replaced, spelled)
 
 
-def _is_buffer(name: str, speller: Speller, modules: Mapping[str, nn.Module]) -> bool:
-    owner, _, leaf = name.removeprefix("base_model.model.").rpartition(".")
+def _is_buffer(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    owner, _, leaf = name.rpartition(".")
     return owner in modules and leaf in modules[owner]._buffers
 
 
@@ -175,7 +179,7 @@ def _low_rank(held: _Sorted, config: PeftConfig, host: Host) -> list[Site]:
 def _check_factors(site: Site, a: Tensor, b: Tensor, rank: int) -> None:
     out, into = site.shape
     if tuple(a.shape) != (rank, into) or tuple(b.shape) != (out, rank):
-        swapped = tuple(a.T.shape) == (out, rank) or (tuple(a.shape), tuple(b.shape)) == ((out, rank), (rank, into))
+        swapped = (tuple(a.shape), tuple(b.shape)) == ((out, rank), (rank, into))
         raise AdapterError(
             f"The update of {site.path} has another shape than the base and the configuration.",
             given=f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" + ("; they are swapped" if swapped else ""),
@@ -309,7 +313,9 @@ def _check_targets(held: _Sorted, config: PeftConfig, host: Host, modules: Mappi
     """Every linear layer that the configuration targets must have its tensors."""
     if config.target_modules == DUMMY:
         return
-    others = respellings({f: o for f, o in held.spelled.items() if o in held.factors})
+    spelled = {foreign: own for foreign, own in held.spelled.items() if own in held.factors}
+    others = respellings(spelled)
+    text_alone = any(_TEXT_ALONE.match(_short(foreign)) for foreign in spelled)
     touched = {site.component for site in host.sites if site.path in held.factors}
     missing = []
     for site in host.sites:
@@ -317,7 +323,7 @@ def _check_targets(held: _Sorted, config: PeftConfig, host: Host, modules: Mappi
         if (
             site.path in held.factors
             or not isinstance(modules.get(site.path), nn.Linear)
-            or (others and site.component not in touched)
+            or (text_alone and site.component not in touched)
         ):
             continue
         spellings = [site.path] + [

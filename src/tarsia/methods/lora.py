@@ -98,15 +98,14 @@ class LoRA(Patch):
 
     @classmethod
     def restore(cls, site: Site, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Any]) -> Self:
-        (out, into), (rank, width), (height, depth) = site.shape, shapes["A"], shapes["B"]
-        if (width, height, depth) != (into, out, rank):
+        (out, into), a, b = site.shape, shapes["A"], shapes["B"]
+        if len(a) != 2 or a[1] != into or b != (out, a[0]):
             raise AttachError(
                 f"The low-rank factors do not fit {site.path}.",
-                given=f"A {shapes['A']}, B {shapes['B']}"
-                + ("; A and B are swapped" if (rank, depth) == (out, into) else ""),
+                given=f"A {a}, B {b}" + ("; A and B are swapped" if a[:1] + b[1:] == (out, into) else ""),
                 allowed=f"A (rank, {into}), B ({out}, rank)",
             )
-        return cls(torch.empty(shapes["A"]), torch.empty(shapes["B"]), **constants)
+        return cls(torch.empty(a), torch.empty(b), **constants)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return (weight.to(self.B.dtype) + self.scale * (self.B @ self.A)).to(weight.dtype), bias
