@@ -207,6 +207,19 @@ def test_a_damaged_row_group_is_an_error_when_it_is_read(tmp_path: Path) -> None
         rows[0]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_file_that_may_not_be_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).write_text("[]")
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match="can not be read") as error:
+        read(Source(path=str(tmp_path / name)))
+    assert "Permission denied" in str(error.value)
+
+
 def test_a_missing_picture_is_found_when_it_is_loaded(tmp_path: Path) -> None:
     rows: Rows = read(Source(path=jsonl(tmp_path)))
     (tmp_path / "0.png").unlink()

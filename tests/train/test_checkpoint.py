@@ -27,6 +27,12 @@ def test_it_comes_back_to_the_bit_and_two_are_kept(tmp_path):
     assert torch.equal(again.tensors["patch/a"], checkpoint(10).tensors["patch/a"])
 
 
+def test_the_millionth_step_is_newer(tmp_path):
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        write(tmp_path, checkpoint(step))
+    assert [p.name for p in found(tmp_path)] == ["step-1000001", "step-1000000"]
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert newest(tmp_path / "none") == (None, ())
 

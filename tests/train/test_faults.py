@@ -286,3 +286,28 @@ def test_a_checkpoint_of_other_patches(fresh, monkeypatch):
     write(folder, type(held)(held.step, {**held.tensors, key: torch.zeros(1)}, held.values))
     with pytest.raises(TrainingError, match="patches are not this run"):
         small.run(fresh)
+
+
+def test_a_model_that_can_not_recompute(fresh):
+    host = open_base(fresh["model"])
+    host.model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match="can not be recomputed"):
+        small.run(fresh, "checkpointing=true", host=host)
+    assert not slots(host.model)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"hash": "x"}'])
+def test_a_folder_whose_recipe_can_not_be_read(fresh, text):
+    small.until(fit(small.recipe(fresh)), 4)
+    (Path(fresh["out"]) / "recipe.json").write_text(text)
+    with pytest.raises(ConfigError, match="can not be read"):
+        small.run(fresh)
+
+
+def test_a_full_disk_before_the_first_byte(fresh, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(TrainingError, match="disk is full"):
+        small.run(fresh)

@@ -11,7 +11,7 @@ from train import small
 
 from tarsia.adapter import load, open_base, prove, put
 from tarsia.core.attach import activate, slots
-from tarsia.core.errors import BaseMismatch, ConfigError
+from tarsia.core.errors import BaseMismatch, ConfigError, DataError
 from tarsia.train.events import Evaluated, Finished, Notice, Saved, Started, as_json, read_log
 from tarsia.train.loop import fit
 
@@ -221,6 +221,20 @@ def test_the_evaluator_sees_the_adapter_and_disturbs_nothing(whole, fresh):
     assert found == [(3, 0.3), (6, 0.6), (8, 0.8)]
     assert seen == [True] * 3
     assert [s.loss for s in small.curve(events)] == [s.loss for s in small.curve(whole[0])]
+
+
+def test_an_evaluation_that_fails_costs_no_step(whole, fresh):
+    def broken(host, step):
+        raise DataError("A picture is missing.")
+
+    with pytest.raises(DataError):
+        small.run(fresh, "eval_every=8", evaluator=broken)
+    events = small.run(fresh, "eval_every=8", evaluator=lambda host, step: {"accuracy": 1.0})
+    assert [event.kind for event in events] == ["started", "evaluated", "finished"]
+    assert events[0].resumed == 8
+    logged = [e["event"] for e in read_log(Path(fresh["out"]) / "events.jsonl")]
+    assert logged.count("evaluated") == 1
+    assert tensors(fresh["out"]) == tensors(whole[1])
 
 
 def test_epochs_count_rows(fresh):

@@ -126,7 +126,7 @@ def test_yaml_numbers_are_numbers_and_words_are_words(tmp_path):
     "text, names",
     [
         ("steps: 1\nsteps: 2\n", "stands twice"), ("- 1\n", "table of keys"), ("a: [", "not YAML"),
-        ("1: 2\n", "A key is a text"),
+        ("1: 2\n", "A key is a text"), ("steps: !!int abc\n", "not YAML"),
         ("out: !!python/object/apply:os.getcwd []\n", "not YAML"), ("", "table of keys"),
     ],
 )  # fmt: skip

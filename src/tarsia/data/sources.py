@@ -118,7 +118,11 @@ def read(source: Source) -> Rows:
         raise DataError(
             f"The source {source.title} is one file and has no splits.", given=source.split, do="leave `split` out"
         )
-    return Rows(source, _FILES[path.suffix](path, source.title), path.parent)
+    try:
+        table = _FILES[path.suffix](path, source.title)
+    except OSError as error:
+        raise DataError(f"The source {source.title} can not be read.", given=f"{path}: {error.strerror}") from None
+    return Rows(source, table, path.parent)
 
 
 class _Lines:
@@ -239,7 +243,7 @@ def _hub(source: Source) -> Table:
     name = source.path.removeprefix(_HUB)
     try:
         return _Arrow(datasets.load_dataset(name, split=source.split or "train"))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"The source {source.title} can not be loaded from the hub: {error}.",
             given=source.path,

@@ -74,7 +74,8 @@ def _digest(values: Mapping[str, Any], tensors: bytes) -> str:
 
 def found(folder: Path) -> list[Path]:
     """Checkpoints in ``folder``, the newest first, readable or not."""
-    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+    # by number: step-1000000 comes after step-999999
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def read(path: Path) -> Checkpoint:
@@ -132,8 +133,9 @@ def locked(out: Path) -> Iterator[None]:
                 given=f"{out} (process {owner})",
                 do="wait, or choose another out",
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        with writing("The run's lock", out, "free some space, or choose another out"):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(handle)

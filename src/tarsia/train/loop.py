@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tarsia import __version__
 from tarsia.adapter import Adapter, Host, Probe, probe, save
 from tarsia.core.attach import detach, slots
+from tarsia.core.errors import ConfigError
 from tarsia.train.checkpoint import locked, write
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, read_log
 from tarsia.train.exact import deterministic, threads
@@ -79,7 +80,10 @@ def _recompute(model: Any, wanted: bool) -> None:
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if wanted:
         options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
-        getattr(model, f"{name}_checkpointing_enable")(**options)
+        try:
+            getattr(model, f"{name}_checkpointing_enable")(**options)
+        except ValueError as error:  # the model's class does not support it
+            raise ConfigError(f"Activations can not be recomputed: {error}", do="leave checkpointing out") from None
     else:
         getattr(model, f"{name}_checkpointing_disable")()
 
@@ -97,15 +101,16 @@ def _events(run: Run, notices: tuple[str, ...], evaluator: Evaluator | None) -> 
     resolved = {**recipe.resolved, "hash": recipe.hash}
     yield Started(run.coverage, trained, share, steps, run.step, resolved)
     yield from map(Notice, notices)
+    # a checkpoint is written before its step is evaluated: what fails there costs no step, and is done again here
+    yield from _evaluation(run, evaluator)
     while run.step < steps:
         yield _step(run)
         last = run.step == steps
-        if evaluator is not None and (last or (recipe.eval_every and run.step % recipe.eval_every == 0)):
-            yield Evaluated(run.step, _evaluated(run, evaluator))
         if last:
             run.watch.judge(run.step)
         if last or run.step % recipe.save_every == 0:
             yield Saved(str(write(out / "checkpoints", run.checkpoint())), run.step)
+        yield from _evaluation(run, evaluator)
     adapter = Adapter.of(run.host, NAME, run.parts, _card(run), probe=_probe(run))
     save(adapter, out / "adapter")
     yield Finished(adapter, str(out / "adapter"), run.seconds)
@@ -144,17 +149,24 @@ def _step(run: Run) -> Step:
     )
 
 
-def _evaluated(run: Run, evaluator: Evaluator) -> Mapping[str, Any]:
-    """Evaluate in eval mode; what acts and the mode are as before afterwards, whatever the evaluator did."""
+def _evaluation(run: Run, evaluator: Evaluator | None) -> Iterator[Evaluated]:
+    """What the evaluator finds, where this step is one to evaluate after.
+
+    In eval mode; what acts and the mode are as before afterwards, whatever the evaluator did.
+    """
+    every = run.recipe.eval_every or run.schedule.steps
+    if evaluator is None or not run.step or (run.step % every and run.step != run.schedule.steps):
+        return
     before = [(slot, slot.active) for slot in slots(run.model)]
     run.model.eval()
     try:
         with torch.no_grad():
-            return evaluator(run.host, run.step)
+            results = evaluator(run.host, run.step)
     finally:
         for slot, active in before:
             slot.active = active
         run.model.train()
+    yield Evaluated(run.step, results)
 
 
 def _probe(run: Run) -> Probe:

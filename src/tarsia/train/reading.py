@@ -50,7 +50,7 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError("The recipe can not be read.", given=f"{path}: {error}", do="check the path") from None
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag or an underscore that makes no number
         raise ConfigError("The recipe is not YAML.", given=f"{path}: {error}") from None
 
 
@@ -58,5 +58,5 @@ def parse_value(text: str) -> Any:
     """One value as YAML reads it: ``1e-4``, ``true``, ``[1, 2]``, ``a text``."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError("That is no value.", given=f"{text!r}: {error}") from None

@@ -148,9 +148,17 @@ def find_checkpoint(recipe: Recipe, out: Path) -> tuple[Checkpoint | None, tuple
     folder = out / "checkpoints"
     held = out / "recipe.json"
     if held.exists() and (found(folder) or (out / "adapter").exists()):
-        theirs = json.loads(held.read_text(encoding="utf-8"))
-        if theirs["hash"] != recipe.hash:
-            changed = differences(recipe.resolved, theirs["recipe"])
+        try:
+            theirs = json.loads(held.read_text(encoding="utf-8"))
+            other = theirs["hash"] != recipe.hash
+            changed = differences(recipe.resolved, theirs["recipe"]) if other else ()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                "What the folder says of its run can not be read.",
+                given=f"{held}: {error}",
+                do="choose another out, or remove that folder",
+            ) from None
+        if other:
             raise ConfigError(
                 "The folder holds a run of another recipe.",
                 given=f"{out}: " + "; ".join(changed[:6] or ["the order of a method's table"]),
