@@ -30,7 +30,7 @@ def test_precision(checkpoint, monkeypatch):
     half = open_base(str(checkpoint), dtype="bfloat16", processor=False)
     assert next(half.model.parameters()).dtype == torch.bfloat16
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(module, "native_bf16", lambda native=native: native)
+        monkeypatch.setattr(module, "native_bf16", lambda place, native=native: native and place.type == "cpu")
         opened = open_base(str(checkpoint), dtype="auto", processor=False)
         assert next(opened.model.parameters()).dtype == expected
         assert opened.fingerprint == half.fingerprint  # whatever it is loaded in
@@ -49,6 +49,18 @@ def test_native_bf16_reads_the_processor(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert native_bf16() is False
+
+
+def test_native_bf16_is_that_of_the_device(monkeypatch):
+    """A GPU beside it lends the processor nothing."""
+    from pathlib import Path
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: "flags : fpu avx512f")
+    assert native_bf16()
+    assert native_bf16(torch.device("cuda"))
+    assert not native_bf16(torch.device("cpu"))
 
 
 def edit(path, change):
@@ -82,6 +94,31 @@ def test_a_hub_id_is_a_folder_of_the_cache(checkpoint, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(checkpoint))
     assert open_base("someone/llava", processor=False).path == checkpoint
+
+
+def test_a_family_that_is_not_known_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, *, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kosmos-2", "vision_config": {}}))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(AnatomyError, match="kosmos-2"):
+        open_base("someone/kosmos")
+    assert asked == ["config.json"]
+
+
+def test_a_quantised_base_whose_library_is_missing(checkpoint):
+    edit(
+        checkpoint / "config.json",
+        lambda c: c.update(quantization_config={"quant_method": "aqlm", "nbits_per_codebook": 16}),
+    )
+    with pytest.raises(AdapterError, match="library that is not installed"):
+        open_base(str(checkpoint), processor=False)
 
 
 def test_options_that_make_no_sense(checkpoint):

@@ -19,6 +19,7 @@ from tarsia.core.site import Site
 Precision = Literal["float32", "bfloat16", "auto"]
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+_TWICE = ("consolidated*", "*/*.safetensors")  # the same weights in another program's form
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,12 @@ class Host:
         )
 
 
-def native_bf16() -> bool:
-    """Whether this machine computes bfloat16 itself and does not emulate it.
+def native_bf16(device: torch.device | None = None) -> bool:
+    """Whether ``device`` (None: the machine's GPU, else its CPU) computes bfloat16 itself and does not emulate it.
 
     A GPU of compute capability 8.0 or more (or ROCm's), or a CPU with AVX512-BF16 or AMX.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
@@ -72,8 +73,8 @@ def open_base(name: str, *, dtype: Precision = "float32", device: str = "cpu", p
     Raises ConfigError for an option or a name that makes no sense, AnatomyError for a model that is not
     understood, AdapterError for files that are broken or missing.
     """
-    chosen = _dtype(dtype)
     place = _device(device)
+    chosen = _dtype(dtype, place)
     folder = _folder(name)
     anatomy = _anatomy(folder)
     fingerprint = Fingerprint.of_folder(folder)
@@ -89,10 +90,10 @@ def open_base(name: str, *, dtype: Precision = "float32", device: str = "cpu", p
     )
 
 
-def _dtype(dtype: str) -> torch.dtype:
+def _dtype(dtype: str, place: torch.device) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
-        return torch.bfloat16 if native_bf16() else torch.float32
+        return torch.bfloat16 if native_bf16(place) else torch.float32
     if dtype not in known:
         raise ConfigError("Unknown precision.", given=dtype, allowed="float32, bfloat16, auto")
     return known[dtype]
@@ -131,7 +132,9 @@ def _folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(found, allow_patterns=list(_FILES)))
+        # what is not understood is refused before its weights are fetched
+        _anatomy(Path(snapshot_download(found, allow_patterns=["config.json"])))
+        return Path(snapshot_download(found, allow_patterns=list(_FILES), ignore_patterns=list(_TWICE)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -152,6 +155,12 @@ def _model(folder: Path, dtype: torch.dtype) -> nn.Module:
         loaded: tuple[nn.Module, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+    except ImportError as error:
+        raise AdapterError(
+            "The base needs a library that is not installed.",
+            given=f"{folder}: {' '.join(str(error).split())[:200]}",
+            do="install it with pip, in a build that fits your torch, or use a base that is not quantised",
+        ) from None
     except ValueError as error:
         first = str(error).splitlines()[0]
         raise AnatomyError(
