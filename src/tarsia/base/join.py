@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,10 @@ TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-BATCH = {"photographs": 44, "digits": 16, "scenes": 44, "search": 0, "two": 6, "text": 48}
+BATCH = {"photographs": 44, "digits": 16, "scenes": 40, "search": 4, "two": 6, "text": 48}
+
+
+About = Callable[[Sequence[pictures.Thing], random.Random], tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +156,7 @@ class World:
             one.append(Row(*texts.about_digit(value, rng), (np.asarray(picture),)))
         one += [drawn(rng.randrange(100_000), rng) for _ in range(self.mix["scenes"])]
         for _ in range(self.mix["search"]):
-            picture, things = pictures.scene(rng.randrange(100_000))
-            one.append(Row(*texts.about_search(things, rng), (np.asarray(picture),)))
+            one.append(drawn(rng.randrange(100_000), rng, texts.about_search))
         yield one
         yield [self.two(rng) for _ in range(self.mix["two"])]
         yield [Row(q, a) for q, a in text_rows(step * 1000, self.mix["text"], held_out=False)]
@@ -171,10 +173,10 @@ class World:
         return Row(*texts.about_two(first, second, rng), (self.photographs[a], self.photographs[b]))
 
 
-def drawn(seed: int, rng: random.Random) -> Row:
+def drawn(seed: int, rng: random.Random, about: About = texts.about_scene) -> Row:
     """One row about the rendered scene ``seed``."""
     picture, things = pictures.scene(seed)
-    return Row(*texts.about_scene(things, rng), (np.asarray(picture),))
+    return Row(*about(things, rng), (np.asarray(picture),))
 
 
 def text_rows(start: int, count: int, *, held_out: bool) -> list[tuple[str, str]]:
@@ -226,6 +228,7 @@ def held_out_rows(test: Path, limit: int) -> dict[str, list[Row]]:
         ],
         "digits": [Row("What digit is this?", pictures.NUMBERS[v], (np.asarray(p),)) for p, v in digits],
         "scenes": [row for i in range(limit) if len((row := drawn(10_000_000 + i, rng)).answer) < 40],
+        "search": [drawn(10_000_000 + i, rng, texts.about_search) for i in range(limit)],
     }
     at = 50_000_000
     while min(len(chosen.get(k, ())) for k in ("words", "refusals", "talk", "repeat")) < min(limit, 60):

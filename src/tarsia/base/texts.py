@@ -141,26 +141,18 @@ def about_digit(value: int, rng: random.Random) -> tuple[str, str]:
 
 
 def about_scene(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
-    """A question about a rendered scene and its answer: colour, shape, count, position."""
-    shapes = [t.shape for t in things]
-    thing = rng.choice(things)
+    """A question about a rendered scene and its answer: colour and shape at a position, count, all of it."""
+    position = rng.choice(POSITIONS)
+    found = next((t for t in things if t.position == position), None)
     kind = rng.random()
-    if kind < 0.2 and shapes.count(thing.shape) == 1:
-        return f"What colour is the {thing.shape}?", thing.colour
-    if kind < 0.4 and shapes.count(thing.shape) == 1:
-        return f"Where is the {thing.shape}?", thing.position
-    if kind < 0.65:
-        position = rng.choice(POSITIONS)
-        found = [t for t in things if t.position == position]
-        return f"What is in the {position}?", article(f"{found[0].colour} {found[0].shape}") if found else "nothing"
-    if kind < 0.8:
+    if kind < 0.4:
+        return f"What is in the {position}?", article(f"{found.colour} {found.shape}") if found else "nothing"
+    if kind < 0.58 and found:
+        return f"What colour is the shape in the {position}?", found.colour
+    if kind < 0.76 and found:
+        return f"What shape is in the {position}?", article(found.shape)
+    if kind < 0.95:
         return "How many shapes are there?", NUMBERS[len(things)]
-    if kind < 0.88:
-        shape = rng.choice(SHAPES)
-        return f"How many {shape}{'es' if shape == 'cross' else 's'} are there?", NUMBERS[shapes.count(shape)]
-    if kind < 0.94:
-        asked = rng.choice(tuple(COLOURS)) if rng.random() < 0.5 else thing.colour
-        return f"Is there a {asked} shape?", "yes" if any(t.colour == asked for t in things) else "no"
     parts = [f"{article(f'{t.colour} {t.shape}')} in the {t.position}" for t in things]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return "Describe the picture.", f"There is {listed}."
@@ -184,6 +176,8 @@ def about_search(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]
         ]
     shape = rng.choice(SHAPES) if rng.random() < 0.3 else thing.shape
     count = sum(t.shape == shape for t in things)
+    colour = rng.choice(tuple(COLOURS)) if rng.random() < 0.5 else thing.colour
+    asked.append((f"Is there a {colour} shape?", "yes" if any(t.colour == colour for t in things) else "no"))
     asked.append((f"How many {shape}{'es' if shape == 'cross' else 's'} are there?", NUMBERS[count]))
     return rng.choice(asked)
 
