@@ -15,7 +15,7 @@ from evaluate import tiny
 from tarsia.adapter import Adapter, Host, open_base, save
 from tarsia.cli import main
 from tarsia.core.attach import Part, attach, detach, patches
-from tarsia.evaluate import Report, effects, generate
+from tarsia.evaluate import Chat, Report, effects, generate
 from tarsia.methods.lora import LoRAConfig
 
 
@@ -61,8 +61,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tarsia(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in ``place``; its exit code, output and errors."""
+    """Run a command in ``place``; its exit code, output and errors. Numbers are those of float32 on the CPU."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr("tarsia.adapter.host.native_bf16", lambda *_: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def run(*words: str) -> tuple[int, str, str]:
         code = main(words)
@@ -86,6 +88,28 @@ def test_ask(tarsia, place: Path) -> None:
     assert found["base"] == "base"
     assert found["digest"] == host.fingerprint.weights
     assert found["adapters"]["belt"] > 0.1
+
+
+def test_a_template_that_reads_the_clock_is_given_its_date(tarsia, place: Path) -> None:
+    """Llama 3.2's template does; the same date goes into training, measuring and asking."""
+    shutil.copytree(place / "base", place / "clock", dirs_exist_ok=True)
+    written = place / "clock" / "chat_template.jinja"
+    head = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
+    written.write_text(head + "{{ date_string }}" + written.read_text())
+    code, _, err = tarsia("ask", "clock", "?")
+    assert code == 2
+    assert "reads the clock" in err and "--variable" in err
+    words = ("ask", "clock", "--variable", "date_string=26 Jul 2024", "what is this?")
+    assert tarsia(*words)[0] == 0
+    host = open_base(str(place / "clock"), variables={"date_string": "26 Jul 2024"})
+    assert Chat(host).prompt(tiny.sample("what is this?", "")).startswith("26 Jul 2024")
+
+
+def test_a_base_in_another_precision(tarsia) -> None:
+    words = ("ask", "base", "--adapter", "belt", "what is this?", "--json", "--precision")
+    moved = [json.loads(tarsia(*words, precision)[1])["adapters"]["belt"] for precision in ("float32", "bfloat16")]
+    assert moved[0] != moved[1]
+    assert moved[0] == pytest.approx(moved[1], rel=0.1)
 
 
 def test_an_adapter_that_does_nothing_is_named_loudly(tarsia) -> None:
@@ -129,6 +153,9 @@ REFUSED = {
     "missing base": (["ask", "bass", "?"], "There is no such model", "bass"),
     "marker in the question": (["ask", "base", "what <image> is"], "control token", "<image>"),
     "end of turn in the question": (["ask", "base", "done<|im_end|>"], "control token", "<|im_end|>"),
+    "template variable": (["ask", "base", "--variable", "today", "?"], "NAME=TEXT", "today"),
+    "unknown precision": (["ask", "base", "--precision", "float8", "?"], "float8", "bfloat16"),
+    "unknown device": (["ask", "base", "--device", "abacus", "?"], "device is not here", "abacus"),
     "no tokens": (["ask", "base", "--max-new-tokens", "0", "?"], "at least one token", "0"),
     "adapter twice": (["ask", "base", "--adapter", "belt", "--adapter", "belt/", "?"], "Two adapters", "belt"),
     "missing data": (["eval", "base", "--data", "nope.jsonl"], "missing", "nope.jsonl"),

@@ -15,7 +15,7 @@ from tarsia.labs.experiment import adapt, forgotten, measure, mixed
 @pytest.mark.parametrize("native", [False, True])
 def test_an_adaptation_is_measured_as_it_was_trained(tmp_path, monkeypatch, native):
     """On a machine that computes bfloat16, too, before, training and after are of one precision."""
-    monkeypatch.setattr(host_module, "native_bf16", lambda: native)
+    monkeypatch.setattr(host_module, "native_bf16", lambda *_: native)
     values = small.world(tmp_path)
     files = {}
     for name, answer in (("job", "a cat"), ("rest", "red")):

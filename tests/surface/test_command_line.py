@@ -106,6 +106,17 @@ def test_a_refusal_is_shown_without_traceback(
     assert err.splitlines() == ["tarsia: It can not be.", "  given:   this", "  allowed: that", "  to do:   the other"]
 
 
+def test_a_gpu_that_is_too_small_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    verb(monkeypatch, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")))
+    assert tarsia.cli.main(["doctor"]) == 2
+    err = capsys.readouterr().err
+    assert "CUDA out of memory" in err and "smaller batch" in err
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     verb(monkeypatch, raising(KeyError("lost")))
     with pytest.raises(KeyError, match="lost"):

@@ -237,6 +237,18 @@ def test_an_evaluation_that_fails_costs_no_step(whole, fresh):
     assert tensors(fresh["out"]) == tensors(whole[1])
 
 
+def test_a_template_that_reads_the_clock_is_trained_with_its_date(fresh, tmp_path):
+    model = small.base(tmp_path / "clock")
+    written = model / "chat_template.jinja"
+    head = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
+    written.write_text(head + "{{ date_string }}" + written.read_text())
+    clock = fresh | {"model": str(model)}
+    with pytest.raises(DataError, match="reads the clock"):
+        small.run(clock, "steps=4")
+    finished = small.run(clock, "steps=4", "variables.date_string=26 Jul 2024")[-1]
+    assert finished.adapter.card["recipe"]["variables"] == {"date_string": "26 Jul 2024"}
+
+
 def test_epochs_count_rows(fresh):
     events = small.run(fresh, "steps=null", "epochs=0.5")
     assert len(small.curve(events)) == 3, "half of 17 rows, 4 a step"

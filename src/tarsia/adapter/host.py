@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,7 +28,7 @@ class Host:
     """A base model, in eval mode, with its processor, anatomy, sites and fingerprint.
 
     ``name`` is as the user wrote it, ``path`` the folder that it was read from (None for a model that was
-    built in memory).
+    built in memory). ``variables`` are what its chat template leaves open, a date say.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Host:
     anatomy: Anatomy
     sites: tuple[Site, ...]
     fingerprint: Fingerprint
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, *, name: str = "(in memory)", processor: Any = None) -> Self:
@@ -67,9 +69,17 @@ def native_bf16(device: torch.device | None = None) -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def open_base(name: str, *, dtype: Precision = "float32", device: str = "cpu", processor: bool = True) -> Host:
+def open_base(
+    name: str,
+    *,
+    dtype: Precision = "float32",
+    device: str = "cpu",
+    processor: bool = True,
+    variables: Mapping[str, str] | None = None,
+) -> Host:
     """Load a base from a folder, a hub id or an embedded name such as "mini-1".
 
+    ``dtype`` auto is bfloat16 where the device computes it, ``device`` auto a GPU where there is one.
     Raises ConfigError for an option or a name that makes no sense, AnatomyError for a model that is not
     understood, AdapterError for files that are broken or missing.
     """
@@ -87,6 +97,7 @@ def open_base(name: str, *, dtype: Precision = "float32", device: str = "cpu", p
         anatomy=anatomy,
         sites=tuple(anatomy.sites(model)),
         fingerprint=fingerprint,
+        variables=dict(variables or {}),
     )
 
 
@@ -100,6 +111,8 @@ def _dtype(dtype: str, place: torch.device) -> torch.dtype:
 
 
 def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
         torch.empty(1, device=place)

@@ -31,8 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from tarsia.core.errors import TarsiaError
 
-        if not isinstance(error, TarsiaError):
+        refusal = error if isinstance(error, TarsiaError) else _no_memory(error)
+        if refusal is None:
             raise
-        print(f"tarsia: {error}", file=sys.stderr)
+        print(f"tarsia: {refusal}", file=sys.stderr)
         return 2
     return code
+
+
+def _no_memory(error: Exception) -> Exception | None:
+    """The refusal for a GPU that is too small for what was asked of it; None for any other error."""
+    from tarsia.core.errors import ConfigError
+
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return None
+    return ConfigError(
+        "The GPU has not enough memory for this.",
+        given=str(error).partition(". ")[0],
+        do="take a smaller batch (and accumulate), checkpointing: true, precision bfloat16, or smaller pictures",
+    )

@@ -20,7 +20,20 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="FOLDER", action="append", default=[], help="an adapter to put in; may be given again"
     )
-    parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
+    parser.add_argument("--device", default="auto", help="where it runs (default: a GPU where there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="the base's (default: bfloat16 where the machine computes it)",
+    )
+    parser.add_argument(
+        "--variable",
+        metavar="NAME=TEXT",
+        action="append",
+        default=[],
+        help="what the chat template leaves open, such as date_string=...; may be given again",
+    )
 
 
 def opened(args: argparse.Namespace) -> Host:
@@ -30,7 +43,8 @@ def opened(args: argparse.Namespace) -> Host:
     from tarsia.core.attach import activate
 
     names = _names(args.adapter)
-    host = open_base(args.model, device=args.device)
+    variables = _variables(args.variable)
+    host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables)
     for name, folder in zip(names, args.adapter, strict=True):
         put(host, load(folder, host), name)
     activate(host.model, *names)
@@ -47,6 +61,15 @@ def warn_without_effect(host: Host, samples: Sequence[Sample]) -> dict[str, floa
             where = " or ".join(dict.fromkeys(sample.source for sample in samples))
             print(f"tarsia: warning: the adapter {name} changes nothing here ({where})", file=sys.stderr)
     return found
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    from tarsia.core.errors import ConfigError
+
+    pairs = [text.partition("=") for text in given]
+    if wrong := next(("".join(pair) for pair in pairs if not pair[0].isidentifier() or not pair[1]), None):
+        raise ConfigError("A variable of the chat template is written NAME=TEXT.", given=wrong)
+    return {name: text for name, _, text in pairs}
 
 
 def _names(folders: Sequence[str]) -> list[str]:

@@ -94,12 +94,12 @@ def coverage(event: Started) -> None:
     """What is trained, before the first step."""
     output.table(
         f"trains {event.trained:,} parameters, {event.share:.2%} of the base, in {event.steps} steps",
-        ("method", "component", "role", "sites", "parameters", "share"),
+        ("method", "component", "role", "sites", "dead", "parameters", "share"),
         [
-            (line.method, line.component, line.role, str(line.sites), f"{line.trained:,}", f"{line.share:.2%}")
-            for line in event.coverage
+            (c.method, c.component, c.role, str(c.sites), str(c.dead or ""), f"{c.trained:,}", f"{c.share:.2%}")
+            for c in event.coverage
         ],
-        right=("sites", "parameters", "share"),
+        right=("sites", "dead", "parameters", "share"),
     )
     if event.resumed:
         print(f"goes on after step {event.resumed}")

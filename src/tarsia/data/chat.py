@@ -49,7 +49,7 @@ class Template:
         if "strftime_now" in str(template) and not self._variables:
             raise DataError(
                 "The chat template reads the clock, so the same row would change from day to day.",
-                do='give the template its date, as in variables={"date_string": "26 Jul 2024"}',
+                do="give it its date: variables: {date_string: 26 Jul 2024} in a recipe, or --variable",
             )
         self._try()
 

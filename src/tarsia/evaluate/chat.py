@@ -58,7 +58,7 @@ class Chat:
     def __init__(self, host: Host) -> None:
         self.model: Any = host.model
         self.processor: Any = host.processor
-        self.template = Template(host.processor)
+        self.template = Template(host.processor, host.variables)
         self.tokenizer: Any = host.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
             raise DataError("The tokenizer has no padding token.", given=host.name, do="set tokenizer.pad_token")

@@ -62,7 +62,7 @@ def adapt(name: str, recipe: Recipe, files: Mapping[str, Path], before: Report, 
         share = getattr(event, "share", share)
     assert finished is not None
     show(name, None)
-    host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device)
+    host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
     adapter = load(finished.folder)
     put(host, adapter, "adapted")
     assert adapter.probe is not None

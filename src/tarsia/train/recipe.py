@@ -92,7 +92,7 @@ class Recipe(BaseModel):
     step. ``warmup`` is in steps, or a share of all steps where it lies below 1. ``clip`` bounds the 2-norm of
     the gradient. ``precision`` is the frozen base's: patches are float32 always. ``device`` auto is a GPU where
     there is one. ``checkpointing`` recomputes activations in the backward pass. ``save_every`` and ``eval_every``
-    are in steps; the last step is always saved.
+    are in steps; the last step is always saved. ``variables`` are the chat template's own, a date say.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,6 +116,7 @@ class Recipe(BaseModel):
     save_every: Positive = 100
     eval_every: Positive | None = None
     max_length: Positive | None = None
+    variables: Mapping[str, str] = Field(default_factory=dict)
     threads: Positive | None = None
     out: Annotated[str, Field(min_length=1)]
 

@@ -209,9 +209,8 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     steps = recipe.steps_for(sum(map(len, sources)))
     schedule = Schedule(steps, recipe.warmup_steps(steps), recipe.decay)
     if host is None:
-        device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        host = open_base(recipe.model, dtype=recipe.precision, device=device)
-    encoder = Encoder(host.processor, recipe.max_length)
+        host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
+    encoder = Encoder(host.processor, recipe.max_length, variables=host.variables)
     parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
     chosen = [_chosen(host, part) for part in parts]
     pictures = _show([rows for rows, source in zip(sources, recipe.data.train, strict=True) if source.weight])
