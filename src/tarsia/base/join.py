@@ -67,7 +67,22 @@ class Row:
     shown: tuple[np.ndarray, ...] = ()
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(work: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of this training: ``work/tokenizer.json``, which the first run learns."""
+    file = work / "tokenizer.json"
+    if not file.exists():
+        learnt().save(str(file))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(file)),
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<image>", "<|system|>", "<|user|>", "<|assistant|>"],
+        model_max_length=1024,
+        padding_side="right",
+    )
+
+
+def learnt() -> Tokenizer:
     """Byte-level BPE of 1,024 tokens, learnt from 20,000 training texts and the words about pictures."""
     rng = random.Random("tokenizer")
     corpus = [f"{q}\n{a}" for _, q, a in map(texts.text, range(20_000)) if not texts.held_out(q)]
@@ -91,14 +106,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<pad>",
-        eos_token="<|end|>",
-        additional_special_tokens=["<image>", "<|system|>", "<|user|>", "<|assistant|>"],
-        model_max_length=1024,
-        padding_side="right",
-    )
+    return bpe
 
 
 def processor(tok: PreTrainedTokenizerFast) -> LlavaProcessor:
@@ -349,7 +357,7 @@ def main() -> None:
     parser.add_argument("--stop", type=int, help="stop after this step, as a killed run would")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    model, tok = build(args.work / "see.safetensors"), tokenizer()
+    model, tok = build(args.work / "see.safetensors"), tokenizer(args.work)
     train(model, tok, args)
     if args.stop is None:
         model = model.to(torch.bfloat16).float()
