@@ -161,6 +161,30 @@ def test_coverage_counts_parameters_once() -> None:
     assert second == first, "the first adapter's patches count as the base's"
 
 
+def test_coverage_counts_the_dead_that_are_left_out() -> None:
+    world = worlds()["pictures"]
+    model, last = world.model(), {site.path for site in world.sites if site.dead}
+    lines = attach(
+        model, world.sites, [Part("lora", "vision.1...q", LoRAConfig()), Part("full", "projector", FullConfig())]
+    )
+    assert [(line.method, str(line.role), line.sites, line.dead) for line in lines][:2] == [
+        ("lora", "q", 1, 1),
+        ("full", "proj", 2, 0),
+    ]
+    detach(model, "default")
+    lines = attach(model, world.sites, [Part("full", "vision", FullConfig())])
+    assert sum(line.dead for line in lines) == len(last) > 0
+    assert sum(line.sites for line in lines) == len(patches(model, "default"))
+    assert not last & {site.path for site in patches(model, "default")}
+    detach(model, "default")
+    lines = attach(model, world.sites, [Part("full", "@*_tower.*p[ao]*", FullConfig())])
+    assert [(str(line.role), line.sites, line.trained > 0, line.dead) for line in lines] == [
+        ("patch", 1, True, 0),
+        ("position", 1, True, 0),
+        ("norm", 0, False, 1),  # the one after the tower, which nothing reads
+    ]
+
+
 def test_a_new_patch_lies_where_its_module_computes() -> None:
     module = nn.Linear(4, 3, device="meta")
     assert _device(nn.Linear(4, 3)) == torch.device("cpu")

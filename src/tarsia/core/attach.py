@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from tarsia.core.errors import AttachError
 from tarsia.core.method import find
 from tarsia.core.patch import Ground, Patch, Tied
 from tarsia.core.segments import Route, Segments
-from tarsia.core.select import select
+from tarsia.core.select import named
 from tarsia.core.site import Component, Kind, Role, Site
 from tarsia.core.slot import Slot
 
@@ -41,6 +42,8 @@ class Covered:
     """Parameters that are trained at these sites."""
     share: float
     """``trained`` as a share of all parameters of the base model, 0..1."""
+    dead: int = 0
+    """Further sites that the selection names and that are left out, as no gradient can reach them."""
 
 
 @torch.inference_mode(False)
@@ -53,7 +56,8 @@ def attach(
     """
     if not parts:
         raise AttachError("An adapter needs at least one part.", do='for example method "lora" on "language.*.{q,v}"')
-    chosen = _choose(sites, parts)
+    claimed = _choose(sites, parts)
+    chosen = [(part, site) for part, site in claimed if site.dead is None]
     _check(model, [site for _, site in chosen], name)
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -62,18 +66,18 @@ def attach(
         ground = Ground(module, site, module.forward)
         made.append((site, part.method, find(part.method).patch.create(site, part.config, ground, generator)))
     install(model, [(site, patch) for site, _, patch in made], name=name)
-    return _coverage(model, made)
+    return _coverage(model, made, [(part.method, site) for part, site in claimed if site.dead])
 
 
 def _choose(sites: Sequence[Site], parts: Sequence[Part]) -> list[tuple[Part, Site]]:
-    """The sites of every part. Raises where two parts claim one site, or a configuration speaks of others."""
+    """The sites of every part, dead ones too. Raises where two parts claim one, or a configuration speaks of others."""
     claimed: dict[str, str] = {}
     chosen = []
     for part in parts:
         method = find(part.method)
-        selected = select(part.select, sites, method.kinds, method.roles)
+        selected = named(part.select, sites, method.kinds, method.roles)
         if hasattr(part.config, "check"):
-            part.config.check(selected)
+            part.config.check([site for site in selected if site.dead is None])
         for site in selected:
             if site.path in claimed:
                 raise AttachError(
@@ -277,13 +281,17 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ours}
 
 
-def _coverage(model: nn.Module, made: Sequence[tuple[Site, str, Patch]]) -> tuple[Covered, ...]:
+def _coverage(
+    model: nn.Module, made: Sequence[tuple[Site, str, Patch]], dead: Sequence[tuple[str, Site]]
+) -> tuple[Covered, ...]:
     total = sum(parameter.numel() for parameter in base_parameters(model).values())
     groups: dict[tuple[str, Component, Role], list[Patch]] = {}
     for site, method, patch in made:
         groups.setdefault((method, site.component, site.role), []).append(patch)
+    unreached = Counter((method, site.component, site.role) for method, site in dead)
     lines = []
-    for (method, component, role), members in groups.items():
+    for key in dict.fromkeys([*groups, *unreached]):
+        members = groups.get(key, [])
         trained = sum(p.numel() for patch in members for p in patch.parameters())
-        lines.append(Covered(method, component, role, len(members), trained, trained / total))
+        lines.append(Covered(*key, len(members), trained, trained / total, unreached[key]))
     return tuple(lines)

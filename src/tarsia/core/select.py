@@ -94,12 +94,19 @@ def _number(text: str | None) -> int | None:
 def select(
     text: str, sites: Sequence[Site], kinds: Collection[Kind], roles: Collection[Role] | None = None
 ) -> tuple[Site, ...]:
-    """The sites that ``text`` names, in model order, without the dead ones.
+    """The sites that ``text`` names, in model order, without the dead ones, which ``named`` gives too.
 
     ``kinds`` are what the method can patch and ``roles`` what a term without roles means (None: all).
     Raises SelectionError where a term, or a role or layer within it, matches nothing, nothing that the
     method can patch, or only dead sites.
     """
+    return tuple(site for site in named(text, sites, kinds, roles) if site.dead is None)
+
+
+def named(
+    text: str, sites: Sequence[Site], kinds: Collection[Kind], roles: Collection[Role] | None = None
+) -> tuple[Site, ...]:
+    """What ``select`` gives and, among them, the dead sites that the selection names too. Raises as ``select`` does."""
     depths = {
         c: 1 + max((s.layer for s in sites if s.component == c and s.layer is not None), default=-1) for c in Component
     }
@@ -113,7 +120,7 @@ def select(
             asked = role is not None or term.glob is not None or roles is None
             wanted = [s for s in matched if s.kind in kinds and (asked or s.role in (roles or ()))]
             _check(term, role, matched, wanted, kinds)
-            chosen |= {site.path for site in wanted if site.dead is None}
+            chosen |= {site.path for site in wanted}
     return tuple(site for site in sites if site.path in chosen)
 
 
