@@ -405,7 +405,11 @@ def law_compiles(case: Case, backend: str = "eager") -> None:
     """Each kind of patched module compiles as one graph."""
     model = case.moved()
     inputs: dict[str, tuple[Any, Any]] = {}
-    firsts = {(site.kind, site.role): site for site in reversed(list(patches(model, "default")))}
+    # modules of one type that a slot treats alike are one graph
+    firsts = {
+        (site.kind, type(model.get_submodule(site.module)), site.bias is None, bool(site.tied)): site
+        for site in reversed(list(patches(model, "default")))
+    }
     handles = []
     for site in firsts.values():
 
