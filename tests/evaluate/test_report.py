@@ -27,8 +27,8 @@ def result(scores: list[float], source: str = "belt", answers: tuple[str, ...] =
 
 def report(*results: Result, **changes: object) -> Report:
     values = {
-        "base": "mini-1", "digest": "files:0123456789abcdef", "adapters": (), "metric": "exact", "max_new_tokens": 32,
-        "scoring": "packed", "seed": 0, "resamples": 1000, "results": results,
+        "base": "mini-1", "digest": "files:0123456789abcdef", "precision": "float32", "adapters": (),
+        "metric": "exact", "max_new_tokens": 32, "scoring": "packed", "seed": 0, "resamples": 1000, "results": results,
     }  # fmt: skip
     return Report.model_validate(values | changes)
 
@@ -79,6 +79,7 @@ def test_the_table_says_why_there_is_no_choice() -> None:
     "other",
     [
         report(result([1.0, 0.0]), digest="files:ffff"),
+        report(result([1.0, 0.0]), precision="bfloat16"),
         report(result([1.0, 0.0]), metric="contains"),
         report(result([1.0, 0.0]), max_new_tokens=8),
         report(result([1.0, 0.0], "scenes")),

@@ -63,6 +63,7 @@ def evaluate(
     return Report(
         base=host.name,
         digest=host.fingerprint.weights,
+        precision=str(next(host.model.parameters()).dtype).removeprefix("torch."),
         adapters=active(host),
         metric=metric,
         max_new_tokens=max_new_tokens,

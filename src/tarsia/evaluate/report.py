@@ -59,13 +59,15 @@ class Result(BaseModel):
 
 
 class Report(BaseModel):
-    """One evaluation of one model. ``base`` is its name, ``digest`` the digest of its weights, ``adapters`` what
-    acted. ``scoring`` says how answers were scored; ``seed`` and ``resamples`` are the bootstrap's."""
+    """One evaluation of one model. ``base`` is its name, ``digest`` the digest of its weights, ``precision`` what they
+    were computed in, ``adapters`` what acted. ``scoring`` says how answers were scored; ``seed`` and ``resamples``
+    are the bootstrap's."""
 
     model_config = _FROZEN
 
     base: str
     digest: str
+    precision: str
     adapters: tuple[str, ...]
     metric: str
     max_new_tokens: int
@@ -156,10 +158,11 @@ class Comparison(BaseModel):
 def compare(before: Report, after: Report) -> Comparison:
     """What changed, source by source, on the same rows.
 
-    Raises ConfigError where base, metric, sources, rows or answers differ.
+    Raises ConfigError where base, precision, metric, sources, rows or answers differ.
     """
     for name, a, b in [
         ("bases", before.digest, after.digest),
+        ("precisions", before.precision, after.precision),
         ("metrics", before.metric, after.metric),
         ("lengths of answers", before.max_new_tokens, after.max_new_tokens),
         ("sources", [r.source for r in before.results], [r.source for r in after.results]),
