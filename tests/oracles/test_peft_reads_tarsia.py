@@ -80,8 +80,8 @@ def test_every_family_full_alone(name, tmp_path):
     assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_one_rank(name, tmp_path):
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl_moe", "blip_2"])  # how a file is written knows no family
+def test_one_rank(name, tmp_path):
     """Where ranks and scales are equal no pattern is written, so readers of r and lora_alpha alone agree."""
     part = Part("lora", "language", LoRAConfig(rank=3, scaling="alpha/sqrt(r)"))
     inputs, base, adapted = saved(FAMILIES[name], [part], tmp_path / "a", size=0.05)

@@ -85,8 +85,8 @@ def test_every_family_rslora_by_suffix(name, tmp_path):
     check(FAMILIES[name], tmp_path, r=4, lora_alpha=6, use_rslora=True, target_modules=suffixes)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_by_regex(name, tmp_path):
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl_moe", "blip_2"])  # test_foreign_fields.py holds the rest to PEFT
+def test_by_regex(name, tmp_path):
     linear, _ = modules_of(FAMILIES[name], Component.VISION, Component.LANGUAGE)
     leaf = sorted({path.rpartition(".")[2] for path in linear})[0]
     check(FAMILIES[name], tmp_path, 0.1, r=2, lora_alpha=4, target_modules=rf".*\.{leaf}")
