@@ -24,6 +24,7 @@ def table(line: dict[str, Any]) -> str:
     head = f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}\n"
     body = "".join(f"| {name} | {' | '.join(_cell(row, c) for c in columns)} |\n" for name, row in values.items())
     where = f"{line['processor']}, {line['cores']} cores, torch {line['versions']['torch']}"
+    where += "".join(f", {name} {digest[:12]}" for name, digest in line.get("base", {}).items())
     return (
         f"{head}{body}\n<sub>bench/results/{line['case']}.jsonl: {line['at'][:10]}, {line['commit']}, {where}</sub>\n"
     )

@@ -6,6 +6,7 @@ A case is a file in ``bench/cases`` with a docstring that says what is measured 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import subprocess
@@ -15,10 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+import tarsia
+from tarsia.base import NAMES
 from tarsia.cli import machine
 
 CASES = Path(__file__).parent / "cases"
 RESULTS = Path(__file__).parent / "results"
+PACKAGE = Path(tarsia.__file__).parent
 
 Values = Mapping[str, Mapping[str, float | int | str]]
 
@@ -36,8 +40,14 @@ def commit() -> str:
     return name.strip() + ("+" if changed else "")
 
 
+def base() -> dict[str, str]:
+    """The embedded models of this installation: the SHA-256 of the weights of each, as its card has it."""
+    weights = {name: PACKAGE / "base" / name / "model.safetensors" for name in NAMES}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in weights.items() if file.is_file()}
+
+
 def record(case: str, values: Values, results: Path = RESULTS) -> None:
-    """Append one line: what was measured, of which commit, when, on what, with which versions."""
+    """Append one line: what was measured, of which commit, when, on what, with which versions and base."""
     line = {
         "case": case,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -46,6 +56,7 @@ def record(case: str, values: Values, results: Path = RESULTS) -> None:
         "cores": machine.cores(),
         "python": sys.version.split()[0],
         "versions": machine.installed(machine.PACKAGES),
+        "base": base(),
         "values": values,
     }
     results.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from train import small
 
 from tarsia.adapter import host as host_module
 from tarsia.adapter import open_base
-from tarsia.labs import sources
+from tarsia.labs import demo, sources
 from tarsia.labs.experiment import adapt, forgotten, measure, mixed
 
 
@@ -33,3 +33,15 @@ def test_an_adaptation_is_measured_as_it_was_trained(tmp_path, monkeypatch, nati
     assert mix.drift <= 1e-4
     assert [change.source for change in mix.change.changes] == ["job", "rest"]
     assert forgotten(mix, ["rest"]) == pytest.approx(mix.change.changes[1].forgetting)
+
+
+def test_the_demo_draws_its_rows_anew(tmp_path, monkeypatch):
+    """Rows that an older version left behind are not those that this one measures."""
+    stale = tmp_path / "data" / "scenes-held-out.parquet"
+    stale.parent.mkdir()
+    stale.write_bytes(b"old")
+    written = []
+    monkeypatch.setattr(sources, "write", lambda path, rows: written.append(path))
+    train, held = demo.write(tmp_path)
+    assert stale in written
+    assert set(written) == {*train.values(), *held.values()}

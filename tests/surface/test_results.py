@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def test_results_are_appended(tmp_path: Path) -> None:
     assert first["values"] == {"ours": {"median s": 2.0, "least s": 1.0, "runs": 3}}
     assert last["values"]["ours"]["runs"] == 1
     assert first["versions"]["torch"] and first["commit"]
+
+
+def test_a_result_carries_the_digest_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "base" / "mini-1" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    monkeypatch.setattr(run, "PACKAGE", tmp_path)
+    run.record("speed", {"ours": run.spread([1.0])}, tmp_path)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert json.loads((tmp_path / "speed.jsonl").read_text(encoding="utf8"))["base"] == {"mini-1": digest}
+    assert f"mini-1 {digest[:12]}" in render.render("<!-- result: speed -->\n<!-- end -->", tmp_path)
 
 
 def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

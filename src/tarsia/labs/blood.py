@@ -75,8 +75,7 @@ def write(out: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     }
     files = {name: out / "data" / f"{name}.parquet" for name in rows}
     for name, path in files.items():
-        if not path.exists():
-            sources.write(path, rows[name])
+        sources.write(path, rows[name])
     held = {name.removesuffix("-held-out"): path for name, path in files.items() if name.endswith("-held-out")}
     return {name: files[name] for name in (*TASK, *GENERAL)}, held
 

@@ -43,8 +43,7 @@ def write(out: Path) -> tuple[dict[str, Path], dict[str, Path]]:
         train[name], held[name] = out / "data" / f"{name}.parquet", out / "data" / f"{name}-held-out.parquet"
         few = name in ("words", "refusals", "talk")
         for path, count, split in ((train[name], 800, "train"), (held[name], 60 if few else 120, "held-out")):
-            if not path.exists():
-                sources.write(path, rows(count, split))
+            sources.write(path, rows(count, split))
     return train, held
 
 
