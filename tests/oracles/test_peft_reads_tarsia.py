@@ -148,6 +148,17 @@ def test_a_bare_tensor_of_the_model_is_refused(name, tmp_path):
     assert re.search("image_newline|query_tokens", refused(tmp_path / "a")[0])
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_an_embedding_that_is_the_head_too_is_refused(name, tmp_path):
+    """PEFT would replace the embedding and leave the head."""
+    tied = {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": True}
+    host = Host.of(FAMILIES[name].build(**tied)[0])
+    part = Part("full", "@*embed_tokens", FullConfig())
+    trained(host, [part])
+    save(Adapter.of(host, "default", [part]), tmp_path / "a")
+    assert "lm_head" in refused(tmp_path / "a")[0]
+
+
 def test_the_bare_projector_is_saved_with_its_whole_module(tmp_path):
     saved(FAMILIES["gemma3"], [Part("full", "projector", FullConfig())], tmp_path / "a")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())

@@ -120,6 +120,17 @@ def test_nested_modules_to_save_are_refused(tmp_path):
         load(tmp_path, Host.of(FAMILIES["llava"].build()[0]))
 
 
+@pytest.mark.parametrize("ensure", [False, True])
+def test_an_embedding_that_is_the_head_too_is_refused(ensure, tmp_path):
+    """PEFT replaces the embedding and leaves the head, or says with a flag that is not known here that it does not."""
+    tied = {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": True}
+    model = FAMILIES["llava"].build(**tied)[0]
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": ensure}
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **options)).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="ensure_weight_tying" if ensure else "one tensor with lm_head"):
+        load(tmp_path, Host.of(FAMILIES["llava"].build(**tied)[0]))
+
+
 def test_the_oracle_sees_a_wrong_scale(tmp_path, monkeypatch):
     """Planted: rsLoRA's scale read as the paper's."""
     from tarsia.adapter.config import PeftConfig

@@ -298,6 +298,13 @@ def _check_sets(given: set[str], wanted: set[str]) -> None:
 def _check_replaced(result: Mapping[Site, Mapping[str, Tensor]], host: Host) -> None:
     own = dict(host.model.named_parameters(remove_duplicate=False))
     for site, values in result.items():
+        if site.tied:
+            raise AdapterError(
+                f"The adapter replaces {site.path} alone, which here is one tensor with {', '.join(site.tied)}.",
+                given=f"modules_to_save with {site.path}",
+                allowed="modules whose tensors are their own",
+                do="train it here, where one patch acts at both, or on a base whose head is not tied",
+            )
         for name, value in values.items():
             expected = own[site.weight if name == "weight" else str(site.bias)]
             if value.shape != expected.shape:

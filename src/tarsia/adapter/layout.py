@@ -3,8 +3,8 @@
 It has one for LoRA at any linear layer, with a rank and a scale for each, and for whole modules
 (``modules_to_save``): a projector, a norm, both expert tensors of a mixture's layer, Gemma-3's projector module
 with its bare tensor. It has none for a module that is trained in part (one expert tensor of two), for a bare
-tensor of the model itself (LLaVA-NeXT's and OneVision's ``image_newline``, BLIP-2's ``query_tokens``), nor for
-methods that it does not know.
+tensor of the model itself (LLaVA-NeXT's and OneVision's ``image_newline``, BLIP-2's ``query_tokens``), for an embedding
+that is the head too (PEFT would replace the one and leave the other), nor for methods that it does not know.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def layout(model: nn.Module, patched: Sequence[tuple[Site, str]]) -> Layout:
             targets.append(site.path)
         else:
             obstacles.append(f"{site.path}: PEFT's LoRA has no place at a {type(modules.get(site.module)).__name__}")
+    for site, method in patched:
+        if method == "full" and site.tied:
+            obstacles.append(f"{site.path}: PEFT would leave {', '.join(site.tied)} as it is, which is the same tensor")
     saved, homeless = _saved(modules, {name for held in places.values() for name in held.values()})
     obstacles += homeless
     for path in targets:
