@@ -75,7 +75,8 @@ def test_every_family_everywhere(name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_full_alone(name, tmp_path):
     """PEFT has no adapter without LoRA: its dummy target stands in."""
-    inputs, base, adapted = saved(FAMILIES[name], everywhere(name)[1:2], tmp_path / "a", size=0.05)
+    parts = [Part("full", f"vision; language.*; {BARE.get(name, 'projector')}", FullConfig())]
+    inputs, base, adapted = saved(FAMILIES[name], parts, tmp_path / "a")
     assert (adapted - base).abs().max() >= MOVED
     assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
 
