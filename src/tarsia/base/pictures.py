@@ -101,10 +101,10 @@ def _digit_sheet() -> tuple[np.ndarray, tuple[int, ...]]:
 
 @lru_cache(maxsize=2)
 def digit_rows(split: str) -> tuple[int, ...]:
-    """Row numbers of the handwritten digits in ``train`` (1,497) or ``held-out`` (300)."""
+    """Row numbers of the handwritten digits in ``train`` (1,497) or ``held-out`` (300). KeyError for any other."""
     order = list(range(len(_digit_sheet()[1])))
     random.Random("digits").shuffle(order)
-    return tuple(sorted(order[300:] if split == "train" else order[:300]))
+    return tuple(sorted({"train": order[300:], "held-out": order[:300]}[split]))
 
 
 def digit(row: int, shift: tuple[int, int] = (0, 0)) -> tuple[Image.Image, int]:
