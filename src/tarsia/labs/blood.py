@@ -83,7 +83,7 @@ def write(out: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 def run(out: Path, console: Console) -> tuple[Report, list[Mix]]:
     """Train with each mix, measure each against before, and draw ``out/blood.png``."""
     train, held = write(out)
-    before = measure(open_base("mini-1"), held)
+    before = measure(open_base(RECIPE["model"]), held)
     console.print(before.table())
 
     def show(name: str, event: Event | None) -> None:

@@ -24,8 +24,8 @@ MIXES: Mapping[str, float] = {"no replay": 0.0, "10 % replay": 0.1}
 RECIPE: Mapping[str, Any] = {
     "model": "mini-1",
     "parts": [
-        {"method": "full", "select": "projector", "lr": 1e-3},
-        {"method": "lora", "select": "language.*.{q,k,v,o,gate,up,down}", "rank": 8, "alpha": 16.0, "lr": 3e-3},
+        {"method": "full", "select": "projector", "lr": 5e-4},
+        {"method": "lora", "select": "language.*.{q,k,v,o,gate,up,down}", "rank": 8, "alpha": 16.0, "lr": 2e-3},
     ],
     "steps": 160,
     "batch": 16,
@@ -61,7 +61,7 @@ def run(out: Path, console: Console) -> tuple[Report, list[Mix]]:
         train, held = write(out)
         progress.update(bar, total=1, completed=1)
         bar = progress.add_task("measuring mini-1 as it is", total=None, note="")
-        before = measure(open_base("mini-1"), held)
+        before = measure(open_base(RECIPE["model"]), held)
         progress.update(bar, total=1, completed=1)
         mixes = []
         for name, replay in MIXES.items():
