@@ -126,7 +126,9 @@ def test_training_and_held_out_rows_share_nothing(files, drawn):
     drawn["scenes"].clear()
     drawn["digits"].clear()
     held = ROWS(test, 10)
-    assert known["digits"] <= set(pictures.digit_rows("train")) and drawn["digits"] <= set(pictures.digit_rows("held-out"))
+    assert known["digits"] <= set(pictures.digit_rows("train")) and drawn["digits"] <= set(
+        pictures.digit_rows("held-out")
+    )
     assert max(known["scenes"]) < SPLIT <= min(drawn["scenes"])
     said = {row.question for kind in ("words", "refusals", "talk", "repeat") for row in held[kind]}
     assert len(asked) == 60 and said and not set(asked) & said

@@ -82,7 +82,9 @@ def test_digits_are_told_apart_by_their_nearest_training_row():
 
     def rows(split, count):
         drawn = [pictures.digit(row) for row in pictures.digit_rows(split)[:count]]
-        return np.stack([np.asarray(p.convert("L").resize((8, 8)), float).ravel() for p, _ in drawn]), [v for _, v in drawn]
+        return np.stack([np.asarray(p.convert("L").resize((8, 8)), float).ravel() for p, _ in drawn]), [
+            v for _, v in drawn
+        ]
 
     (known, labels), (asked, values) = rows("train", 1497), rows("held-out", 100)
     nearest = ((asked[:, None] - known) ** 2).sum(-1).argmin(1)

@@ -48,7 +48,13 @@ def answer(question: str, things: list[Thing]) -> str:
     if question == "How many shapes are there?":
         return WORDS[len(things)]
     if found := re.fullmatch(r"How many (\w+) are there\?", question):
-        plural = {"circles": "circle", "squares": "square", "triangles": "triangle", "stars": "star", "crosses": "cross"}
+        plural = {
+            "circles": "circle",
+            "squares": "square",
+            "triangles": "triangle",
+            "stars": "star",
+            "crosses": "cross",
+        }
         return WORDS[[t.shape for t in things].count(plural[found[1]])]
     raise AssertionError(f"nobody asks {question!r}")
 

@@ -37,11 +37,12 @@ def panels(path: Path, shown: Mapping[str, Sequence[Sample]], before: Report, af
             axes = figure.add_subplot(grid[SHOWN * i + j])
             axes.imshow(samples[number].pictures[0].load())
             axes.axis("off")
-            axes.set_title(_wrap(samples[number].messages[0].text, 24), fontsize=8.5, loc="left")
+            axes.set_title(_wrap(samples[number].messages[0].text, 24), fontsize=8.5, loc="left", parse_math=False)
             for k, answers in enumerate(rows.values()):
                 row = answers[number]
                 text = f"{'✓' if row.free_score == 1 else '✗'} {_short(row.said)}"
-                axes.text(0, -0.06 - 0.13 * k, text, transform=axes.transAxes, fontsize=8.5, va="top", color=COLOURS[k])
+                look = {"fontsize": 8.5, "va": "top", "color": COLOURS[k], "parse_math": False}
+                axes.text(0, -0.06 - 0.13 * k, text, transform=axes.transAxes, **look)
     bars(figure.add_subplot(halves[1]), reports)
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial)
@@ -83,4 +84,5 @@ def _wrap(text: str, width: int) -> str:
 
 
 def _short(text: str) -> str:
+    text = "".join(letter if letter.isprintable() else "·" for letter in text)  # a model may say anything
     return text if len(text) <= 26 else text[:25] + "…"
