@@ -44,6 +44,7 @@ def log(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_both_stages_resume_bitwise_and_export(tmp_path, files, monkeypatch, capsys):
     train, test = files
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -57,7 +58,7 @@ def test_both_stages_resume_bitwise_and_export(tmp_path, files, monkeypatch, cap
         for stop in stops:
             assert not (tmp_path / f"{work.name}-out").exists(), "a stopped run exports nothing"
             words = ("--photographs", train, "--test", test, "--work", work, "--out", tmp_path / f"{work.name}-out")
-            run(join, monkeypatch, *words, "--steps", 4, "--seed", 5, "--mix", "talk=0,text=3", *stop)
+            run(join, monkeypatch, *words, "--steps", 4, "--lr", 0.002, "--seed", 5, "--mix", "talk=0,text=3", *stop)
     assert (whole / "join.safetensors").read_bytes() == (cut / "join.safetensors").read_bytes()
     weights = [tmp_path / f"{name}-out" / "model.safetensors" for name in ("whole", "cut")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -94,7 +95,7 @@ def check(out, train):
     assert card["seed"] == 5 and card["parameters"] == sum(p.numel() for p in model.parameters())
     commands = [(line["from_step"], line["command"].split()[2]) for line in card["commands"]]
     assert commands == [(s, f"tarsia.base.{stage}") for stage in ("see", "join") for s in (0, 2)]
-    assert card["commands"][-1]["command"].endswith("--seed 5 --joint 0.6 --mix talk=0,text=3")
+    assert card["commands"][-1]["command"].endswith("--lr 0.002 --seed 5 --joint 0.6 --mix talk=0,text=3")
     assert [[line["step"] for line in card["curve"][stage]] for stage in ("see", "join")] == [[2, 4], [2, 4]]
     assert set(card["held_out_exact"]) == {
         *("photographs", "digits", "scenes", "search"),
@@ -106,13 +107,13 @@ def check(out, train):
 def drawn(monkeypatch):
     """Numbers of the scenes and rows of the digits that were drawn."""
     seen = {"scenes": set(), "digits": set()}
-    for name, kind in (("scene", "scenes"), ("digit", "digits")):
+    for real, kind in ((pictures.scene, "scenes"), (pictures.digit, "digits")):
 
-        def record(number, *rest, real=getattr(pictures, name), kind=kind):
+        def record(number, *rest, real=real, kind=kind):
             seen[kind].add(number)
             return real(number, *rest)
 
-        monkeypatch.setattr(pictures, name, record)
+        monkeypatch.setattr(pictures, real.__name__, record)
     return seen
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tarsia.base import pictures, texts
 from tarsia.base.pictures import COLOURS, NUMBERS, PHOTOGRAPHS, POSITIONS, SHAPES, Thing
 
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-WORDS += "seventeen eighteen nineteen twenty".split()
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+         "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")  # fmt: skip
 RNG = st.integers(0, 2**32).map(random.Random)
 THINGS = st.lists(
     st.builds(Thing, st.sampled_from(SHAPES), st.sampled_from(tuple(COLOURS)), st.sampled_from(POSITIONS)),

@@ -1,4 +1,4 @@
-"""The rows of the experiments: belts, sources of the base's world, and blood smears, each against a count of its own."""
+"""The rows of the experiments: belts, the base's world and blood smears, each against a count of its own."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ def train(model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, ar
     first = resumable.load(checkpoint, model, pairs)
     resumable.cut(log, first)
     mix = BATCH | {name: int(rows) for name, _, rows in (pair.partition("=") for pair in args.mix.split(",") if pair)}
-    command = f"python -m tarsia.base.join --steps {args.steps} --seed {args.seed} --joint {args.joint}"
+    command = f"python -m tarsia.base.join --steps {args.steps} --lr {args.lr} --seed {args.seed} --joint {args.joint}"
     resumable.remember(args.work, command + (f" --mix {args.mix}" if args.mix else ""), first)
     world, trial = World(args.photographs, args.seed, mix), held_out_rows(args.test, 200)
     began = saved = time.monotonic()

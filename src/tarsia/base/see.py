@@ -182,7 +182,8 @@ def main() -> None:
     checkpoint, log = args.work / "see.safetensors", args.work / "see.jsonl"
     first = resumable.load(checkpoint, model, pair)
     resumable.cut(log, first)
-    resumable.remember(args.work, f"python -m tarsia.base.see --steps {args.steps} --seed {args.seed}", first)
+    command = f"python -m tarsia.base.see --steps {args.steps} --lr {args.lr} --seed {args.seed}"
+    resumable.remember(args.work, command, first)
     world = World(args.photographs, args.seed)
     began = saved = time.monotonic()
     right, losses = [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tarsia.data import Sample
 from tarsia.evaluate import Report, Row
@@ -41,7 +42,7 @@ def panels(path: Path, shown: Mapping[str, Sequence[Sample]], before: Report, af
             for k, answers in enumerate(rows.values()):
                 row = answers[number]
                 text = f"{'✓' if row.free_score == 1 else '✗'} {_short(row.said)}"
-                look = {"fontsize": 8.5, "va": "top", "color": COLOURS[k], "parse_math": False}
+                look: dict[str, Any] = {"fontsize": 8.5, "va": "top", "color": COLOURS[k], "parse_math": False}
                 axes.text(0, -0.06 - 0.13 * k, text, transform=axes.transAxes, **look)
     bars(figure.add_subplot(halves[1]), reports)
     partial = path.with_suffix(".partial.png")
