@@ -35,7 +35,7 @@ RECIPE: Mapping[str, Any] = {
         {"method": "full", "select": "projector", "lr": 5e-4},
         {"method": "lora", "select": "language.*.{q,k,v,o,gate,up,down}", "rank": 16, "alpha": 32.0, "lr": 1e-3},
     ],
-    "steps": 500,
+    "steps": 320,
     "batch": 16,
     "warmup": 20,
     "save_every": 100,
@@ -94,7 +94,9 @@ def run(out: Path, console: Console) -> tuple[Report, list[Mix]]:
     general = [{"path": str(train[s]), "name": s} for s in GENERAL]
     mixes = []
     for name, replay in MIXES.items():
-        mixes.append(adapt(name, mixed(recipe, general, replay, out / name.replace(" ", "-")), held, before, show))
+        mixes.append(
+            adapt(name, mixed(recipe, general, replay, out / f"replay-{round(100 * replay)}"), held, before, show)
+        )
         console.print(mixes[-1].change.table())
     panels(
         out / "blood.png", samples({s: held[s] for s in ("cells", "dog")}), before, {m.name: m.report for m in mixes}

@@ -35,9 +35,10 @@ class Mix:
 
 
 def mixed(recipe: Mapping[str, Any], general: Sequence[Mapping[str, Any]], replay: float, out: Path) -> Recipe:
-    """The recipe with a share of ``replay`` of its rows drawn from the ``general`` sources, in equal parts."""
+    """The recipe with a share of ``replay`` of its rows drawn from the ``general`` sources, by their weights (or 1)."""
     task = [{**source, "weight": (1 - replay) / len(recipe["data"]["train"])} for source in recipe["data"]["train"]]
-    rest = [{**source, "weight": replay / len(general)} for source in general] if replay else []
+    total = sum(source.get("weight", 1) for source in general)
+    rest = [{**source, "weight": replay * source.get("weight", 1) / total} for source in general] if replay else []
     return Recipe.of({**PLACE, **recipe, "data": {**recipe["data"], "train": [*task, *rest]}, "out": str(out)})
 
 
