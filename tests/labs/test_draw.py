@@ -54,7 +54,7 @@ def report(*results):
 
 def test_panels_write_a_picture_whatever_a_model_says(tmp_path):
     """Dollars are no formulas, control characters are no glyphs, and a long answer is cut."""
-    odd = ["a dog", "$\\frac{$ and $", "\x06\n", "a dog " * 30]
+    odd = ["a dog", "$\\frac{$", "\x06\n", "a dog " * 30]
     before, after = report(result("job", ["a cat"] * 4)), report(result("job", odd))
     rows = [sample("how much is $a_$ of it? " * (1 + i), "a dog", 1, i, "job") for i in range(4)]
     path = tmp_path / "panels.png"
