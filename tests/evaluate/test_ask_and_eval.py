@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from data.processors import picture
 from evaluate import tiny
 
-from tarsia.adapter import Adapter, Host, open_base, save
+from tarsia.adapter import Adapter, Host, load, open_base, probe, put, save
 from tarsia.cli import main
 from tarsia.core.attach import Part, attach, detach, patches
 from tarsia.evaluate import Chat, Report, effects, generate
@@ -72,6 +73,30 @@ def tarsia(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return code, out, "\n".join(line for line in err.splitlines() if line.startswith(("tarsia", "  ")))
 
     return run
+
+
+def with_probe(base: Path, folder: Path, size: float, error: float) -> None:
+    """An adapter whose recorded logits are off by ``error``."""
+    write_adapter(base, folder, size)
+    host = open_base(str(base))
+    adapter = load(folder, host)
+    put(host, adapter, "made")
+    recorded = probe(
+        host, {"input_ids": torch.arange(5, 11)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    )
+    save(replace(adapter, probe=replace(recorded, logits=recorded.logits + error)), folder)
+
+
+def test_an_adapter_is_proved_before_it_answers(tarsia, place: Path) -> None:
+    with_probe(place / "base", place / "proved", 2.0, 0.0)
+    with_probe(place / "base", place / "drifted", 2.0, 1.0)
+    assert tarsia("ask", "base", "--adapter", "proved", "what is this?")[::2] == (0, "")
+    code, out, err = tarsia("ask", "base", "--adapter", "drifted", "what is this?")
+    assert (code, out) == (2, "")
+    assert "not those of the day the adapter was saved" in err
+    code, _, err = tarsia("ask", "base", "--adapter", "proved", "--precision", "bfloat16", "what is this?")
+    assert code == 0
+    assert "the adapter proved is not proved here: it was recorded in float32" in err
 
 
 def test_ask(tarsia, place: Path) -> None:

@@ -37,6 +37,15 @@ class Probe:
     peak: float
     dtype: str
 
+    def provable(self, host: Host) -> str | None:
+        """Why this probe can not prove an adapter on ``host``, or None: the precision, or too small an effect."""
+        dtype = _dtype(host.model)
+        if dtype != self.dtype:
+            return f"it was recorded in {self.dtype}, and the base runs in {dtype}"
+        if self.difference <= 2 * TOLERANCE[dtype] * self.peak:
+            return f"the adapter hardly moved its outputs ({self.difference:.3g} on logits up to {self.peak:.3g})"
+        return None
+
 
 def probe(host: Host, inputs: Mapping[str, Tensor]) -> Probe:
     """Run the batch (a processor's output: tensors by name) through the active adapters and through the base.

@@ -38,15 +38,23 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def opened(args: argparse.Namespace) -> Host:
     """The base with every adapter put in and acting, each under its folder's name. Nothing is ever left out:
-    an adapter that is missing, broken or of another base is refused."""
-    from tarsia.adapter import load, open_base, put
+    an adapter that is missing, broken or of another base is refused, and so is one whose outputs are not those of
+    the day it was saved."""
+    from tarsia.adapter import load, open_base, prove, put
     from tarsia.core.attach import activate
 
     names = _names(args.adapter)
     variables = _variables(args.variable)
     host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables)
     for name, folder in zip(names, args.adapter, strict=True):
-        put(host, load(folder, host), name)
+        adapter = load(folder, host)
+        put(host, adapter, name)
+        if adapter.probe is None:
+            continue
+        if (why := adapter.probe.provable(host)) is None:
+            prove(host, name, adapter.probe)
+        else:
+            print(f"tarsia: note: the adapter {name} is not proved here: {why}", file=sys.stderr)
     activate(host.model, *names)
     return host
 
