@@ -17,5 +17,9 @@ def measure() -> Values:
     folder = Path(resolve("mini-1"))
     card = json.loads((folder / "card.json").read_text(encoding="utf8"))
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    shares = {source: {"%": round(100 * share, 1)} for source, share in card["held_out_exact"].items()}
-    return {**shares, "parameters, millions": {"": round(card["parameters"] / 1e6, 2)}, "megabytes": {"": round(size, 1)}}
+    shares = {source: {"measured": round(100 * share, 1)} for source, share in card["held_out_exact"].items()}
+    return {
+        **shares,
+        "millions of parameters": {"measured": round(card["parameters"] / 1e6, 2)},
+        "megabytes": {"measured": round(size, 1)},
+    }
