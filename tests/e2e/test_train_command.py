@@ -94,7 +94,7 @@ def test_evaluation_is_shown(recipe: Path, world: dict[str, Any], capsys: pytest
         (["stps=3"], ["stps", "did you mean steps?"]),
         (["steps"], ["key=value"]),
         (["parts.1.select=language.*.{qq}"], ["qq", "allowed:"]),
-        (["parts.1.select=language.9.{q}"], ["language.9.{q}", "layers 0..2"]),
+        (["parts.1.select=language.9.{q}"], ["language.9.{q}", "allowed: 0..2"]),
         (["eval_every=2"], ["eval_every 2", "data.eval"]),
         (["model=/no/such/model"], ["/no/such/model"]),
         (["data.train.0.path=/no/such/rows.jsonl"], ["/no/such/rows.jsonl"]),

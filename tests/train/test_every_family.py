@@ -27,8 +27,8 @@ def encoder(family, config):
     """In place of a processor: the family's own inputs, one picture a row, the last tokens labelled."""
 
     class Made:
-        def __init__(self, processor, max_length):
-            assert max_length is None
+        def __init__(self, processor, max_length, variables):
+            assert max_length is None and not variables
 
         def batch(self, samples):
             inputs = family.batch((1,) * len(samples), seed=samples[0].row, config=config)

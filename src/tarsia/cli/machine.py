@@ -25,7 +25,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     "tokenizers": ("0", "0.23.3"),
     "safetensors": ("0.5", "0.8.0"),
     "huggingface-hub": ("0", "2.4.0"),
-    "datasets": ("0", "5.2.0"),
+    "datasets": ("5.0", "5.2.0"),
     "pyarrow": ("0", "26.0.1"),
     "numpy": ("0", "2.4.6"),
     "pillow": ("0", "13.0.0"),

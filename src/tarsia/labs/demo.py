@@ -21,18 +21,16 @@ from tarsia.train import Event, Started, Step
 TASK = ("materials", "bins")
 GENERAL = tuple(sources.WORLD)
 MIXES: Mapping[str, float] = {"no replay": 0.0, "10 % replay": 0.1}
-REPLAYED: Mapping[str, float] = {"scenes": 0.35, "words": 0.35, "talk": 0.15, "digits": 0.1, "refusals": 0.05}
-"""How the replayed rows are shared out: most for what is lost most easily."""
 RECIPE: Mapping[str, Any] = {
     "model": "mini-1",
     "parts": [
-        {"method": "full", "select": "projector", "lr": 3e-4},
-        {"method": "lora", "select": "language.*.{q,k,v,o,gate,up,down}", "rank": 8, "alpha": 16.0, "lr": 1.5e-3},
+        {"method": "full", "select": "projector", "lr": 5e-4},
+        {"method": "lora", "select": "language.*.{q,k,v,o,gate,up,down}", "rank": 8, "alpha": 16.0, "lr": 2e-3},
     ],
-    "steps": 320,
+    "steps": 160,
     "batch": 16,
     "warmup": 10,
-    "save_every": 160,
+    "save_every": 80,
     "seed": 1,
 }
 
@@ -69,7 +67,7 @@ def run(out: Path, console: Console) -> tuple[Report, list[Mix]]:
         for name, replay in MIXES.items():
             bar = progress.add_task(f"training, {name}", total=RECIPE["steps"], note="")
             recipe = {**RECIPE, "data": {"train": [{"path": str(train[s]), "name": s} for s in TASK]}}
-            general = [{"path": str(train[s]), "name": s, "weight": REPLAYED[s]} for s in GENERAL]
+            general = [{"path": str(train[s]), "name": s} for s in GENERAL]
 
             def show(name: str, event: Event | None, bar: Any = bar) -> None:
                 if isinstance(event, Step):
