@@ -75,7 +75,7 @@ def result(out: str) -> tuple[list[dict], bytes]:
 
 
 def killed(start, values, after: float):
-    """Kill a run ``after`` seconds; one that was faster than the uninterrupted run is begun again, and killed sooner."""
+    """Kill a run ``after`` seconds; one that had ended by then is begun again, and killed sooner."""
     process = start(values)
     process.join(after)
     process.kill()

@@ -117,6 +117,8 @@ def values(before: Report, mixes: list[Mix]) -> dict[str, dict[str, float | int 
     for source in (*TASK, *GENERAL, *WATCHED):
         found = {name: next(r for r in report.results if r.source == source) for name, report in reports.items()}
         table[source] = {"rows": found["before"].n, **{name: round(100 * r.free.mean, 1) for name, r in found.items()}}
+        if len(found["before"].answers) < 2:
+            continue
         chosen = {name: r.constrained for name, r in found.items()}
         table[f"{source}, choosing"] = {
             "rows": found["before"].n,
