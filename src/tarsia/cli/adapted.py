@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tarsia.cli import output
+
 if TYPE_CHECKING:
     from tarsia.adapter import Host
     from tarsia.data import Sample
@@ -43,6 +45,7 @@ def opened(args: argparse.Namespace) -> Host:
     from tarsia.adapter import load, open_base, prove, put
     from tarsia.core.attach import activate
 
+    output.no_bars()
     names = _names(args.adapter)
     variables = _variables(args.variable)
     host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables)
