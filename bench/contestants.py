@@ -1,0 +1,119 @@
+"""Who takes part in ``bench/cases/step.py``: the same step of the same model, in Tarsia and in what others use.
+
+All load ``bench.smol``'s model, train low-rank updates of the same rank on the same sites from the same first values,
+see the same batch, clip the gradient to 1 and step with AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.race import Step
+
+IGNORED = -100
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+RATE = 2e-4
+
+
+def batch(folder: Path, rows: int = 4, length: int = 256, labelled: float = 0.3) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and labels [rows, length]: a picture, a question, an answer; ``labelled`` of all tokens are the answers'."""
+    from transformers import AutoTokenizer
+
+    from bench.smol import IMAGE, PATCHES, TOWERS
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer((Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf8"))["input_ids"]
+    picture = [tokenizer.convert_tokens_to_ids(IMAGE)] * PATCHES
+    ids = torch.tensor([picture + text[n * length : (n + 1) * length - PATCHES] for n in range(rows)])
+    labels = torch.full_like(ids, IGNORED)
+    total, done = math.floor(labelled * rows * length), 0
+    for row in range(rows):
+        count = (total - done) // (rows - row)
+        labels[row, -count:] = ids[row, -count:]
+        done += count
+    side = TOWERS[folder.name]["image_size"]
+    pixels = torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return inputs, labels
+
+
+def first(shape: tuple[int, int], name: str) -> Tensor:
+    """The first value of A [rank, in] at the site of this name, for every contestant the same."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
+
+
+def tarsia(folder: str, rank: int = 16, method: str = "lora") -> Step:
+    """What ``tarsia.train.loop`` does in one step, on a batch that is there."""
+    from tarsia.adapter import open_base
+    from tarsia.core.attach import Part, attach, patches
+    from tarsia.core.method import find
+    from tarsia.data import Batch
+    from tarsia.train.exact import deterministic
+    from tarsia.train.optimiser import adamw
+    from tarsia.train.step import backward
+
+    host = open_base(folder, processor=False)
+    options: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank} if method == "lora" else {}
+    select = f"language.*.{{{','.join(ROLES)}}}"
+    attach(host.model, host.sites, [Part(method, select, find(method).configure(options))], name="bench")
+    made = patches(host.model, "bench")
+    if method == "lora":
+        with torch.no_grad():
+            for site, patch in made.items():
+                held: Any = patch
+                held.A.copy_(first(held.A.shape, site.path))
+    named: Mapping[str, nn.Parameter] = {
+        f"{site.path}/{key}": p for site, patch in made.items() for key, p in patch.named_parameters()
+    }
+    inputs, labels = batch(Path(folder))
+    rows = len(labels)
+    whole = Batch(inputs, labels, (1,) * rows, ("bench",) * rows, tuple(range(rows)))
+    optimiser = adamw([named], [RATE], (0.9, 0.999), 0.0)
+    host.model.train()
+
+    def step() -> float:
+        with deterministic(torch.device("cpu")):
+            losses = backward(host.model, [whole], 1)
+            nn.utils.clip_grad_norm_(named.values(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return losses.loss
+
+    return step
+
+
+def peft(folder: str, rank: int = 16) -> Step:
+    """PEFT over Transformers, whose model computes the loss from labels that it is given."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    names = "|".join({"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}.get(r, f"{r}_proj") for r in ROLES)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf".*language_model\..*\.({names})")
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                site = name.removeprefix("base_model.model.").partition(".lora_A")[0]
+                parameter.copy_(first(tuple(parameter.shape), site))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    inputs, labels = batch(Path(folder))
+    optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    adapted.train()
+
+    def step() -> float:
+        loss = adapted(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
