@@ -1,0 +1,8 @@
+"""The museum's rooms, in the order of a user's way. Importing this fills ``FAULTS``."""
+
+from museum import attach_faults
+from museum.fault import FAULTS
+
+ROOMS = (attach_faults,)
+
+__all__ = ["FAULTS", "ROOMS"]
