@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from tarsia.cli import output
+from tarsia.core.site import Component
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, as_json
 
 MARKS = 20
@@ -101,6 +102,9 @@ def coverage(event: Started) -> None:
         ],
         right=("sites", "dead", "parameters", "share"),
     )
+    frozen = [component for component in Component if all(c.component != component for c in event.coverage)]
+    if frozen:
+        print(f"trains nothing of: {', '.join(frozen)}")
     if event.resumed:
         print(f"goes on after step {event.resumed}")
 
