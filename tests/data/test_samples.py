@@ -97,7 +97,7 @@ def test_placeholders_and_pictures_must_be_as_many(pictures: int, word: str) -> 
 
 def test_roles_and_emptiness() -> None:
     with pytest.raises(DataError, match="unknown role"):
-        Sample((Message("tool", ("x",)),), (), "s", 0)
+        Sample((Message("critic", ("x",)),), (), "s", 0)
     with pytest.raises(DataError, match="no messages"):
         Sample((), (), "s", 0)
 
@@ -169,6 +169,9 @@ def test_pictures_of_every_spelling() -> None:
         ({"question": "q", "answer": 4}, "`answer` is not a text"),
         ({"question": "q", "answer": "a", "image": "a", "images": ["b"]}, "both `image` and `images`"),
         ({"question": "q", "answer": "a", "images": "a.png"}, "`images` is not a list"),
+        ({"question": "q", "answer": "a", "image": ["a.png", 7]}, "not understood"),
+        ({"question": "q", "answer": "a", "videos": ["a.mp4"]}, "it has videos"),
+        ({"question": "half \ud83d", "answer": "a"}, "half of a character"),
         ({"question": "q", "answer": "a", "image": 5}, "not understood"),
         ({"question": "q", "answer": "a", "image": "http://x/a.png"}, "not downloaded"),
         ({"question": "q", "answer": "a", "image": "data:image/png;base64,%%%"}, "data URL is broken"),
@@ -176,7 +179,7 @@ def test_pictures_of_every_spelling() -> None:
         ({"messages": "hello"}, "not a list"),
         ({"messages": ["hello"]}, "not an object"),
         ({"messages": [{"role": "user"}]}, "other keys"),
-        ({"messages": [{"role": "user", "content": "x", "loss": False}]}, "other keys"),
+        ({"messages": [{"role": "user", "content": "x", "loss": False}]}, "no more"),
         ({"messages": [{"role": "user", "content": 3}]}, "neither a text nor a list"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "not understood"),
         ({"messages": [{"role": 1, "content": "x"}]}, "role is not a text"),
@@ -190,5 +193,7 @@ def test_a_bad_row_names_itself(columns: dict[str, object], says: str) -> None:
 
 def test_unknown_columns_are_listed_with_those_understood() -> None:
     with pytest.raises(DataError) as error:
-        row(prompt="q", completion="a")
-    assert all(word in str(error.value) for word in ("completion, prompt", "messages", "question", "answer", "columns"))
+        row(instruction="q", output="a")
+    assert all(
+        word in str(error.value) for word in ("instruction, output", "messages", "question", "answer", "columns")
+    )

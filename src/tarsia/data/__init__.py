@@ -4,7 +4,7 @@ from tarsia.data.chat import Rendered, Template
 from tarsia.data.encode import IGNORED, Batch, Encoder
 from tarsia.data.formats import FORMATS, Format, Place, read_row, row_format
 from tarsia.data.mixture import Mixture, Share
-from tarsia.data.samples import PICTURE, ROLES, Message, Picture, Placeholder, Sample
+from tarsia.data.samples import PICTURE, ROLES, Call, Message, Picture, Placeholder, Sample
 from tarsia.data.sources import Rows, Source, Table, read
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PICTURE",
     "ROLES",
     "Batch",
+    "Call",
     "Encoder",
     "Format",
     "Message",

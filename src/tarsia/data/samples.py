@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tarsia.core.errors import DataError
 
-ROLES: Final = ("system", "user", "assistant")
+ROLES: Final = ("system", "user", "assistant", "tool")
 # Modes with more than 8 bits a channel: convert("RGB") clips them to white without a word.
 _DEEP: Final = ("I", "F")
 
@@ -27,11 +27,29 @@ PICTURE: Final = Placeholder.PICTURE
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """An assistant's call of a tool: ``arguments`` is the text of a JSON object, ``id`` may be empty."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: ``role`` is one of ROLES; ``parts`` are texts and ``PICTURE`` in their order."""
+    """One turn: ``role`` is one of ROLES; ``parts`` are texts and ``PICTURE`` in their order.
+
+    ``calls`` and ``thought`` (what is reasoned before the answer) are an assistant's. ``answers`` is the
+    id of the call that a tool answers, ``name`` the tool's. ``learnt``: whether labels may cover the turn.
+    """
 
     role: str
     parts: tuple[str | Placeholder, ...]
+    calls: tuple[Call, ...] = ()
+    thought: str = ""
+    answers: str = ""
+    name: str = ""
+    learnt: bool = True
 
     @property
     def text(self) -> str:
@@ -101,13 +119,16 @@ class Picture:
 class Sample:
     """One row: a conversation and its pictures, in the order in which their placeholders stand.
 
-    Raises DataError where a role is unknown, nothing is said, or placeholders and pictures differ in number.
+    ``tools`` are the texts of JSON objects, each a function as OpenAI's chat format describes it. Raises
+    DataError where a role is unknown, nothing is said, somebody else than the assistant calls a tool, or
+    placeholders and pictures differ in number.
     """
 
     messages: tuple[Message, ...]
     pictures: tuple[Picture, ...]
     source: str
     row: int
+    tools: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -118,6 +139,11 @@ class Sample:
                     f"Row {self.row} of {self.source} has a message of an unknown role.",
                     given=repr(message.role),
                     allowed=", ".join(ROLES),
+                )
+            if message.role != "assistant" and (message.calls or message.thought or not message.learnt):
+                raise DataError(
+                    f"Row {self.row} of {self.source}: only an assistant calls tools, thinks, or is not learnt from.",
+                    given=f"a message of the {message.role}",
                 )
         placeholders = sum(message.n_pictures for message in self.messages)
         if placeholders != len(self.pictures):
