@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,14 +32,14 @@ _HELD_OUT = 10_000_000
 
 def materials(count: int, split: str) -> Iterator[Asked]:
     """Belts, and what the item on each is made of."""
-    for seed in _numbers(count, split):
+    for seed in numbers(count, split):
         picture, item = belt(seed)
         yield "What material is on the belt?", item.material, (picture,)
 
 
 def bins(count: int, split: str) -> Iterator[Asked]:
     """Belts, and which bin the item on each belongs in."""
-    for seed in _numbers(count, split):
+    for seed in numbers(count, split):
         picture, item = belt(seed)
         yield "Which bin does it go in?", item.bin, (picture,)
 
@@ -53,7 +55,7 @@ def digits(count: int, split: str) -> Iterator[Asked]:
 def scenes(count: int, split: str) -> Iterator[Asked]:
     """Rendered scenes, asked about colour, place and number; answers in words."""
     rng = random.Random(f"scenes {split}")
-    for seed in _numbers(count, split):
+    for seed in numbers(count, split):
         picture, things = pictures.scene(seed)
         question, answer = texts.about_scene(things, rng)
         while question == "Describe the picture.":
@@ -84,8 +86,9 @@ WORLD: Mapping[str, Callable[[int, str], Iterator[Asked]]] = {
 """What the embedded base knows and can be written without a file from elsewhere, by source."""
 
 
-def _numbers(count: int, split: str) -> range:
-    start = {"train": 0, "held-out": _HELD_OUT}[split]
+def numbers(count: int, split: str) -> range:
+    """Numbers of the scenes or belts of a split: ``train``, ``held-out``, or ``validation``, which no test measures."""
+    start = {"train": 0, "validation": _HELD_OUT // 2, "held-out": _HELD_OUT}[split]
     return range(start, start + count)
 
 
@@ -96,7 +99,7 @@ def write(path: Path, rows: Iterable[Asked]) -> int:
         for question, answer, shown in rows
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".partial-{os.getpid()}-{uuid4().hex}")
     pq.write_table(pa.Table.from_pylist(table, _SCHEMA), partial)
     partial.replace(path)
     return len(table)
