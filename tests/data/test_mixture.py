@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tarsia.core.errors import ConfigError
 from tarsia.data import Message, Mixture, Sample
+from tarsia.data.mixture import Drawn, allot
 
 
 def source(length: int, name: str = "s") -> tuple[Sample, ...]:
@@ -96,7 +98,7 @@ def test_a_weight_of_zero_is_never_drawn() -> None:
         assert [c == 0 for c in counts] == [w == 0 for w in weights]
     # Ten tenths add up to less than 1 in floating point: what is left must not fall to the zero.
     assert sum([0.1] * 10) < 1
-    assert mixture((5,) * 11, (1,) * 10 + (0,))._edges[-1] == 1.0
+    assert Drawn([0.1] * 10 + [0.0], 3).edges[-1] == 1.0
 
 
 def test_samples_come_from_their_sources() -> None:
@@ -121,3 +123,75 @@ def test_samples_come_from_their_sources() -> None:
 def test_a_mix_that_makes_no_sense_is_refused(lengths: tuple[int, ...], weights: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="mixture"):
         mixture(lengths, weights)
+
+
+steps = st.lists(st.floats(0.001, 10), min_size=1, max_size=6).flatmap(
+    lambda weights: st.tuples(st.just(tuple(weights)), st.integers(len(weights), 40))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps)
+def test_a_steps_rows_are_shared_out_by_weight(case: tuple[tuple[float, ...], int]) -> None:
+    weights, rows = case
+    counts = allot(weights, rows)
+    assert sum(counts) == rows
+    assert min(counts) >= 1
+    quotas = [w / sum(weights) * rows for w in weights]
+    assert all(count == 1 for count, quota in zip(counts, quotas, strict=True) if quota <= 1)
+    if min(quotas) >= 1:
+        assert all(abs(count - quota) < 1 for count, quota in zip(counts, quotas, strict=True))
+    ordered = sorted(zip(weights, counts, strict=True))
+    assert all(a[1] <= b[1] for a, b in itertools.pairwise(ordered) if a[0] < b[0])
+
+
+def test_how_rows_are_shared_out_is_written_down() -> None:
+    assert allot((0.9, 0.1), 8) == (7, 1)
+    assert allot((0.8, 0.2), 8) == (6, 2)
+    assert allot((0.99, 0.01), 4) == (3, 1)
+    assert allot((5, 3, 0, 1), 7) == (4, 2, 0, 1)
+    assert allot((1, 1, 1), 7) == (3, 2, 2)
+    with pytest.raises(ConfigError, match="row of every source") as caught:
+        allot((1, 0, 1, 1), 2)
+    assert "2 rows a step, 3 sources" in caught.value.given
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 5)), min_size=1, max_size=4), st.integers(0, 400))
+def test_every_step_of_the_weighted_stream_has_its_rows(mix: list[tuple[int, int]], step: int) -> None:
+    lengths, rows = (tuple(column) for column in zip(*mix, strict=True))
+    size = sum(rows)
+
+    def stream() -> Mixture:
+        return Mixture([source(n, f"s{i}") for i, n in enumerate(lengths)], [1.0] * len(rows), 3, rows)
+
+    one, again = stream(), stream()
+    drawn = [one.row(n) for n in range(step * size, (step + 1) * size)]
+    assert tuple(sum(s == i for s, _ in drawn) for i in range(len(rows))) == rows
+    assert [again.row(n) for n in reversed(range(step * size, (step + 1) * size))] == drawn[::-1]
+    assert one.counts(step * size) == tuple(step * count for count in rows)
+    assert one.counts(step * size + 1)[drawn[0][0]] == step * rows[drawn[0][0]] + 1
+    for share, count in zip(one.shares((step + 1) * size), rows, strict=True):
+        assert share.got == pytest.approx(count / size)
+        assert share.asked == count / size
+
+
+def test_a_step_has_its_sources_spread_over_its_micro_batches() -> None:
+    stream = Mixture([source(9, "a"), source(9, "b")], (0.75, 0.25), 0, (6, 2))
+    assert [stream.row(n)[0] for n in range(8)] == [0, 0, 1, 0, 0, 0, 1, 0]
+
+
+def test_each_source_is_walked_in_the_same_epochs_in_both_modes() -> None:
+    lengths = (11, 5)
+    sources = [source(n, f"s{i}") for i, n in enumerate(lengths)]
+    sampled, weighted = Mixture(sources, (2, 1), 7), Mixture(sources, (2, 1), 7, (2, 1))
+    for s, length in enumerate(lengths):
+        walks = [[row for t, row in map(m.row, range(300)) if t == s][: 3 * length] for m in (sampled, weighted)]
+        assert walks[0] == walks[1]
+        assert sorted(walks[0][:length]) == list(range(length))
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 0), (1, 1, 1), (2, 1, 1)])
+def test_a_step_of_other_sources_than_those_with_a_weight_is_refused(rows: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="exactly the sources that have a weight"):
+        Mixture([source(3), source(3), source(3)], (1, 1, 0), 0, rows)

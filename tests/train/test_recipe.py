@@ -78,6 +78,10 @@ def test_the_hash_is_of_the_meaning():
     mapped = [{"path": "a", "columns": columns} for columns in ({"x": "1", "y": "2"}, {"y": "2", "x": "1"})]
     hashes = {Recipe.of(VALUES | {"data": {"train": [source]}}).hash for source in mapped}
     assert len(hashes) == 1, "the order of a source's columns means nothing"
+    held = {"eval": [{"path": "held"}]}
+    assert Recipe.of(VALUES | {"save_every": 7, "eval_every": 3, "data": VALUES["data"] | held}).hash == ours
+    for data in ({"mix": "weighted"}, {"train": [{"path": "other"}]}, {"train": [{"path": "a", "weight": 0.5}]}):
+        assert Recipe.of(VALUES | {"data": VALUES["data"] | data}).hash != ours, data
     for change in ({"seed": 1}, {"steps": 11}, lora(rank=4, lr=1e-3), {"clip": None}, {"precision": "float32"}):
         assert Recipe.of(VALUES | change).hash != ours, change
 

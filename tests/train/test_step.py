@@ -119,7 +119,7 @@ def test_micro_batches_weigh_by_their_tokens(llava):
         chosen[list(rows)] = labels[list(rows)]
         parts.append(batch(inputs, chosen))
     losses = backward(model, parts, 1)
-    assert losses.mean == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert losses.loss == pytest.approx(expected.mean().item(), abs=1e-5)
     assert losses.rows == {"a": 6, "b": 3}
     owners = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
     assert losses.means["b"] == pytest.approx(expected[owners == 1].mean().item(), abs=1e-5)

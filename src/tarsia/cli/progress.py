@@ -81,10 +81,11 @@ class Screen:
                 pass  # shown by what follows: the next step, or the adapter
             case Finished():
                 self.bar.stop()
+                mix(event)
                 print(f"adapter: {event.folder} ({event.seconds:.0f} s)")
 
     def _step(self, event: Step) -> None:
-        text = f"loss {event.loss:.4f}, {event.tokens_per_second:.0f} tokens/s"
+        text = f"loss {event.loss:.4f}{_by_source(event)}, {event.tokens_per_second:.0f} tokens/s"
         self.bar.update(self.task, completed=event.step, description=text)
         every = max(1, self.steps // MARKS)
         if not self.console.is_terminal and (event.step % every == 0 or event.step == self.steps):
@@ -107,6 +108,35 @@ def coverage(event: Started) -> None:
         print(f"trains nothing of: {', '.join(frozen)}")
     if event.resumed:
         print(f"goes on after step {event.resumed}")
+
+
+def mix(event: Finished) -> None:
+    """What was trained on: each source's rows, labelled tokens, mean loss and share of the whole run's loss."""
+    card = event.adapter.card
+    output.table(
+        f"trained on, {card['mix']}",
+        ("source", "asked", "rows", "of rows", "tokens", "of tokens", "loss", "of loss"),
+        [
+            (
+                name,
+                f"{source['share_asked']:.1%}",
+                f"{source['rows']:,}",
+                f"{source['share_got']:.1%}",
+                f"{source['tokens']:,}",
+                f"{source['token_share']:.1%}",
+                "-" if source["final_loss"] is None else f"{source['final_loss']:.4f}",
+                f"{source['loss_share']:.1%}",
+            )
+            for name, source in card["data"].items()
+        ],
+        right=("asked", "rows", "of rows", "tokens", "of tokens", "loss", "of loss"),
+    )
+
+
+def _by_source(step: Step) -> str:
+    """Each source's mean loss, where there are several."""
+    means = ", ".join(f"{source} {loss:.4f}" for source, loss in sorted(step.losses.items()))
+    return f" ({means})" if len(step.losses) > 1 else ""
 
 
 def evaluation(event: Evaluated) -> None:

@@ -44,7 +44,11 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimiser step. ``loss`` is the mean over all labelled tokens of the step, in nats."""
+    """One optimiser step.
+
+    ``loss`` is what was minimised, in nats: in the sampled mode the mean over all labelled tokens of the
+    step, in the weighted mode the sum over the sources of weight times the mean over the source's tokens.
+    """
 
     kind: ClassVar[str] = "step"
     step: int
@@ -62,6 +66,10 @@ class Step:
     """Mean loss over each source's labelled tokens."""
     tokens_by_source: Mapping[str, int]
     """Labelled tokens of each source."""
+    contributions: Mapping[str, float]
+    """What each source adds to ``loss``, in nats."""
+    loss_shares: Mapping[str, float]
+    """``contributions`` over ``loss``, 0..1 (see ``tarsia.train.step.Losses.contributions``)."""
     tokens_per_second: float = field(compare=False)
     """Labelled tokens over the wall time of the step; the one field that is not reproducible."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from tarsia.train.exact import deterministic, threads
 from tarsia.train.optimiser import set_rates
 from tarsia.train.recipe import Recipe
 from tarsia.train.run import NAME, Run, claim, find_checkpoint, machine, prepare
-from tarsia.train.step import backward
+from tarsia.train.step import backward, loss_shares
 from tarsia.train.watch import check_finite
 
 Evaluator: TypeAlias = Callable[[Host, int], Mapping[str, Any]]
@@ -124,7 +124,7 @@ def _step(run: Run) -> Step:
     rates = set_rates(run.optimiser, run.schedule.share(run.step))
     parameters = [p for patch in run.patches.values() for p in patch.parameters()]
     with run.random(), deterministic(run.device):
-        losses = backward(run.model, batches, number)
+        losses = backward(run.model, batches, number, run.weights)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         size = check_finite(norm, run.patches, number, batches)
         run.watch.observe(number, batches)
@@ -138,13 +138,15 @@ def _step(run: Run) -> Step:
     tokens = sum(losses.tokens.values())
     return Step(
         step=number,
-        loss=losses.mean,
+        loss=losses.loss,
         lr=rates,
         grad_norm=size,
         tokens=tokens,
         rows=losses.rows,
         losses=losses.means,
         tokens_by_source=losses.tokens,
+        contributions=losses.contributions,
+        loss_shares=loss_shares(losses.contributions),
         tokens_per_second=tokens / seconds,
     )
 
@@ -180,22 +182,10 @@ def _card(run: Run) -> dict[str, Any]:
     """What is known of the run, from the log that holds the whole curve."""
     curve = [event for event in read_log(run.log.path) if event["event"] == "step"]
     last = curve[-max(1, min(20, len(curve) // 10)) :]
-    tokens = {source: sum(s["tokens_by_source"].get(source, 0) for s in curve) for source in run.digests}
-    shares = run.mixture.shares(run.step * run.recipe.batch * run.recipe.accumulate)
     return {
         "recipe": {**run.recipe.resolved, "hash": run.recipe.hash},
-        "data": {
-            name: {
-                "sha256": run.digests[name],
-                "rows": share.rows,
-                "share_asked": share.asked,
-                "share_got": share.got,
-                "epochs": share.epochs,
-                "tokens": tokens[name],
-                "final_loss": _mean([s["losses"][name] for s in last if name in s["losses"]]),
-            }
-            for name, share in zip(run.digests, shares, strict=True)
-        },
+        "mix": run.recipe.data.mix,
+        "data": _data(run, curve, last),
         "steps": run.step,
         "loss": {"first": curve[0]["loss"], "final": _mean([s["loss"] for s in last]), "over_last_steps": len(last)},
         "coverage": [asdict(line) for line in run.coverage],
@@ -203,6 +193,33 @@ def _card(run: Run) -> dict[str, Any]:
         "machine": machine(run),
         "tarsia": __version__,
         "seconds": round(run.seconds, 2),
+    }
+
+
+def _data(run: Run, curve: Sequence[Mapping[str, Any]], last: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each source as it was trained on.
+
+    ``share_asked`` is its weight lambda, of the rows in the sampled mode and of the loss in the weighted mode;
+    ``share_got`` is its share of the rows, ``token_share`` of the labelled tokens, ``loss_share`` of the loss
+    over the whole run, ``final_loss`` its mean over the last steps.
+    """
+    rows = run.step * run.recipe.batch * run.recipe.accumulate
+    tokens = {source: sum(s["tokens_by_source"].get(source, 0) for s in curve) for source in run.digests}
+    losses = {source: sum(s["contributions"].get(source, 0.0) for s in curve) for source in run.digests}
+    shares = loss_shares(losses)
+    return {
+        name: {
+            "sha256": run.digests[name],
+            "rows": share.rows,
+            "share_asked": run.mixture.weights[share.source],
+            "share_got": share.got,
+            "epochs": share.epochs,
+            "tokens": tokens[name],
+            "token_share": tokens[name] / sum(tokens.values()),
+            "loss_share": shares[name],
+            "final_loss": _mean([s["losses"][name] for s in last if name in s["losses"]]),
+        }
+        for name, share in zip(run.digests, run.mixture.shares(rows), strict=True)
     }
 
 

@@ -15,14 +15,15 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tarsia.core.errors import ConfigError
+from tarsia.data.mixture import allot
 from tarsia.data.sources import Source
 from tarsia.train.reading import parse_value, read_yaml
 
 RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "full": 2e-5}
 """Peak learning rates where a part names none: the usual ones for models of billions of parameters."""
 
-_UNHASHED: Final = ("out", "threads", "device")
-"""Fields that do not change what is computed but for the last bits; a resume looks at these apart."""
+_UNHASHED: Final = ("out", "threads", "device", "save_every", "eval_every", "data.eval")
+"""Keys that do not change what is computed but for the last bits; a resume looks at threads and device apart."""
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -70,18 +71,77 @@ class PartRecipe(BaseModel):
 
 
 class TrainSource(Source):
-    """A source that is trained on; rows are drawn from the sources in proportion to their weights."""
+    """A source that is trained on, with its weight in any unit (see ``DataRecipe``).
+
+    ``rows`` of each step are this source's: for the weighted mode, and then for every source with a weight.
+    """
 
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    rows: Positive | None = None
 
 
 class DataRecipe(BaseModel):
-    """Rows to train on, and rows to evaluate on."""
+    """Rows to train on, and rows to evaluate on.
+
+    ``mix`` sampled draws each row's source with the probability of its weight; the loss is the mean over all
+    labelled tokens of a step. ``mix`` weighted has rows of every source in every step; the loss is the sum
+    over the sources of weight times the mean over the source's labelled tokens. Weights are divided by their
+    sum. In the weighted mode the rows of a step are shared out by weight, at least one to each source, where
+    the sources do not name their ``rows``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
+    mix: Literal["sampled", "weighted"] = "sampled"
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        names = [source.title for source in self.train]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError("Two sources have one name.", given=twice[0], do="give each source a name of its own")
+        if not any(source.weight for source in self.train):
+            raise ConfigError("Every source has the weight 0.", do="give at least one a weight above 0")
+        named = [source.title for source in self.train if source.rows]
+        if named and self.mix == "sampled":
+            raise ConfigError(
+                "Only the weighted mode has a fixed number of rows of a source in every step.",
+                given=f"rows of {', '.join(named)}",
+                do="leave rows out, or set mix: weighted",
+            )
+        wanted = [source.title for source in self.train if source.weight]
+        if named and named != wanted:
+            raise ConfigError(
+                "Either every source with a weight names its rows of a step, or none does.",
+                given=f"rows of {', '.join(named)}; weights of {', '.join(wanted)}",
+            )
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each source's share of the weights, in the recipe's order."""
+        whole = sum(source.weight for source in self.train)
+        return {source.title: source.weight / whole for source in self.train}
+
+    def rows_of_step(self, rows: int) -> tuple[int, ...] | None:
+        """How many of a step's ``rows`` each source gives in the weighted mode; None in the sampled mode.
+
+        Raises ConfigError where they do not fit into the step.
+        """
+        if self.mix == "sampled":
+            return None
+        named = tuple(source.rows or 0 for source in self.train)
+        if not any(named):
+            return allot([source.weight for source in self.train], rows)
+        if sum(named) != rows:
+            raise ConfigError(
+                "The sources' rows are not the rows of a step.",
+                given=f"{' + '.join(map(str, named))} = {sum(named)} of batch * accumulate = {rows}",
+                do="change rows, batch or accumulate",
+            )
+        return named
 
 
 class Recipe(BaseModel):
@@ -130,12 +190,7 @@ class Recipe(BaseModel):
             )
         if self.warmup >= 1 and not self.warmup.is_integer():
             raise ConfigError("A warm-up is a whole number of steps, or a share below 1.", given=self.warmup)
-        names = [source.title for source in self.data.train]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError("Two sources have one name.", given=twice[0], do="give each source a name of its own")
-        if not any(source.weight for source in self.data.train):
-            raise ConfigError("Every source has the weight 0.", do="give at least one a weight above 0")
+        self.data.rows_of_step(self.batch * self.accumulate)
         for part in self.parts:
             part.configure()
             _ = part.rate
@@ -176,7 +231,7 @@ class Recipe(BaseModel):
 
         Only inside a method's tables (ranks by glob, for one) the order has a meaning and counts.
         """
-        values = {key: value for key, value in self.resolved.items() if key not in _UNHASHED}
+        values = _computed(self.resolved)
         values["parts"] = [
             {key: list(value.items()) if isinstance(value, Mapping) else value for key, value in part.items()}
             for part in values["parts"]
@@ -200,9 +255,19 @@ class Recipe(BaseModel):
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
     """``key: theirs -> ours`` for every value that differs between two resolved recipes."""
-    a, b = dict(_leaves(ours)), dict(_leaves(theirs))
-    keys = [key for key in {**b, **a} if key.split(".")[0] not in _UNHASHED]
-    return tuple(f"{key}: {b.get(key, '(none)')} -> {a.get(key, '(none)')}" for key in keys if a.get(key) != b.get(key))
+    a, b = dict(_leaves(_computed(ours))), dict(_leaves(_computed(theirs)))
+    return tuple(
+        f"{key}: {b.get(key, '(none)')} -> {a.get(key, '(none)')}" for key in {**b, **a} if a.get(key) != b.get(key)
+    )
+
+
+def _computed(resolved: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """``resolved`` without what changes nothing that is computed."""
+    return {
+        key: _computed(value, f"{path}{key}.") if isinstance(value, Mapping) else value
+        for key, value in resolved.items()
+        if f"{path}{key}" not in _UNHASHED
+    }
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

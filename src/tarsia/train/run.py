@@ -65,6 +65,11 @@ class Run:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """Each source's weight in a step's loss, by name; None where rows are sampled by weight instead."""
+        return self.recipe.data.weights if self.recipe.data.mix == "weighted" else None
+
     def batches(self) -> tuple[Batch, ...]:
         """The micro-batches of the next step, on the model's device; a pure function of the recipe and the step."""
         size, parts = self.recipe.batch, self.recipe.accumulate
@@ -206,6 +211,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     """Open what a recipe names, attach the patches and check that the rows can train them."""
     sources = [read(source) for source in recipe.data.train]
     digests = {source.title: digest(source) for source in recipe.data.train}
+    rows = recipe.data.rows_of_step(recipe.batch * recipe.accumulate)
     steps = recipe.steps_for(sum(map(len, sources)))
     schedule = Schedule(steps, recipe.warmup_steps(steps), recipe.decay)
     if host is None:
@@ -213,7 +219,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     encoder = Encoder(host.processor, recipe.max_length, variables=host.variables)
     parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
     chosen = [_chosen(host, part) for part in parts]
-    pictures = _show([rows for rows, source in zip(sources, recipe.data.train, strict=True) if source.weight])
+    pictures = _show([held for held, source in zip(sources, recipe.data.train, strict=True) if source.weight])
     if not pictures and (seeing := [s for sites in chosen for s in sites if s.component is not Component.LANGUAGE]):
         raise TrainingError(
             "No row has a picture, so vision and projector can not be trained.",
@@ -230,7 +236,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
         coverage=coverage,
         patches=made,
         encoder=encoder,
-        mixture=Mixture(sources, [source.weight for source in recipe.data.train], recipe.seed),
+        mixture=Mixture(sources, [source.weight for source in recipe.data.train], recipe.seed, rows),
         digests=digests,
         optimiser=adamw(named, [part.rate for part in recipe.parts], recipe.betas, recipe.weight_decay),
         schedule=schedule,

@@ -1,4 +1,13 @@
-"""One optimiser step's loss: the mean over all labelled tokens of all its micro-batches.
+"""One optimiser step's loss over all its micro-batches, whichever way its sources are mixed.
+
+With N_s labelled tokens of source s in the whole step, all its micro-batches (and, where a run has several,
+all its ranks), whose losses sum to S_s:
+
+- sampled: L = sum_s S_s / sum_s N_s, the mean over all labelled tokens
+- weighted: L = sum_s lambda_s * S_s / N_s, with the weights lambda_s adding up to 1
+
+Both are L = sum_s c_s * S_s with one factor c_s for each token of a source: 1 / sum N, or lambda_s / N_s. It
+is known before the first forward pass, so that micro-batches add up to the step whatever is in them.
 
 Only positions whose next token is labelled go through the language head.
 """
@@ -32,21 +41,39 @@ def named(batches: Sequence[Batch], rows: Sequence[int] | None = None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Summed loss in nats, labelled tokens and rows of each source over one step."""
+    """What each source lost over one step: summed loss in nats, labelled tokens, rows."""
 
     total: Mapping[str, float]
     tokens: Mapping[str, int]
     rows: Mapping[str, int]
+    factors: Mapping[str, float]
+    """c_s: how much one labelled token of the source counts in the step's loss."""
 
     @property
-    def mean(self) -> float:
-        """Mean over all labelled tokens."""
-        return sum(self.total.values()) / sum(self.tokens.values())
+    def loss(self) -> float:
+        """The step's loss L, the number that is minimised."""
+        return sum(self.contributions.values())
 
     @property
     def means(self) -> dict[str, float]:
         """Mean over each source's labelled tokens."""
         return {source: total / self.tokens[source] for source, total in self.total.items() if self.tokens[source]}
+
+    @property
+    def contributions(self) -> dict[str, float]:
+        """What each source adds to the step's loss, c_s * S_s; they add up to ``loss``.
+
+        A source's *loss share* is its contribution divided by the loss: over one step, or over many, sum by
+        sum. It is the share of what is minimised, not of the weight: a source with lambda 0.1 whose answers are
+        known by heart has next to none of it.
+        """
+        return {source: factor * self.total[source] for source, factor in self.factors.items()}
+
+
+def loss_shares(contributions: Mapping[str, float]) -> dict[str, float]:
+    """Each source's loss share (see ``Losses.contributions``); all are 0 where nothing is lost any more."""
+    whole = sum(contributions.values())
+    return {source: value / whole if whole else 0.0 for source, value in contributions.items()}
 
 
 @contextmanager
@@ -90,31 +117,62 @@ def token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor)
     return F.cross_entropy(logits[0].float(), targets, reduction="none")
 
 
-def backward(model: nn.Module, batches: Sequence[Batch], step: int) -> Losses:
+def counted(batches: Sequence[Batch], step: int, weights: Mapping[str, float] | None) -> dict[str, int]:
+    """Labelled tokens of each source over all micro-batches of one step.
+
+    Raises TrainingError, naming step and rows, where no token is labelled, or where one of the sources in
+    ``weights`` has none and so no mean.
+    """
+    tokens = dict.fromkeys((source for batch in batches for source in batch.sources), 0)
+    for batch in batches:
+        for source, row in zip(batch.sources, predicted(batch.labels), strict=True):
+            tokens[source] += int(row.sum())
+    if not any(tokens.values()):
+        raise TrainingError(f"Step {step} has no labelled token.", given=named(batches), do="look at their answers")
+    missing = [source for source, weight in (weights or {}).items() if weight and not tokens.get(source)]
+    if missing:
+        raise TrainingError(
+            f"Step {step} has no labelled token of {', '.join(missing)}, so no mean to weigh.",
+            given=named(batches),
+            do="look at these rows' answers, or give these sources more rows of a step",
+        )
+    return tokens
+
+
+def backward(
+    model: nn.Module, batches: Sequence[Batch], step: int, weights: Mapping[str, float] | None = None
+) -> Losses:
     """Add the gradient of the step's loss to the parameters. Returns what each source lost.
 
-    Raises TrainingError, naming step and rows, where no token is labelled or a loss is not a finite number.
+    With ``weights``, which add up to 1, in the weighted mode. Raises TrainingError, naming step and rows, where
+    no token is labelled, a weighted source has none, or a loss is not a finite number.
     """
-    tokens = sum(int(predicted(batch.labels).sum()) for batch in batches)
-    if not tokens:
-        raise TrainingError(f"Step {step} has no labelled token.", given=named(batches), do="look at their answers")
-    sources = [source for batch in batches for source in batch.sources]
-    total, counts = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0)
+    tokens = counted(batches, step, weights)
+    if weights is None:
+        factors = dict.fromkeys(tokens, 1 / sum(tokens.values()))
+    else:
+        factors = {source: weights[source] / count for source, count in tokens.items() if count}
+    total = dict.fromkeys(tokens, 0.0)
     for batch in batches:
-        owners = predicted(batch.labels).nonzero()[:, 0].tolist()
+        owners = [batch.sources[row] for row in predicted(batch.labels).nonzero()[:, 0].tolist()]
         if not owners:
             continue
         losses = token_losses(model, batch.inputs, batch.labels)
-        values = losses.detach().tolist()
-        bad = sorted({row for row, value in zip(owners, values, strict=True) if not math.isfinite(value)})
-        if bad:
-            raise TrainingError(
-                f"The loss of step {step} is not a number.",
-                given=named([batch], bad),
-                do="look at these rows; if the loss had risen before, lower the learning rates",
-            )
-        for row, value in zip(owners, values, strict=True):
-            total[batch.sources[row]] += value
-            counts[batch.sources[row]] += 1
-        (losses.sum() / tokens).backward()
-    return Losses(total, counts, Counter(sources))
+        for source, value in zip(owners, _finite(losses, batch, step), strict=True):
+            total[source] += value
+        (losses * losses.new_tensor([factors[source] for source in owners])).sum().backward()
+    return Losses(total, tokens, Counter(source for batch in batches for source in batch.sources), factors)
+
+
+def _finite(losses: Tensor, batch: Batch, step: int) -> list[float]:
+    """The tokens' losses as numbers. Raises TrainingError, naming step and rows, where one is none."""
+    values: list[float] = losses.detach().tolist()
+    owners = predicted(batch.labels).nonzero()[:, 0].tolist()
+    bad = sorted({row for row, value in zip(owners, values, strict=True) if not math.isfinite(value)})
+    if bad:
+        raise TrainingError(
+            f"The loss of step {step} is not a number.",
+            given=named([batch], bad),
+            do="look at these rows; if the loss had risen before, lower the learning rates",
+        )
+    return values
