@@ -1,4 +1,4 @@
-"""Blueprints: a plate or a disc with a dimension line, and how large it is in millimetres."""
+"""Blueprints: a plate with a dimension line and a number on it, and how large the plate is."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from PIL import Image, ImageDraw, ImageFont
 from tarsia.base.pictures import SIZE, soften
 from tarsia.labs.sources import Asked, numbers
 
-SIZES = tuple(range(10, 100, 10))
-"""The dimensions that occur, in millimetres."""
+SIZES = tuple(range(1, 10))
+"""The dimensions that occur, in centimetres."""
 
-_SCALE = 3
-_SIDE = _SCALE * SIZE
+_SIDE = 3 * SIZE
+_INK = (235, 240, 250)
+_FONT = ImageFont.load_default(105)
 _Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is drawn: a plate, so wide and so high, in millimetres."""
+    """What is drawn: a plate (to no scale), and its one dimension, ``width`` or ``height``, in centimetres."""
 
-    width: int
-    height: int
+    dimension: str
+    size: int
 
 
 def blueprint(seed: int) -> tuple[Image.Image, Part]:
     """Draw blueprint number ``seed``: SIZE x SIZE RGB, and the part on it."""
     rng = random.Random(f"blueprint {seed}")
-    part = Part(rng.choice(SIZES), rng.choice(SIZES))
+    part = Part(rng.choice(("width", "height")), rng.choice(SIZES))
     ground = (rng.randint(18, 40), rng.randint(50, 80), rng.randint(120, 160))
     canvas = Image.new("RGB", (_SIDE, _SIDE), ground)
     draw = ImageDraw.Draw(canvas)
@@ -38,22 +39,23 @@ def blueprint(seed: int) -> tuple[Image.Image, Part]:
     for at in range(rng.randint(0, 23), _SIDE, 24):
         draw.line((at, 0, at, _SIDE), fill=grid, width=2)
         draw.line((0, at, _SIDE, at), fill=grid, width=2)
-    box = (rng.randint(70, 80), rng.randint(10, 20), rng.randint(160, 182), rng.randint(98, 112))
+    short, long = (rng.randint(12, 18), rng.randint(68, 76)), (rng.randint(14, 30), rng.randint(160, 178))
+    if part.dimension == "width":
+        box = (long[0], short[0], long[1], short[1])
+        _across(draw, box, part.size, rng)
+    else:
+        box = (_SIDE - short[1], long[0], _SIDE - short[0], long[1])
+        _up(draw, box, part.size, rng)
     _plate(draw, box, rng)
-    _across(draw, box, part.width, rng)
-    _up(draw, box, part.height, rng)
     return soften(canvas, rng, noise=4.0), part
 
 
 def dimensions(count: int, split: str) -> Iterator[Asked]:
-    """Blueprints, and one of the two dimensions of the part."""
-    rng = random.Random(f"dimensions {split}")
+    """Blueprints, and the dimension that is written on them."""
     for seed in numbers(count, split):
         picture, part = blueprint(seed)
-        if rng.random() < 0.5:
-            yield "How wide is the plate?", f"{part.width} mm", (picture,)
-        else:
-            yield "How high is the plate?", f"{part.height} mm", (picture,)
+        asked = "wide" if part.dimension == "width" else "high"
+        yield f"How {asked} is the plate?", f"{part.size} cm", (picture,)
 
 
 def _plate(draw: ImageDraw.ImageDraw, box: _Box, rng: random.Random) -> None:
@@ -61,7 +63,7 @@ def _plate(draw: ImageDraw.ImageDraw, box: _Box, rng: random.Random) -> None:
     if rng.random() < 0.5:
         draw.rectangle(box, outline=_INK, width=4)
     else:
-        cut = rng.randint(12, 26)
+        cut = rng.randint(12, 22)
         corners = ((left + cut, top), (right, top), (right, bottom), (left, bottom), (left, top + cut))
         draw.line((*corners, corners[0], corners[1]), fill=_INK, width=4)
     middle = (left + right) // 2, (top + bottom) // 2
@@ -77,7 +79,7 @@ def _across(draw: ImageDraw.ImageDraw, box: _Box, value: int, rng: random.Random
     for x in (left, right):
         draw.line((x, bottom + 5, x, y + 6), fill=_INK, width=2)
     draw.line((left, y, right, y), fill=_INK, width=2)
-    draw.text(((left + right) // 2 + rng.randint(-6, 6), y + 6), str(value), _INK, _FONT, anchor="mt")
+    draw.text(((left + right) // 2 + rng.randint(-16, 16), y + 12), str(value), _INK, _FONT, "mt", stroke_width=3)
 
 
 def _up(draw: ImageDraw.ImageDraw, box: _Box, value: int, rng: random.Random) -> None:
@@ -87,8 +89,4 @@ def _up(draw: ImageDraw.ImageDraw, box: _Box, value: int, rng: random.Random) ->
     for y in (top, bottom):
         draw.line((left - 5, y, x - 6, y), fill=_INK, width=2)
     draw.line((x, top, x, bottom), fill=_INK, width=2)
-    draw.text((x - 6, (top + bottom) // 2 + rng.randint(-6, 6)), str(value), _INK, _FONT, anchor="rm")
-
-
-_INK = (235, 240, 250)
-_FONT = ImageFont.load_default(50)
+    draw.text((x - 14, (top + bottom) // 2 + rng.randint(-16, 16)), str(value), _INK, _FONT, "rm", stroke_width=3)
