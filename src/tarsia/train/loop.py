@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,10 +19,12 @@ from tarsia.core.errors import ConfigError
 from tarsia.train.checkpoint import locked, write
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, read_log
 from tarsia.train.exact import deterministic, threads
+from tarsia.train.features import features
 from tarsia.train.optimiser import set_rates
 from tarsia.train.recipe import Recipe
 from tarsia.train.run import NAME, Run, claim, find_checkpoint, machine, prepare
 from tarsia.train.step import backward, loss_shares
+from tarsia.train.store import Store
 from tarsia.train.watch import check_finite
 
 Evaluator: TypeAlias = Callable[[Host, int], Mapping[str, Any]]
@@ -47,6 +49,9 @@ def fit(recipe: Recipe, evaluator: Evaluator | None = None, *, host: Host | None
         with threads(wanted) as count, ExitStack() as stack:
             run = prepare(recipe, host, count)
             stack.enter_context(_training(run))
+            if recipe.features is not None:
+                store = Store(Path(recipe.features.path), recipe.features.bytes)
+                run.features = stack.enter_context(features(run.host, store))
             claim(recipe, out)
             if checkpoint is None:
                 run.log.cut(0)
@@ -105,15 +110,24 @@ def _events(run: Run, notices: tuple[str, ...], evaluator: Evaluator | None) -> 
     yield from _evaluation(run, evaluator)
     while run.step < steps:
         yield _step(run)
+        yield from _news(run)
         last = run.step == steps
         if last:
             run.watch.judge(run.step)
         if last or run.step % recipe.save_every == 0:
             yield Saved(str(write(out / "checkpoints", run.checkpoint())), run.step)
         yield from _evaluation(run, evaluator)
+    if run.features is not None:
+        yield Notice(run.features.summary())
     adapter = Adapter.of(run.host, NAME, run.parts, _card(run), probe=_probe(run))
     save(adapter, out / "adapter")
     yield Finished(adapter, str(out / "adapter"), run.seconds)
+
+
+def _news(run: Run) -> Iterator[Notice]:
+    """What the cache of features has to say: what it keeps, once, and all that went wrong with its folder."""
+    if run.features is not None:
+        yield from map(Notice, run.features.news())
 
 
 def _step(run: Run) -> Step:
@@ -175,7 +189,9 @@ def _probe(run: Run) -> Probe:
     """A probe on the stream's first rows, those with pictures first."""
     numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:PROBED]
     run.model.eval()
-    return probe(run.host, run.encode(numbers).inputs)
+    # as whoever loads the adapter computes it
+    with nullcontext() if run.features is None else run.features.suspended():
+        return probe(run.host, run.encode(numbers).inputs)
 
 
 def _card(run: Run) -> dict[str, Any]:
@@ -191,6 +207,7 @@ def _card(run: Run) -> dict[str, Any]:
         "coverage": [asdict(line) for line in run.coverage],
         "threads": run.threads,
         "machine": machine(run),
+        **({} if run.features is None else {"features": run.features.report()}),
         "tarsia": __version__,
         "seconds": round(run.seconds, 2),
     }

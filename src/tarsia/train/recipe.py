@@ -22,7 +22,7 @@ from tarsia.train.reading import parse_value, read_yaml
 RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "full": 2e-5}
 """Peak learning rates where a part names none: the usual ones for models of billions of parameters."""
 
-_UNHASHED: Final = ("out", "threads", "device", "save_every", "eval_every", "data.eval")
+_UNHASHED: Final = ("out", "threads", "device", "save_every", "eval_every", "data.eval", "features.path", "features.limit")
 """Keys that do not change what is computed but for the last bits; a resume looks at threads and device apart."""
 
 Positive = Annotated[int, Field(gt=0)]
@@ -78,6 +78,27 @@ class TrainSource(Source):
 
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     rows: Positive | None = None
+
+
+class FeatureRecipe(BaseModel):
+    """Where to keep what a frozen vision tower makes of each picture (see ``tarsia.train.features``).
+
+    ``path`` is a folder, which runs may share; it holds at most ``limit``: bytes, or a text such as "4GB"
+    (powers of 1000) or "4GiB" (of 1024).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Annotated[str, Field(min_length=1)]
+    limit: Positive | str = "4GB"
+
+    @property
+    def bytes(self) -> int:
+        """``limit`` as a number. Raises ConfigError where it is none."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", str(self.limit))
+        if found is None or not float(found[1]):
+            raise ConfigError("That is no size.", given=repr(self.limit), do='for example features.limit: "4GB"')
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " ")))
 
 
 class DataRecipe(BaseModel):
@@ -153,6 +174,7 @@ class Recipe(BaseModel):
     the gradient. ``precision`` is the frozen base's: patches are float32 always. ``device`` auto is a GPU where
     there is one. ``checkpointing`` recomputes activations in the backward pass. ``save_every`` and ``eval_every``
     are in steps; the last step is always saved. ``variables`` are the chat template's own, a date say.
+    ``features`` keeps the outputs of a frozen vision tower on disk.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -178,6 +200,7 @@ class Recipe(BaseModel):
     max_length: Positive | None = None
     variables: Mapping[str, str] = Field(default_factory=dict)
     threads: Positive | None = None
+    features: FeatureRecipe | None = None
     out: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -191,6 +214,8 @@ class Recipe(BaseModel):
         if self.warmup >= 1 and not self.warmup.is_integer():
             raise ConfigError("A warm-up is a whole number of steps, or a share below 1.", given=self.warmup)
         self.data.rows_of_step(self.batch * self.accumulate)
+        if self.features is not None:
+            _ = self.features.bytes
         for part in self.parts:
             part.configure()
             _ = part.rate
@@ -354,5 +379,6 @@ def _fields(model: type[BaseModel], location: Sequence[int | str]) -> Iterator[s
         ("data",): DataRecipe,
         ("data", "train"): TrainSource,
         ("data", "eval"): Source,
+        ("features",): FeatureRecipe,
     }
     yield from nested[tuple(str(key) for key in location if isinstance(key, str))].model_fields

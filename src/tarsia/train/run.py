@@ -26,6 +26,7 @@ from tarsia.train.checkpoint import Checkpoint, found, newest
 from tarsia.train.disk import write_synced, writing
 from tarsia.train.events import Log
 from tarsia.train.exact import OwnRandom
+from tarsia.train.features import Cache
 from tarsia.train.optimiser import Schedule, adamw
 from tarsia.train.optimiser import restore as restore_optimiser
 from tarsia.train.optimiser import state as optimiser_state
@@ -56,6 +57,7 @@ class Run:
     threads: int
     step: int = 0
     seconds: float = 0.0
+    features: Cache | None = None
 
     @property
     def model(self) -> nn.Module:
