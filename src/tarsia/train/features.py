@@ -2,7 +2,7 @@
 
     with features(host, Store(Path("features"), 4_000_000_000)) as cache:
         ...                      # every call of host.model now looks its pictures up
-    print(cache.report())        # what is kept, how often it was found
+    print(cache.summary())       # how often something was found
 
 What is kept of a picture is a function of that picture alone: it is computed with no other picture beside it,
 so a call gives the same bits whether it finds all, some or none of its pictures. Against a call without a cache
@@ -70,6 +70,7 @@ class Cache:
         self._features: Callable[..., Any] = getattr(self._owner, "get_image_features", _unknown)
         self._inside = stage.above is None
         self._off = False
+        self._said: list[str] = []
         self._proved = 0
         self._pending: _Pending | None = None
         self._state: tuple[Any, ...] = ()
@@ -92,14 +93,21 @@ class Cache:
             "limit": self.store.limit,
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The report as one line."""
         r = self.report()
         return (
-            f"features: the {r['stage']}'s output is kept, {r['bytes_per_picture']:,} bytes a picture; "
-            f"{r['found']:,} found, {r['computed']:,} computed; {self.store.folder} holds {r['entries']:,} entries, "
-            f"{r['bytes']:,} of {r['limit']:,} bytes"
+            f"features: {r['found']:,} found, {r['computed']:,} computed, {r['bytes_per_picture']:,} bytes each; "
+            f"{self.store.folder} holds {r['entries']:,} entries, {r['bytes']:,} of {r['limit']:,} bytes"
         )
+
+    def news(self) -> tuple[str, ...]:
+        """What has not been said yet: what is kept, once that is known, and what goes wrong with the folder."""
+        kept = f"features: the {self.stage.name}'s output of each picture or tile is kept in {self.store.folder}"
+        lines = [*([kept] if self.bytes else []), *self.store.told]
+        fresh = [line for line in lines if line not in self._said]
+        self._said += fresh
+        return tuple(fresh)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
