@@ -85,6 +85,12 @@ def read_foreign(
     }
     if not patches:
         raise AdapterError("The adapter holds no tensor.", do="fetch it again")
+    if not replaced and not any(bool(sides["B"].any()) for sides in held.factors.values()):
+        raise AdapterError(
+            "The adapter changes nothing: every lora_B is zero.",
+            given=f"{len(patches)} updates",
+            do="it was saved before it was trained, or its training never reached it: train it again",
+        )
     every = [(site, "lora") for site in sites] + [(site, "full") for site in replaced]
     return Adapter(
         parts=_parts(patches, config, held),
