@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from data.processors import picture
 from pydantic import ValidationError
 
 from tarsia.core.errors import DataError
-from tarsia.data import Rows, Sample, Source, read, sources
+from tarsia.data import Rows, Sample, Source, read, tables
 
 ROWS = 7
 
@@ -77,7 +78,20 @@ def content(sample: Sample) -> object:
     return sample.messages, [p.load().tobytes() for p in sample.pictures], sample.source, sample.row
 
 
-@pytest.mark.parametrize("write", [jsonl, whole_json, parquet, saved, several])
+def packed(folder: Path) -> str:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(Path(jsonl(folder)).read_bytes()))
+    return str(folder / "a.jsonl.gz")
+
+
+def shards(folder: Path) -> str:
+    (folder / "a").mkdir()
+    for i in (0, 3, 5):
+        table = pa.Table.from_pylist(inline()[i : {0: 3, 3: 5, 5: 7}[i]], schema=pa.Table.from_pylist(inline()).schema)
+        pq.write_table(table, folder / "a" / f"train-{i}.parquet")
+    return str(folder / "a")
+
+
+@pytest.mark.parametrize("write", [jsonl, whole_json, parquet, saved, several, packed, shards])
 def test_the_same_rows_from_everywhere(write: Callable[[Path], str], tmp_path: Path) -> None:
     rows = read(Source(path=write(tmp_path)))
     (tmp_path / "other").mkdir()
@@ -134,7 +148,17 @@ def test_a_source_is_a_frozen_description() -> None:
 @pytest.mark.parametrize(
     "name, body, says",
     [
-        ("a.csv", b"x", "no known kind"),
+        ("a.tsv", b"x", "no known kind"),
+        ("a.csv", b"x", "no rows"),
+        ("a.csv", b"question,answer\nq\n", "Row 0 of a has 1 cells"),
+        ("a.csv", b"question,question\nq,q\n", "no name, or one twice"),
+        ("a.csv", b"question,answer\n\xff,q\n", "not a CSV file in UTF-8"),
+        ("a.csv", b'question,answer\n"q,q\n', "not a CSV file"),
+        ("a.csv", b"question,answer\nq,\n", "no known format"),
+        ("a.jsonl.gz", b"{}", "can not be unpacked"),
+        ("a.json.gz", gzip.compress(b"[]")[:-9], "can not be unpacked"),
+        ("a.jsonl", b"[" * 100_000, "Row 0 of a is not JSON"),
+        ("a.json", b"[" * 100_000, "not JSON"),
         ("a.jsonl", b"", "no rows"),
         ("a.jsonl", b'{"question": "q",\n', "Row 0 of a is not JSON"),
         ("a.jsonl", b'{"question": "q", "answer": "\xff"}\n', "Row 0 of a is not JSON"),
@@ -157,13 +181,17 @@ def test_a_missing_source_and_a_strange_folder(tmp_path: Path) -> None:
         read(Source(path=str(tmp_path / "a.jsonl")))
     with pytest.raises(DataError, match="save_to_disk"):
         read(Source(path=str(tmp_path)))
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(DataError, match="damaged folder"):
+            read(Source(path=str(tmp_path)))
 
 
 def test_the_hub_is_asked_for_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load_dataset(path: str, split: str) -> datasets.Dataset:
+        asked.append((path, split))
         if split == "none":
             raise ConnectionError("offline")
         return datasets.Dataset.from_list(inline())
@@ -190,7 +218,7 @@ def test_parquet_is_read_by_row_group_and_kept_within_a_bound(tmp_path: Path, mo
     assert groups == []
     assert [rows[i].row for i in (5, 4, 0, 5, 1)] == [5, 4, 0, 5, 1]
     assert groups == [2, 0]
-    monkeypatch.setattr(sources, "_KEEP_BYTES", 1)
+    monkeypatch.setattr(tables, "_KEEP_BYTES", 1)
     groups.clear()
     rows = read(Source(path=path))
     assert [rows[i].row for i in (5, 4, 0, 5, 1)] == [5, 4, 0, 5, 1]

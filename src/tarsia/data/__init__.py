@@ -5,7 +5,8 @@ from tarsia.data.encode import IGNORED, Batch, Encoder
 from tarsia.data.formats import FORMATS, Format, Place, read_row, row_format
 from tarsia.data.mixture import Mixture, Share
 from tarsia.data.samples import PICTURE, ROLES, Call, Message, Picture, Placeholder, Sample
-from tarsia.data.sources import Rows, Source, Table, read
+from tarsia.data.sources import Rows, Source, read
+from tarsia.data.tables import Table
 
 __all__ = [
     "FORMATS",

@@ -1,67 +1,77 @@
-"""Where rows come from: JSON Lines, JSON, Parquet, a folder of `datasets`, the hub."""
+"""Where rows come from: files, folders of pictures, folders of `datasets`, the hub."""
 
 from __future__ import annotations
 
-import json
-from array import array
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, overload
+from typing import Any, Final, Self, overload
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tarsia.core.errors import DataError
+from tarsia.data import hub
 from tarsia.data.formats import Place, Row, read_row
+from tarsia.data.registry import Entry, read_entry
 from tarsia.data.samples import Sample
+from tarsia.data.tables import FILES, Arrow, Parquet, Table, ending, open_file, read_folder
 
-_HUB: Final = "hub:"
-# Encoded row groups that are kept in memory, so that shuffled reading does not read a group for each row.
-_KEEP_BYTES: Final = 512 * 2**20
+_HASHED_BYTES: Final = 2**30
 
 
 class Source(BaseModel):
     """One source of rows, as a recipe writes it.
 
-    ``path`` is a .jsonl, .json or .parquet file, a folder written by ``datasets.save_to_disk``, or
-    ``hub:owner/name``. ``name`` is what reports and errors call it (default: the path's last part).
-    ``split`` is for folders and the hub. ``limit`` keeps the first rows. ``columns`` maps a format's
-    column to the table's; ``ignore`` names columns to leave aside.
+    ``path`` is a .jsonl, .json, .csv (each also .gz) or .parquet file; a folder of pictures with a
+    metadata.csv, .jsonl or .parquet, or with one sub-folder for each label; a folder of Parquet files; a
+    folder written by ``datasets.save_to_disk``; or ``hub:owner/name``. With ``entry``, it is a
+    dataset_info.json of LLaMA-Factory's, and the entry in it says which file, columns and tags.
+
+    ``name`` is what reports and errors call it (default: the entry, or the path's last part). ``split`` is
+    for folders and the hub, ``subset`` (a configuration) and ``revision`` for the hub. ``limit`` keeps the
+    first rows. ``streaming`` reads that many from the hub without ever holding them all: see `data.hub`.
+    ``columns`` maps a format's column to the table's; ``fill`` gives every row a column, such as the
+    question that all pictures share; ``ignore`` names columns to leave aside.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(min_length=1)
     name: str = ""
+    entry: str | None = None
     split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
     limit: int | None = Field(default=None, gt=0)
+    streaming: bool = False
     columns: Mapping[str, str] = Field(default_factory=dict)
+    fill: Mapping[str, str] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        remote = self.path.startswith(hub.HUB)
+        if self.streaming and not (remote and self.limit):
+            raise ValueError("streaming is for hub: paths, and needs a limit: a stream has no length of its own")
+        if (self.subset or self.revision) and not remote:
+            raise ValueError("subset and revision are for hub: paths")
+        if self.entry is not None and (self.columns or remote):
+            raise ValueError("entry is for a local dataset_info.json, which says itself what the columns are")
+        return self
 
     @property
     def title(self) -> str:
-        """The name, or else the path's last part without its ending."""
-        return self.name or Path(self.path.removeprefix(_HUB)).stem
-
-
-class Table(Protocol):
-    """Rows by number, as they are stored: pictures encoded, nothing checked."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> object: ...
+        """The name, or else the entry's, or the path's last part without its ending."""
+        return self.name or self.entry or Path(self.path.removeprefix(hub.HUB).removesuffix(".gz")).stem
 
 
 class Rows(Sequence[Sample]):
     """The samples of one source, in the source's order; a row is read when it is asked for."""
 
-    def __init__(self, source: Source, table: Table, folder: Path) -> None:
-        self.source, self._table, self._folder = source, table, folder
-        self._length = min(len(table), source.limit or len(table))
+    def __init__(self, source: Source, table: Table, folder: Path, entry: Entry | None = None) -> None:
+        self.source, self._table, self._folder, self._entry = source, table, folder, entry
+        limit = min(filter(None, (source.limit, entry.limit if entry else None)), default=None)
+        self._length = min(len(table), limit or len(table))
         if not self._length:
             raise DataError(f"The source {source.title} has no rows.", given=source.path)
 
@@ -78,7 +88,7 @@ class Rows(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         number = index % len(self)
-        place = Place(self.source.title, number, self._folder)
+        place = Place(self.source.title, number, self._folder, self._table.columnar)
         row = self._table[number]
         if not isinstance(row, Mapping):
             raise place.error("not an object with columns.", given=f"{row!r:.60}")
@@ -93,159 +103,142 @@ class Rows(Sequence[Sample]):
             raise place.error(
                 "the source's `columns` names columns that are not there.",
                 given=", ".join(missing),
-                allowed=", ".join(row),
+                allowed=", ".join(map(str, row)),
             )
         ours = {theirs: name for name, theirs in self.source.columns.items()}
-        return {ours.get(key, key): value for key, value in row.items() if key not in self.source.ignore}
+        row = {ours.get(key, key): value for key, value in row.items() if key not in self.source.ignore}
+        if taken := sorted(set(row) & set(self.source.fill)):
+            raise place.error("the source's `fill` names columns that are there.", given=", ".join(taken))
+        row |= self.source.fill
+        return self._entry.usual(row, place) if self._entry else row
+
+    def digest(self) -> str:
+        """SHA-256 of the source's files, and of the picture files that its rows name.
+
+        Up to 1 GiB of pictures count by their bytes, in the order of their paths, the rest by their sizes.
+        Rows of the hub that were not streamed count by the fingerprint that `datasets` gives them, which
+        follows from the commit. Raises DataError where a row is malformed or a file can not be read.
+        """
+        if isinstance(self._table, Arrow) and self._path.startswith(hub.HUB):
+            return f"{self._path}:{self._table.dataset._fingerprint}"
+        files = self._files()
+        try:
+            whole = _hash(files, self._folder)
+            outside = sorted(self._pictures() - set(files))
+            if not outside:
+                return whole
+            total = hashlib.sha256(whole.encode())
+            left = _HASHED_BYTES
+            for path in outside:
+                size = path.stat().st_size
+                left -= size
+                total.update(f"\n{path} {size} {_content(path) if left >= 0 else ''}".encode())
+        except OSError as error:
+            raise DataError(f"The files of {self.source.title} can not be read.", given=str(error)) from None
+        return total.hexdigest()
+
+    @property
+    def _path(self) -> str:
+        return self._entry.path if self._entry else self.source.path
+
+    def _files(self) -> list[Path]:
+        if isinstance(self._table, Parquet):
+            return list(self._table.paths)
+        path = Path(self._path)
+        named = [Path(self.source.path)] if self._entry else []
+        return [*named, *(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])]
+
+    def _pictures(self) -> set[Path]:
+        columns = [self.source.columns.get(name, name) for name in ("image", "images")]
+        if isinstance(self._table, Parquet) and all(map(self._table.holds, columns)):
+            return set()
+        return {p.content for sample in self for p in sample.pictures if isinstance(p.content, Path)}
+
+
+def _hash(files: Iterable[Path], folder: Path) -> str:
+    contents = [(file, _content(file)) for file in files]
+    if len(contents) == 1:
+        return contents[0][1]
+    lines = (
+        f"{file.relative_to(folder) if folder in file.parents else file.name} {content}\n" for file, content in contents
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(source: Source) -> Rows:
     """Open a source. Raises DataError where it is missing, of no known kind, empty or has no such split."""
-    if source.path.startswith(_HUB):
-        return Rows(source, _hub(source), Path())
-    path = Path(source.path)
+    entry = None
+    path, split, subset = source.path, source.split, source.subset
+    if source.entry is not None:
+        entry = read_entry(Path(path), source.entry)
+        path, split, subset = entry.path, split or entry.split, entry.subset
+    if path.startswith(hub.HUB):
+        if source.streaming and source.limit:
+            parts = hub.spool(path, split, subset, source.revision, source.limit)
+            return Rows(source, Parquet(parts, source.title), Path())
+        return Rows(source, Arrow(hub.load(path, split, subset, source.revision)), Path(), entry)
+    table, folder = _local(source, Path(path), split)
+    return Rows(source, table, folder, entry)
+
+
+def _local(source: Source, path: Path, split: str | None) -> tuple[Table, Path]:
     if not path.exists():
-        raise DataError(f"The source {source.title} is missing.", given=source.path, do="check the path")
+        raise DataError(f"The source {source.title} is missing.", given=str(path), do="check the path")
     if path.is_dir():
-        return Rows(source, _saved(source, path), path)
-    if path.suffix not in _FILES:
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _saved(source, path, split), path
+        return _folder(source, path, split)
+    if ending(path) not in FILES:
         raise DataError(
             f"The source {source.title} is of no known kind.",
             given=path.name,
-            allowed=", ".join([*_FILES, "a folder of datasets.save_to_disk", "hub:owner/name"]),
+            allowed=", ".join([*FILES, "a folder", "hub:owner/name"]),
         )
-    if source.split is not None:
+    if split is not None:
         raise DataError(
-            f"The source {source.title} is one file and has no splits.", given=source.split, do="leave `split` out"
+            f"The source {source.title} is one file and has no splits.", given=split, do="leave `split` out"
         )
-    try:
-        table = _FILES[path.suffix](path, source.title)
-    except OSError as error:
-        raise DataError(f"The source {source.title} can not be read.", given=f"{path}: {error.strerror}") from None
-    return Rows(source, table, path.parent)
+    return open_file(path, source.title), path.parent
 
 
-class _Lines:
-    """A JSON Lines file: where each line begins is kept, the lines are not."""
-
-    def __init__(self, path: Path, title: str) -> None:
-        self._path, self._title = path, title
-        self._starts = array("q")
-        with path.open("rb") as file:
-            start = 0
-            for line in file:
-                if line.strip():
-                    self._starts.append(start)
-                start += len(line)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, row: int) -> object:
-        with self._path.open("rb") as file:
-            file.seek(self._starts[row])
-            line = file.readline()
-        try:
-            return json.loads(line)
-        except ValueError as error:  # a UnicodeDecodeError is one too
-            raise DataError(
-                f"Row {row} of {self._title} is not JSON: {error}.", given=f"{line[:60]!r}", do="correct the line"
-            ) from None
+def _folder(source: Source, path: Path, split: str | None) -> tuple[Table, Path]:
+    inside = path / split if split else path
+    table = read_folder(inside, source.title) if inside.is_dir() else None
+    if table is None:
+        raise DataError(
+            f"The source {source.title} is a folder without pictures and Parquet files, and not one of "
+            "datasets.save_to_disk.",
+            given=str(inside),
+            do="give a .jsonl, .json, .csv or .parquet file in it",
+        )
+    return table, inside
 
 
-def _json(path: Path, title: str) -> Table:
-    try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"The source {title} is not JSON: {error}.", given=str(path)) from None
-    if not isinstance(rows, list):
-        raise DataError(f"The source {title} is not a list of rows.", given=type(rows).__name__, allowed="a JSON list")
-    return rows
-
-
-class _Parquet:
-    """A Parquet file, read by row group; pictures stay encoded."""
-
-    def __init__(self, path: Path, title: str) -> None:
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"The source {title} is not a Parquet file: {error}.", given=str(path)) from None
-        meta = self._file.metadata
-        groups = range(meta.num_row_groups)
-        self._title = title
-        self._starts: list[int] = [0, *accumulate(meta.row_group(g).num_rows for g in groups)]
-        self._kept: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, row: int) -> object:
-        group = bisect_right(self._starts, row) - 1
-        return self._group(group).slice(row - self._starts[group], 1).to_pylist()[0]
-
-    def _group(self, group: int) -> pa.Table:
-        if group not in self._kept:
-            try:
-                self._kept[group] = self._file.read_row_group(group)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"Row group {group} of {self._title} can not be read: {error}.") from None
-            while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > _KEEP_BYTES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(group)
-        return self._kept[group]
-
-
-_FILES: Final = {".jsonl": _Lines, ".json": _json, ".parquet": _Parquet}
-
-
-class _Arrow:
-    """A `datasets` table, memory-mapped; in Arrow's format its pictures stay encoded."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset: Any = dataset.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, row: int) -> object:
-        return self._dataset[row].to_pylist()[0]
-
-
-def _saved(source: Source, path: Path) -> Table:
+def _saved(source: Source, path: Path, split: str | None) -> Table:
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+        loaded: Any = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"The source {source.title} is not a folder of datasets.save_to_disk.",
+            f"The source {source.title} is a damaged folder of datasets.save_to_disk.",
             given=f"{path}: {error}",
             do="give a .jsonl, .json or .parquet file of it",
         ) from None
     if not isinstance(loaded, datasets.DatasetDict):
-        if source.split is not None:
-            raise DataError(f"The source {source.title} has no splits.", given=source.split, do="leave `split` out")
-        return _Arrow(loaded)
-    split = source.split or (next(iter(loaded)) if len(loaded) == 1 else None)
-    if split not in loaded:
+        if split is not None:
+            raise DataError(f"The source {source.title} has no splits.", given=split, do="leave `split` out")
+        return Arrow(loaded)
+    chosen = split or (next(iter(loaded)) if len(loaded) == 1 else None)
+    if chosen not in loaded:
         raise DataError(
-            f"The source {source.title} has several splits." if split is None else f"No such split: {split}.",
-            given=f"split {split}",
+            f"The source {source.title} has several splits." if chosen is None else f"No such split: {chosen}.",
+            given=f"split {chosen}",
             allowed=", ".join(map(str, loaded)),
         )
-    return _Arrow(loaded[split])
-
-
-def _hub(source: Source) -> Table:
-    import datasets
-
-    name = source.path.removeprefix(_HUB)
-    try:
-        return _Arrow(datasets.load_dataset(name, split=source.split or "train"))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"The source {source.title} can not be loaded from the hub: {error}.",
-            given=source.path,
-            do="check the name, the split and the network, or give a local file",
-        ) from None
+    return Arrow(loaded[chosen])

@@ -112,7 +112,7 @@ def _turn(turn: Mapping[str, object], place: Place, album: _Album) -> Message:
         raise place.error(
             "a message has other keys than a role and a content.",
             given=", ".join(sorted(turn)),
-            allowed="role, content; tool_calls, reasoning_content, loss (or weight) of an assistant; tool_call_id, name",
+            allowed="role, content, name, tool_call_id; of an assistant tool_calls, reasoning_content, loss or weight",
         )
     role, content = read_text(turn["role"], "a message's role", place), turn.get("content", ())
     if role in _CALLS:
@@ -163,7 +163,7 @@ def _part(part: object, place: Place, album: _Album) -> str | Placeholder:
     if kind == "image" and not given:
         return album.show(None)
     if kind == "image" and len(given) == 1 and set(given) <= {"image", "url", "path"}:
-        return album.show(read_picture(*given.values(), place))
+        return album.show(read_picture(next(iter(given.values())), place))
     if kind == "image_url" and set(given) == {"image_url"}:
         return album.show(_from_url(given["image_url"], place))
     raise place.error("a part of a message is not understood.", given=shown(part), allowed=_PART)
