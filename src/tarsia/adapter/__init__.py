@@ -2,7 +2,7 @@
 
 from tarsia.adapter.files import load, save
 from tarsia.adapter.fingerprint import Fingerprint
-from tarsia.adapter.host import Host, native_bf16, open_base
+from tarsia.adapter.host import Host, Outline, native_bf16, open_base, open_outline
 from tarsia.adapter.proof import Probe, probe, prove
 from tarsia.adapter.value import Adapter, Patched, put
 
@@ -10,11 +10,13 @@ __all__ = [
     "Adapter",
     "Fingerprint",
     "Host",
+    "Outline",
     "Patched",
     "Probe",
     "load",
     "native_bf16",
     "open_base",
+    "open_outline",
     "probe",
     "prove",
     "put",

@@ -19,7 +19,8 @@ from tarsia.core.site import Site
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+_WEIGHTS = "*.safetensors"
+_FILES = ("*.json", _WEIGHTS, "*.jinja", "*.txt", "tokenizer.model")
 _TWICE = ("consolidated*", "*/*.safetensors")  # the same weights in another program's form
 
 
@@ -101,6 +102,34 @@ def open_base(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What can be known of a base without its weights.
+
+    ``context`` is how many tokens it has positions for, None where the configuration does not say.
+    """
+
+    name: str
+    path: Path
+    processor: Any
+    anatomy: Anatomy
+    sites: tuple[Site, ...]
+    context: int | None
+
+
+def open_outline(name: str) -> Outline:
+    """Read a base's configuration and processor, and no weights. Raises as ``open_base`` does."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = _folder(name, weights=False)
+    anatomy = _anatomy(folder)
+    processor = _processor(folder)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForImageTextToText.from_config(anatomy.config)
+    context = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
+    return Outline(name, folder, processor, anatomy, tuple(anatomy.sites(model)), context)
+
+
 def _dtype(dtype: str, place: torch.device) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
@@ -124,7 +153,7 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, *, weights: bool = True) -> Path:
     found = resolve(name)
     folder = Path(found).expanduser()
     if folder.is_dir():
@@ -147,7 +176,8 @@ def _folder(name: str) -> Path:
     try:
         # what is not understood is refused before its weights are fetched
         _anatomy(Path(snapshot_download(found, allow_patterns=["config.json"])))
-        return Path(snapshot_download(found, allow_patterns=list(_FILES), ignore_patterns=list(_TWICE)))
+        wanted = _FILES if weights else tuple(pattern for pattern in _FILES if pattern != _WEIGHTS)
+        return Path(snapshot_download(found, allow_patterns=list(wanted), ignore_patterns=list(_TWICE)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -1,0 +1,91 @@
+"""A row as the loss sees it: runs of tokens that are learnt, read, control tokens or pictures."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from typing import Any
+
+from tarsia.data.encode import IGNORED, Batch
+
+
+class What(StrEnum):
+    """What a run of tokens is."""
+
+    TEXT = "text"
+    CONTROL = "control"
+    PICTURE = "picture"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens in a row that are alike. ``cut``: `max_length` takes them away."""
+
+    what: What
+    learnt: bool
+    text: str
+    tokens: int
+    cut: bool = False
+
+
+def runs(batch: Batch, processor: Any, max_length: int | None = None) -> tuple[Run, ...]:
+    """The first row of ``batch`` as runs; image tokens collapse to "[picture 1: 64 tokens]".
+
+    A picture that its family lays out in several runs of image tokens has a number only where runs and
+    pictures are equally many.
+    """
+    mask = batch.inputs["attention_mask"][0].bool()
+    ids, labels = batch.inputs["input_ids"][0][mask].tolist(), batch.labels[0][mask].tolist()
+    kinds = [
+        (what(i, processor), label != IGNORED, max_length is not None and t >= max_length)
+        for t, (i, label) in enumerate(zip(ids, labels, strict=True))
+    ]
+    grouped = [(kind, [t for t, _ in members]) for kind, members in groupby(enumerate(kinds), key=lambda pair: pair[1])]
+    numbered = sum(kind is What.PICTURE for (kind, _, _), _ in grouped) == batch.n_pictures[0]
+    shown: list[Run] = []
+    pictures = 0
+    for (kind, learnt, cut), places in grouped:
+        first, count = places[0], len(places)
+        if kind is What.PICTURE:
+            pictures += 1
+            text = f"[picture {pictures}: {count} tokens]" if numbered else f"[picture: {count} tokens]"
+        else:
+            text = _text(processor.tokenizer, ids, first, first + count)
+        shown.append(Run(kind, learnt, text, count, cut))
+    return tuple(shown)
+
+
+def what(token: int, processor: Any) -> What:
+    """What one token is to this processor."""
+    if token == processor.image_token_id:
+        return What.PICTURE
+    added = processor.tokenizer.added_tokens_decoder.get(token)
+    return What.CONTROL if added is not None and added.special else What.TEXT
+
+
+def _text(tokenizer: Any, ids: Sequence[int], start: int, end: int) -> str:
+    """The characters of ids[start:end]; some decoders drop a space that begins a text, so decode what is before too."""
+
+    def decode(some: Sequence[int]) -> str:
+        text: str = tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    before, whole = decode(ids[max(0, start - 16) : start]), decode(ids[max(0, start - 16) : end])
+    return whole[len(before) :] if whole.startswith(before) else decode(ids[start:end])
+
+
+def visible(text: str) -> str:
+    """``text`` with control and direction characters made visible: none of them may act on a terminal or a page."""
+    shown = (_sign(c) if _acts(c) else c for c in text)
+    return "".join(shown).encode("utf-8", "backslashreplace").decode()
+
+
+def _acts(c: str) -> bool:
+    return c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")
+
+
+def _sign(c: str) -> str:
+    return chr(0x2400 + ord(c)) if ord(c) < 0x20 else f"\\u{ord(c):04x}"
