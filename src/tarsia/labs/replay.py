@@ -71,9 +71,9 @@ def folder() -> Path | None:
 
 
 def write(out: Path, shifts: Iterable[Shift], split: str, data: Path | None) -> None:
-    """Write the rows of a split to ``out/SPLIT``: all general ones also as one source, in turns; a file is kept."""
+    """Write the rows of a split to ``out/SPLIT``: all general ones also as one source; a file is kept."""
     general = replay_rows.general(split, data)
-    pool = [rows[i % len(rows)] for i in range(max(map(len, general.values()))) for rows in general.values()]
+    pool = [row for rows in general.values() for row in rows]
     wanted: dict[str, Iterable[sources.Asked]] = {**general, "general": pool}
     for shift in shifts:
         wanted |= {f"{shift.name}-{name}": rows for name, rows in shift.rows(split, data).items()}
@@ -105,8 +105,14 @@ def recipe(run: Run, out: Path, **changed: Any) -> Recipe:
     if run.share:
         train.append({"path": str(out / "train" / "general.parquet"), "name": "general", "weight": run.share})
         data["mix"] = run.mode
+    kept = {"features": {"path": str(out / "features")}} if frozen(shift) else {}
     place = str(out / "training" / run.name)
-    return Recipe.of({**PLACE, **shift.recipe, **changed, "data": data, "seed": run.seed, "out": place})
+    return Recipe.of({**PLACE, **shift.recipe, **kept, **changed, "data": data, "seed": run.seed, "out": place})
+
+
+def frozen(shift: Shift) -> bool:
+    """Whether the recipe leaves the vision tower as it is, so that its outputs can be kept."""
+    return not any(part["select"].startswith("vision") for part in shift.recipe["parts"])
 
 
 def answers(host: Host, rows: Mapping[str, Sequence[Sample]], longest: Mapping[str, int]) -> dict[str, list[str]]:

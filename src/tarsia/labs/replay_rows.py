@@ -17,9 +17,16 @@ from tarsia.base import texts
 from tarsia.labs import smears, sources
 from tarsia.labs.sources import Asked
 
-REPLAYED = 600
-"""Rows of each general source that replay draws from."""
-MEASURED = 150
+REPLAYED: Mapping[str, int] = {
+    "photographs": 450,
+    "scenes": 450,
+    "words": 300,
+    "digits": 150,
+    "refusals": 75,
+    "talk": 75,
+}
+"""Rows of each general source that replay draws from: more of what is easily lost, fewer of what never is."""
+MEASURED = 100
 """Rows of each general source that are measured, where there are so many."""
 _TEXTS = ("words", "refusals", "talk")
 _SPLITS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
@@ -27,7 +34,7 @@ _SPLITS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "refusals": {"train": (2, 3, 4, 5, 6, 7), "validation": (1,), "held-out": (0, 8, 9)},
     "talk": {"train": (2, 3, 4, 5, 6, 7), "validation": (1,), "held-out": (0, 8, 9)},
 }
-_DRAWN = 60_000
+_DRAWN = 40_000
 """Numbers of texts that are looked through: nearly every question occurs among them."""
 
 
@@ -37,12 +44,12 @@ def general(split: str, photographs: Path | None) -> dict[str, list[Asked]]:
     ``photographs`` is a folder with cifar10-train.parquet and cifar10-test.parquet; without it there are none.
     """
     train = split == "train"
-    count = REPLAYED if train else MEASURED
-    rows = {"digits": _digits(split, count), "scenes": list(sources.scenes(count, split))}
-    rows |= {kind: _texts(kind, split, count) for kind in _TEXTS}
+    count = REPLAYED if train else dict.fromkeys(REPLAYED, MEASURED)
+    rows = {"digits": _digits(split, count["digits"]), "scenes": list(sources.scenes(count["scenes"], split))}
+    rows |= {kind: _texts(kind, split, count[kind]) for kind in _TEXTS}
     if photographs is not None:
         if train:
-            rows["photographs"] = list(smears.photographs(photographs / "cifar10-train.parquet", count))
+            rows["photographs"] = list(smears.photographs(photographs / "cifar10-train.parquet", count["photographs"]))
         else:
             both = list(smears.photographs(photographs / "cifar10-test.parquet", 2 * MEASURED))
             rows["photographs"] = both[:MEASURED] if split == "held-out" else both[MEASURED:]

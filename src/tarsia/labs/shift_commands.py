@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from tarsia.base import pictures
 from tarsia.base.pictures import POSITIONS, Thing
+from tarsia.base.texts import article
 from tarsia.labs.sources import Asked, numbers
 
 PLACES = ("bin", "box", "tray")
@@ -27,7 +28,8 @@ def order_of(things: Sequence[Thing], rng: random.Random) -> tuple[str, dict[str
     here = rng.choice(things).position if rng.random() < 0.8 else rng.choice(POSITIONS)
     thing = next((t for t in things if t.position == here), None)
     place = rng.choice(PLACES)
-    order = rng.choice((f"Put the shape in the {here} into the {place}.", f"Move the {here} shape to the {place}."))
+    verb = rng.choice(("Put", "Move"))
+    order = f"{verb} what is in the {here} to the {place}."
     if thing is None:
-        return order, {"action": "none"}
-    return order, {"action": "pick", "colour": thing.colour, "shape": thing.shape, "to": place}
+        return order, {"pick": "nothing"}
+    return order, {"pick": article(f"{thing.colour} {thing.shape}"), "to": place}
