@@ -86,13 +86,13 @@ class Picture:
             self._check(picture)
             return ImageOps.exif_transpose(picture).convert("RGB")
         except FileNotFoundError:
-            raise self._error("is missing", "put the file there, or take the row out") from None
+            raise self.error("is missing", "put the file there, or take the row out") from None
         except Image.DecompressionBombError as error:
-            raise self._error(f"is too large to be decoded safely ({error})", "scale it down") from None
+            raise self.error(f"is too large to be decoded safely ({error})", "scale it down") from None
         except UnidentifiedImageError:
-            raise self._error("is not a picture in any format that can be read", "convert it to PNG or JPEG") from None
+            raise self.error("is not a picture in any format that can be read", "convert it to PNG or JPEG") from None
         except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-            raise self._error(f"can not be decoded: {error}", "replace the file, or take the row out") from None
+            raise self.error(f"can not be decoded: {error}", "replace the file, or take the row out") from None
 
     def _open(self) -> Image.Image:
         if isinstance(self.content, Image.Image):
@@ -104,14 +104,15 @@ class Picture:
     def _check(self, picture: Image.Image) -> None:
         width, height = picture.size
         if not width or not height:
-            raise self._error(f"has no pixels ({width} x {height})", "replace the file, or take the row out")
+            raise self.error(f"has no pixels ({width} x {height})", "replace the file, or take the row out")
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and width * height > limit:
-            raise self._error(f"is too large to be decoded safely ({width} x {height})", "scale it down")
+            raise self.error(f"is too large to be decoded safely ({width} x {height})", "scale it down")
         if picture.mode.partition(";")[0] in _DEEP:
-            raise self._error(f"has more than 8 bits a channel (mode {picture.mode})", "convert it to 8 bits")
+            raise self.error(f"has more than 8 bits a channel (mode {picture.mode})", "convert it to 8 bits")
 
-    def _error(self, what: str, do: str) -> DataError:
+    def error(self, what: str, do: str) -> DataError:
+        """A DataError that names the row, its source and the picture."""
         return DataError(f"A picture of row {self.row} of {self.source} {what}.", given=self.name, do=do)
 
 

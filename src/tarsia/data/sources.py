@@ -13,7 +13,7 @@ from tarsia.core.errors import DataError
 from tarsia.data import hub
 from tarsia.data.formats import Place, Row, read_row
 from tarsia.data.registry import Entry, read_entry
-from tarsia.data.samples import Sample
+from tarsia.data.samples import Picture, Sample
 from tarsia.data.tables import FILES, Arrow, Parquet, Table, ending, open_file, read_folder
 
 _HASHED_BYTES: Final = 2**30
@@ -124,18 +124,10 @@ class Rows(Sequence[Sample]):
         files = self._files()
         try:
             whole = _hash(files, self._folder)
-            outside = sorted(self._pictures() - set(files))
-            if not outside:
-                return whole
-            total = hashlib.sha256(whole.encode())
-            left = _HASHED_BYTES
-            for path in outside:
-                size = path.stat().st_size
-                left -= size
-                total.update(f"\n{path} {size} {_content(path) if left >= 0 else ''}".encode())
         except OSError as error:
             raise DataError(f"The files of {self.source.title} can not be read.", given=str(error)) from None
-        return total.hexdigest()
+        outside = {path: shown for path, shown in self._pictures().items() if path not in set(files)}
+        return _with_pictures(whole, outside) if outside else whole
 
     @property
     def _path(self) -> str:
@@ -148,11 +140,25 @@ class Rows(Sequence[Sample]):
         named = [Path(self.source.path)] if self._entry else []
         return [*named, *(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])]
 
-    def _pictures(self) -> set[Path]:
+    def _pictures(self) -> dict[Path, Picture]:
         columns = [self.source.columns.get(name, name) for name in ("image", "images")]
         if isinstance(self._table, Parquet) and all(map(self._table.holds, columns)):
-            return set()
-        return {p.content for sample in self for p in sample.pictures if isinstance(p.content, Path)}
+            return {}
+        return {p.content: p for sample in self for p in sample.pictures if isinstance(p.content, Path)}
+
+
+def _with_pictures(whole: str, pictures: Mapping[Path, Picture]) -> str:
+    total, left = hashlib.sha256(whole.encode()), _HASHED_BYTES
+    for path in sorted(pictures):
+        try:
+            size = path.stat().st_size
+            left -= size
+            total.update(f"\n{path} {size} {_content(path) if left >= 0 else ''}".encode())
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+            missing = isinstance(error, FileNotFoundError)
+            what = "is missing" if missing else f"can not be read ({error})"
+            raise pictures[path].error(what, "put the file there, or take the row out") from None
+    return total.hexdigest()
 
 
 def _hash(files: Iterable[Path], folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from tarsia.core.method import find
 from tarsia.core.patch import Patch
 from tarsia.core.select import select
 from tarsia.core.site import Component, Site
-from tarsia.data import Batch, Encoder, Mixture, Rows, Source, read
+from tarsia.data import Batch, Encoder, Mixture, Rows, read
 from tarsia.train.checkpoint import Checkpoint, found, newest
 from tarsia.train.disk import write_synced, writing
 from tarsia.train.events import Log
@@ -195,24 +194,10 @@ def claim(recipe: Recipe, out: Path) -> None:
         os.replace(out / ".recipe.json", out / "recipe.json")
 
 
-def digest(source: Source) -> str:
-    """SHA-256 of a source's file, or of every file of its folder; a hub source is named and not hashed."""
-    path = Path(source.path)
-    if source.path.startswith("hub:"):
-        return f"{source.path}@{source.split or 'train'}"
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    whole = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.relative_to(path)} {content}\n".encode() if path.is_dir() else b"")
-    return whole.hexdigest() if path.is_dir() else content
-
-
 def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     """Open what a recipe names, attach the patches and check that the rows can train them."""
     sources = [read(source) for source in recipe.data.train]
-    digests = {source.title: digest(source) for source in recipe.data.train}
+    digests = {rows.source.title: rows.digest() for rows in sources}
     rows = recipe.data.rows_of_step(recipe.batch * recipe.accumulate)
     steps = recipe.steps_for(sum(map(len, sources)))
     schedule = Schedule(steps, recipe.warmup_steps(steps), recipe.decay)
