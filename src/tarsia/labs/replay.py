@@ -72,9 +72,9 @@ def folder() -> Path | None:
 
 def write(out: Path, shifts: Iterable[Shift], split: str, data: Path | None) -> None:
     """Write the rows of a split to ``out/SPLIT``: all general ones also as one source; a file is kept."""
-    general = replay_rows.general(split, data)
-    pool = [row for rows in general.values() for row in rows]
-    wanted: dict[str, Iterable[sources.Asked]] = {**general, "general": pool}
+    known = replay_rows.general(split, data)
+    pool = [row for rows in known.values() for row in rows]
+    wanted: dict[str, Iterable[sources.Asked]] = {**known, "general": pool}
     for shift in shifts:
         wanted |= {f"{shift.name}-{name}": rows for name, rows in shift.rows(split, data).items()}
     for name, rows in wanted.items():
@@ -90,8 +90,13 @@ def tasks(out: Path, shift: Shift, split: str) -> dict[str, Path]:
 
 def held_out(out: Path, shift: Shift) -> dict[str, Path]:
     """Files that a run of this shift is measured on, by source: its own and every general one."""
-    general = [path for path in (out / "held-out").glob("*.parquet") if "-" not in path.stem and path.stem != "general"]
-    return tasks(out, shift, "held-out") | {path.stem: path for path in sorted(general)}
+    return tasks(out, shift, "held-out") | general(out)
+
+
+def general(out: Path) -> dict[str, Path]:
+    """Held-out files of the general sources by name."""
+    found = {path.stem: path for path in sorted((out / "held-out").glob("*.parquet"))}
+    return {name: found[name] for name in replay_rows.REPLAYED if name in found}
 
 
 def recipe(run: Run, out: Path, **changed: Any) -> Recipe:

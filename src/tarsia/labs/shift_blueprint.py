@@ -16,7 +16,7 @@ SIZES = tuple(range(1, 10))
 
 _SIDE = 3 * SIZE
 _INK = (235, 240, 250)
-_FONT = ImageFont.load_default(105)
+_FONT = ImageFont.load_default(130)
 _Box = tuple[int, int, int, int]
 
 
@@ -39,7 +39,7 @@ def blueprint(seed: int) -> tuple[Image.Image, Part]:
     for at in range(rng.randint(0, 23), _SIDE, 24):
         draw.line((at, 0, at, _SIDE), fill=grid, width=2)
         draw.line((0, at, _SIDE, at), fill=grid, width=2)
-    short, long = (rng.randint(12, 18), rng.randint(68, 76)), (rng.randint(14, 30), rng.randint(160, 178))
+    short, long = (rng.randint(8, 13), rng.randint(48, 54)), (rng.randint(14, 30), rng.randint(160, 178))
     if part.dimension == "width":
         box = (long[0], short[0], long[1], short[1])
         _across(draw, box, part.size, rng)
@@ -63,12 +63,12 @@ def _plate(draw: ImageDraw.ImageDraw, box: _Box, rng: random.Random) -> None:
     if rng.random() < 0.5:
         draw.rectangle(box, outline=_INK, width=4)
     else:
-        cut = rng.randint(12, 22)
+        cut = rng.randint(9, 18)
         corners = ((left + cut, top), (right, top), (right, bottom), (left, bottom), (left, top + cut))
         draw.line((*corners, corners[0], corners[1]), fill=_INK, width=4)
     middle = (left + right) // 2, (top + bottom) // 2
     if rng.random() < 0.6:
-        r = rng.randint(10, 20)
+        r = rng.randint(7, 12)
         draw.ellipse((middle[0] - r, middle[1] - r, middle[0] + r, middle[1] + r), outline=_INK, width=3)
 
 
@@ -79,7 +79,7 @@ def _across(draw: ImageDraw.ImageDraw, box: _Box, value: int, rng: random.Random
     for x in (left, right):
         draw.line((x, bottom + 5, x, y + 6), fill=_INK, width=2)
     draw.line((left, y, right, y), fill=_INK, width=2)
-    draw.text(((left + right) // 2 + rng.randint(-16, 16), y + 12), str(value), _INK, _FONT, "mt", stroke_width=3)
+    draw.text(((left + right) // 2 + rng.randint(-9, 9), y + 14), str(value), _INK, _FONT, "mt", stroke_width=3)
 
 
 def _up(draw: ImageDraw.ImageDraw, box: _Box, value: int, rng: random.Random) -> None:
@@ -89,4 +89,4 @@ def _up(draw: ImageDraw.ImageDraw, box: _Box, value: int, rng: random.Random) ->
     for y in (top, bottom):
         draw.line((left - 5, y, x - 6, y), fill=_INK, width=2)
     draw.line((x, top, x, bottom), fill=_INK, width=2)
-    draw.text((x - 14, (top + bottom) // 2 + rng.randint(-16, 16)), str(value), _INK, _FONT, "rm", stroke_width=3)
+    draw.text((x - 14, (top + bottom) // 2 + rng.randint(-9, 9)), str(value), _INK, _FONT, "rm", stroke_width=3)
