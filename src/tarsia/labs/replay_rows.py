@@ -19,11 +19,11 @@ from tarsia.labs.sources import Asked
 
 REPLAYED: Mapping[str, int] = {
     "photographs": 450,
-    "scenes": 450,
+    "scenes": 600,
     "words": 300,
-    "digits": 150,
-    "refusals": 75,
-    "talk": 75,
+    "digits": 75,
+    "refusals": 40,
+    "talk": 40,
 }
 """Rows of each general source that replay draws from: more of what is easily lost, fewer of what never is."""
 MEASURED = 100

@@ -70,7 +70,7 @@ SHIFTS: Mapping[str, Shift] = {
     shift.name: shift
     for shift in (
         Shift("blood", "blood cells", _blood, _recipe(1.5e-3, 3e-4, 120, 12), 8, needs_data=True),
-        Shift("infrared", "infrared belt", _infrared, _recipe(1.5e-3, 3e-4, 160, 12), 8),
+        Shift("infrared", "infrared belt", _infrared, _recipe(1e-3, 1e-4, 320, 4), 8),
         Shift("commands", "robot commands", _commands, _recipe(1.5e-3, 3e-4, 160, 12), 40),
         Shift("blueprints", "blueprints", _blueprints, _recipe(1.5e-3, 3e-4, 200, 12, 1e-3), 8),
     )
