@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
@@ -15,11 +16,21 @@ from tarsia.evaluate import metrics
 from tarsia.evaluate.bootstrap import RESAMPLES, interval
 from tarsia.evaluate.chat import reference
 from tarsia.evaluate.choose import chances
-from tarsia.evaluate.generate import generate
+from tarsia.evaluate.generate import Said, say
 from tarsia.evaluate.report import Report, Result, Row
 
 MOST_ANSWERS: Final = 64
 """Where a source's references are more than these, they are no set to choose from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How questions are put and answers judged: see ``evaluate``."""
+
+    metric: str = "exact"
+    max_new_tokens: int = 32
+    batch: int = 16
+    seed: int = 0
 
 
 def evaluate(
@@ -38,7 +49,17 @@ def evaluate(
     references, at most MOST_ANSWERS. Raises DataError for a source without rows, a row without a reference,
     and a row that no answer of its set can satisfy; ConfigError for an unknown metric or source.
     """
-    judge = metrics.find(metric)
+    return examine(host, sources, Asking(metric, max_new_tokens, batch, seed), answers)[0]
+
+
+def examine(
+    host: Host,
+    sources: Mapping[str, Sequence[Sample]],
+    asking: Asking,
+    answers: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[Report, dict[str, tuple[Said, ...]]]:
+    """``evaluate``, and by source what was said freely, with its ids."""
+    judge = metrics.find(asking.metric)
     unknown = sorted(set(answers or {}) - set(sources))
     if unknown:
         raise ConfigError(
@@ -46,32 +67,33 @@ def evaluate(
         )
     if not sources:
         raise ConfigError("There is nothing to evaluate.", do="give a source of rows")
-    results, ways = [], []
+    results, ways, heard = [], [], {}
     for name, members in sources.items():
         rows = tuple(members)
         if not rows:
             raise DataError(f"The source {name} has no rows.")
         choice, origin = _choice(name, rows, (answers or {}).get(name), judge)
-        said = generate(host, rows, max_new_tokens, batch)
-        scored = chances(host, rows, choice, batch)
+        heard[name] = say(host, rows, asking.max_new_tokens, asking.batch)
+        scored = chances(host, rows, choice, asking.batch)
         ways.append(scored.way)
         judged = tuple(
-            _row(row, text, choice, found, tokens, judge)
-            for row, text, found, tokens in zip(rows, said, scored.found, scored.tokens, strict=True)
+            _row(row, said.text, choice, found, tokens, judge)
+            for row, said, found, tokens in zip(rows, heard[name], scored.found, scored.tokens, strict=True)
         )
-        results.append(_result(name, judged, choice, origin, seed))
-    return Report(
+        results.append(_result(name, judged, choice, origin, asking.seed))
+    report = Report(
         base=host.name,
         digest=host.fingerprint.weights,
         precision=str(next(host.model.parameters()).dtype).removeprefix("torch."),
         adapters=active(host),
-        metric=metric,
-        max_new_tokens=max_new_tokens,
+        metric=asking.metric,
+        max_new_tokens=asking.max_new_tokens,
         scoring="; ".join(dict.fromkeys(ways)),
-        seed=seed,
+        seed=asking.seed,
         resamples=RESAMPLES,
         results=tuple(results),
     )
+    return report, heard
 
 
 def active(host: Host) -> tuple[str, ...]:

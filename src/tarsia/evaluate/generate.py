@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import GenerationConfig
 
@@ -11,7 +12,21 @@ from tarsia.data.samples import Sample
 from tarsia.evaluate.chat import Chat, examined
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An answer as text and as the ids that were written, one or more; the end of the turn is the last of them
+    unless the answer was cut at its longest."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
 def generate(host: Host, samples: Sequence[Sample], max_new_tokens: int = 32, batch: int = 16) -> tuple[str, ...]:
+    """The text of what ``say`` gives."""
+    return tuple(said.text for said in say(host, samples, max_new_tokens, batch))
+
+
+def say(host: Host, samples: Sequence[Sample], max_new_tokens: int = 32, batch: int = 16) -> tuple[Said, ...]:
     """What the host, with the adapters that act now, says to each sample's question: the messages before its
     last answer. Greedy; stops at the end of the turn or after ``max_new_tokens``.
     """
@@ -23,7 +38,7 @@ def generate(host: Host, samples: Sequence[Sample], max_new_tokens: int = 32, ba
         eos_token_id=sorted(chat.ends),
         pad_token_id=chat.tokenizer.pad_token_id,
     )
-    said = [""] * len(samples)
+    said: dict[int, Said] = {}
     kept = chat.model.generation_config
     try:
         chat.model.generation_config = wanted
@@ -32,7 +47,8 @@ def generate(host: Host, samples: Sequence[Sample], max_new_tokens: int = 32, ba
                 inputs = chat.inputs([samples[i] for i in rows], texts)
                 out = chat.model.generate(**inputs)
                 for i, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                    said[i] = chat.decode(ids)
+                    end = next((n for n, token in enumerate(ids) if token in chat.ends), len(ids))
+                    said[i] = Said(chat.decode(ids), tuple(ids[: end + 1]))
     finally:
         chat.model.generation_config = kept
-    return tuple(said)
+    return tuple(said[i] for i in range(len(samples)))

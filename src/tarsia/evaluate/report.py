@@ -13,7 +13,7 @@ from tarsia.evaluate.bootstrap import LEVEL, Interval, paired
 if TYPE_CHECKING:
     from rich.table import Table
 
-_FROZEN: Final = ConfigDict(frozen=True, extra="forbid")
+FROZEN: Final = ConfigDict(frozen=True, extra="forbid")
 
 
 class Row(BaseModel):
@@ -23,7 +23,7 @@ class Row(BaseModel):
     ``tokens`` labels, in nats, end of turn included.
     """
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     row: int
     reference: str
@@ -42,7 +42,7 @@ class Result(BaseModel):
     are none. ``loss`` is the mean over all labels of the source, in nats.
     """
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     source: str
     free: Interval
@@ -63,7 +63,7 @@ class Report(BaseModel):
     were computed in, ``adapters`` what acted. ``scoring`` says how answers were scored; ``seed`` and ``resamples``
     are the bootstrap's."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     base: str
     digest: str
@@ -107,7 +107,7 @@ class Change(BaseModel):
     ``forgetting`` is what was lost of free answers, in points (percent of rows); a gain is negative.
     """
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     source: str
     n: int
@@ -126,7 +126,7 @@ class Change(BaseModel):
 class Comparison(BaseModel):
     """Two reports of the same rows, source by source."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     base: str
     digest: str

@@ -125,12 +125,30 @@ def plain(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> T
 
     Raises AnatomyError where what comes later changes what was predicted before it.
     """
-    ids = inputs["input_ids"]  # [answers, P], no padding
+    logits, real, targets = forced(model, inputs, answers)
+    first = logits[:, 0].log_softmax(-1)
+    if float((first - first[0]).abs().max()) > tolerance(model):
+        raise AnatomyError(
+            "The model sees the answer before it gives it, so answers can not be scored.",
+            given=type(model).__name__,
+            do="measure free answers alone",
+        )
+    found = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double()
+    return -(found * real).sum(1)
+
+
+def forced(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model predicts where it is made to say ``answers[i]`` (one id or more) after row i of ``inputs``.
+
+    ``inputs`` are padded on the left. Returns logits, float32 [rows, longest answer, vocabulary], that predict each
+    token of the answers; which of them are real, bool [rows, longest]; and the tokens' ids, 0 where not.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]  # [rows, P]
     longest = max(map(len, answers))
     tail = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers], device=ids.device)
     real = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=ids.device)
     longer = dict(inputs) | {"input_ids": torch.cat([ids, tail], 1)}
-    longer["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"].dtype)], 1)
+    longer["attention_mask"] = torch.cat([mask, real.to(mask.dtype)], 1)
     for key in ("token_type_ids", "mm_token_type_ids"):
         if key in inputs:
             kind = torch.full_like(tail, _ANSWER_TYPE.get(model.config.model_type, 0), dtype=inputs[key].dtype)
@@ -140,17 +158,17 @@ def plain(model: Any, inputs: Mapping[str, Tensor], answers: Sequence[Ids]) -> T
         longer["cross_attention_mask"] = torch.cat(
             [inputs["cross_attention_mask"], last.expand(-1, longest, -1, -1)], 1
         )
+    if not bool(mask.all()) and _counts(model):
+        longer["position_ids"] = (longer["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
     read = model(**longer, use_cache=False, **only_last(model, longest + 1)).logits
-    logits = read[:, -longest - 1 : -1].float()  # [answers, longest, vocabulary]
-    first = logits[:, 0].log_softmax(-1)
-    if float((first - first[0]).abs().max()) > tolerance(model):
-        raise AnatomyError(
-            "The model sees the answer before it gives it, so answers can not be scored.",
-            given=type(model).__name__,
-            do="measure free answers alone",
-        )
-    found = F.cross_entropy(logits.transpose(1, 2), tail, reduction="none").double()
-    return -(found * real).sum(1)
+    return read[:, -longest - 1 : -1].float(), real.bool(), tail
+
+
+def _counts(model: Any) -> bool:
+    """Whether positions are one number a token, which a row that is padded on the left has to be given."""
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return "mrope_section" not in rope and "position_ids" in inspect.signature(model.forward).parameters
 
 
 def only_last(model: Any, count: int) -> dict[str, int]:
