@@ -18,12 +18,12 @@ from tarsia.labs import smears, sources
 from tarsia.labs.sources import Asked
 
 REPLAYED: Mapping[str, int] = {
-    "photographs": 450,
+    "photographs": 600,
     "scenes": 600,
-    "words": 300,
-    "digits": 75,
-    "refusals": 40,
-    "talk": 40,
+    "words": 225,
+    "digits": 45,
+    "refusals": 15,
+    "talk": 15,
 }
 """Rows of each general source that replay draws from: more of what is easily lost, fewer of what never is."""
 MEASURED = 100
