@@ -43,6 +43,15 @@ def test_every_kind_of_content_is_the_same_picture(tmp_path: Path) -> None:
         assert (loaded.mode, loaded.size, loaded.tobytes()) == ("RGB", (16, 16), wanted)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_what_is_transparent_is_white(mode) -> None:
+    """As Transformers' own processors take it, not the colour that lies hidden under it."""
+    hidden = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    hidden.putpixel((1, 0), (0, 0, 0, 255))
+    shown = Picture(hidden.convert(mode), "hidden", "task", 0).load()
+    assert [shown.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (0, 0, 0)]
+
+
 def test_grey_and_palette_and_alpha_become_rgb() -> None:
     for mode in ("L", "P", "RGBA", "1", "CMYK"):
         assert load(encoded(picture().convert(mode), "TIFF")).mode == "RGB"

@@ -76,7 +76,7 @@ class Picture:
     row: int
 
     def load(self) -> Image.Image:
-        """Decode to 8-bit RGB, turned upright by its EXIF orientation.
+        """Decode to 8-bit RGB, turned upright by its EXIF orientation, on white where it is transparent.
 
         Raises DataError, naming row and file, where the file is missing, unreadable, cut off, of zero
         size, larger than PIL's limit for decompression bombs, or deeper than 8 bits a channel.
@@ -84,7 +84,7 @@ class Picture:
         try:
             picture = self._open()
             self._check(picture)
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return _on_white(ImageOps.exif_transpose(picture)).convert("RGB")
         except FileNotFoundError:
             raise self.error("is missing", "put the file there, or take the row out") from None
         except Image.DecompressionBombError as error:
@@ -114,6 +114,13 @@ class Picture:
     def error(self, what: str, do: str) -> DataError:
         """A DataError that names the row, its source and the picture."""
         return DataError(f"A picture of row {self.row} of {self.source} {what}.", given=self.name, do=do)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """As Transformers' own processors show it; without this, colours that nobody sees would come to light."""
+    if not picture.has_transparency_data:
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
 
 
 @dataclass(frozen=True, slots=True)
