@@ -34,6 +34,10 @@ class Base(Protocol):
         """What the site gives for ``x`` with this weight and bias in place of its own."""
         ...
 
+    def linear(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, where calling this is ``F.linear(x, weight, bias)`` with both frozen and nothing else."""
+        ...
+
 
 class Patch(nn.Module):
     """A trained piece for one site.
@@ -108,6 +112,15 @@ class Ground:
         with swapped(self.module, named(self.module, self.site, weight, bias)):
             return self(x)
 
+    def linear(self, x: Any) -> tuple[Tensor, Tensor | None] | None:
+        # a subclass, a wrapped forward, a quantised or half-loaded weight: all of these compute something else
+        if type(self.module) is not nn.Linear or getattr(self.below, "__func__", None) is not nn.Linear.forward:
+            return None
+        weight, bias = self.module.weight, self.module.bias
+        own = (weight,) if bias is None else (weight, bias)
+        plain = all(not t.is_meta and not t.requires_grad and t.dtype == x.dtype for t in own)
+        return (weight, bias) if plain and not torch.is_autocast_enabled(x.device.type) else None
+
 
 class Over:
     """A patch over another base, as the base of the next patch."""
@@ -126,6 +139,9 @@ class Over:
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Any) -> Any:
         return self.base.apply(weight, bias, x)
+
+    def linear(self, x: Any) -> tuple[Tensor, Tensor | None] | None:
+        return None
 
 
 def dense(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:

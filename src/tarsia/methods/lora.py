@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarsia.core.errors import AttachError, ConfigError
+from tarsia.core.linear import LowRank
 from tarsia.core.method import method
 from tarsia.core.patch import Base, Patch
 from tarsia.core.site import Role, Site
@@ -116,7 +117,11 @@ class LoRA(Patch):
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.scale * self.B.to(x.dtype))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base(x) + self.update(x)
+        frozen = None if self.dropout and self.training else base.linear(x)
+        if frozen is None:
+            return base(x) + self.update(x)
+        given: Tensor = LowRank.apply(x, *frozen, self.A, self.B, self.scale)
+        return given
 
     @staticmethod
     def batched(patches: Sequence[tuple[LoRA, Tensor]], x: Tensor, base: Base) -> Tensor:

@@ -1,0 +1,52 @@
+"""A frozen linear layer with a low-rank update, as one operation that keeps nothing but its input for the way back.
+
+With frozen W [out, in] and b, trained A [rank, in] and B [out, rank], a number s, x [..., in] and dY [..., out]:
+
+    Y  = x W^T + b + s (x A^T) B^T
+    P  = s dY B
+    dX = dY W + P A        dA = P^T x        dB = s dY^T (x A^T)
+
+The small products are associated so that nothing of the size of W is made, what is low-rank is added into the large
+product in place, and x A^T is computed a second time in place of being kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class LowRank(torch.autograd.Function):
+    """``LowRank.apply(x, weight, bias, a, b, scale)``, in the dtype of x; gradients of A and B in theirs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        narrow = F.linear(x, a.to(x.dtype))
+        y.view(-1, y.shape[-1]).addmm_(narrow.view(-1, len(a)), b.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        dx = da = db = None
+        rows = x.reshape(-1, x.shape[-1])
+        dy = grads[0].reshape(-1, weight.shape[0])
+        low = (dy @ b.to(dy.dtype)) * ctx.scale
+        if ctx.needs_input_grad[0]:
+            # a second derivative goes through what is new each time; without one the product is added to in place
+            add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+            dx = add(dy @ weight, low, a.to(dy.dtype)).reshape(x.shape)
+        if ctx.needs_input_grad[3]:
+            da = (low.t() @ rows).to(a.dtype)
+        if ctx.needs_input_grad[4]:
+            # the transposed product reads dY along its rows
+            db = (((rows @ a.to(rows.dtype).t()).t() @ dy).t() * ctx.scale).to(b.dtype)
+        return dx, None, None, da, db, None
