@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import jinja2
 
 from tarsia.core.errors import DataError
-from tarsia.data.samples import PICTURE, Message, Sample
+from tarsia.data.samples import PICTURE, Call, Message, Sample
 
 Span = tuple[int, int]
 _PROBE: Final = "probe"
+_TRIAL: Final = Call("f", "{}", "trial0000")  # some templates want ids of nine characters
+# Private use characters: nothing that a template looks for, cuts off or changes the case of.
+_OTHER: Final = "\ue0f1\ue0f2\ue0f3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,39 +58,77 @@ class Template:
         self._try()
 
     def render(self, sample: Sample) -> Rendered:
-        """Render ``sample``; spans follow from the texts of its beginnings, never from a search.
+        """Render ``sample``; spans follow from the texts of its beginnings, never from a search for the answer.
 
-        An assistant's turn i starts where the text of the messages before it, with the generation
-        prompt, ends, and ends where the text with it ends. Raises DataError where these are not
-        beginnings of the whole, an assistant's turn holds a picture or starts the conversation, or
-        the text has more picture markers than the row has pictures.
+        A turn that is learnt begins where the text of the messages before it, with the generation prompt,
+        ends: in training the model then stands where it stands when it is asked. (A prompt that ends in
+        other white space than the turn's header is let through: the turn then begins with its answer.) It
+        ends where the text with it ends; where the template writes the turn otherwise once more follows, as
+        those that drop earlier thoughts do, where the turn ends with another text in the answer's place.
+
+        Raises DataError where that is not so, an assistant's turn holds a picture or starts the
+        conversation, the template leaves out the answer, a call, a thought or a tool, or the text has more
+        picture markers than the row has pictures.
         """
         chat = self._chat(sample.messages, sample)
-        whole = self._apply(chat, prompt=False, where=sample)
+        whole = self._apply(chat, prompt=False, where=sample, tools=sample.tools)
         spans = []
         for i, message in enumerate(sample.messages):
             if message.role != "assistant":
                 continue
             if i == 0 or message.n_pictures:
                 raise _refused(sample, "an assistant's turn starts the row, or holds a picture.")
-            before = self._apply(chat[:i], prompt=True, where=sample)
-            after = self._apply(chat[: i + 1], prompt=False, where=sample)
-            if not after.startswith(before) or not whole.startswith(after):
-                raise _not_a_beginning(sample, i, before if whole.startswith(after) else after, whole)
-            if not all(p.strip() in whole[len(before) : len(after)] for p in message.parts if isinstance(p, str)):
-                raise _refused(sample, f"the chat template does not write what message {i} says.", message.text)
-            spans.append((len(before), len(after)))
+            if message.learnt:
+                spans.append(self._span(sample, i, chat, whole))
         if (markers := whole.count(self.marker)) != len(sample.pictures):
             raise _refused(
                 sample,
                 "the rendered text and the row differ in pictures.",
                 f"{markers} markers {self.marker!r}, {len(sample.pictures)} pictures",
             )
+        if missing := [name for name in map(_tool_name, sample.tools) if name not in whole]:
+            raise _refused(sample, "the chat template does not write the row's tools.", ", ".join(missing))
         return Rendered(whole, tuple(spans))
 
-    def write(self, messages: Sequence[Message], *, prompt: bool) -> str:
+    def _span(self, sample: Sample, i: int, chat: Sequence[Mapping[str, object]], whole: str) -> Span:
+        """Where turn ``i`` begins and ends in ``whole``, proved."""
+        message = sample.messages[i]
+        before = self._apply(chat[:i], prompt=True, where=sample, tools=sample.tools)
+        after = self._apply(chat[: i + 1], prompt=False, where=sample, tools=sample.tools)
+        if after.startswith(before) and whole.startswith(after):
+            span = len(before), len(after)
+        else:
+            found = None if message.calls else self._in_its_place(sample, i, chat, whole)
+            start = None if found is None else _start(before, whole[: found[0]])
+            if found is None or start is None:
+                raise _not_a_beginning(sample, i, before if whole.startswith(after) else after, whole)
+            span = start, found[1]
+        said = whole[slice(*span)]
+        wanted = [*(p for p in message.parts if isinstance(p, str)), message.thought]
+        if not all(text.strip() in said for text in wanted):
+            raise _refused(sample, f"the chat template does not write what message {i} says.", message.text)
+        if not all(word in said for call in message.calls for word in (call.name, *_leaves(call.arguments))):
+            raise _refused(sample, f"the chat template does not write what message {i} calls.", message.calls[0].name)
+        return span
+
+    def _in_its_place(self, sample: Sample, i: int, chat: Sequence[Mapping[str, object]], whole: str) -> Span | None:
+        """Where the answer of turn ``i`` begins, and the turn ends: everything else stays when it is another text."""
+        other = [*chat]
+        other[i] = self._message(replace(sample.messages[i], parts=(_OTHER,)), sample)
+        put = self._apply(other, prompt=False, where=sample, tools=sample.tools).split(_OTHER)
+        alone = self._apply(other[: i + 1], prompt=False, where=sample, tools=sample.tools).split(_OTHER)
+        if len(put) != 2 or len(alone) != 2 or not put[1].startswith(alone[1]):
+            return None
+        (head, tail), closing = put, alone[1]
+        end = len(whole) - len(tail)
+        same = whole.startswith(head) and whole.endswith(tail) and len(head) <= end
+        if not same or whole[len(head) : end].strip() != sample.messages[i].text.strip():
+            return None
+        return len(head), end + len(closing)
+
+    def write(self, messages: Sequence[Message], *, prompt: bool, tools: Sequence[str] = ()) -> str:
         """The messages as the template writes them, with what asks for an answer after them where ``prompt``."""
-        return self._apply(self._chat(messages, None), prompt=prompt, where=None)
+        return self._apply(self._chat(messages, None), prompt=prompt, where=None, tools=tools)
 
     def _chat(self, messages: Sequence[Message], where: Sample | None) -> list[dict[str, object]]:
         return [self._message(message, where) for message in messages]
@@ -94,26 +136,42 @@ class Template:
     def _message(self, message: Message, where: Sample | None) -> dict[str, object]:
         if message.role not in self._as_parts:
             self._as_parts[message.role] = self._takes_parts(message.role, where)
-        if self._as_parts[message.role]:
-            return {"role": message.role, "content": [_part(part) for part in message.parts]}
-        if message.n_pictures:
+        if message.n_pictures and not self._as_parts[message.role]:
             raise _refused(where, f"the chat template shows no pictures in a turn of the {message.role}.")
-        return {"role": message.role, "content": message.text}
+        parts = [_part(part) for part in message.parts] if self._as_parts[message.role] else message.text
+        turn: dict[str, object] = {"role": message.role, "content": parts}
+        # Templates ask whether a key is there, so none is there for nothing.
+        calls = [_call(call) for call in message.calls]
+        rest = {
+            "tool_calls": calls,
+            "reasoning_content": message.thought,
+            "tool_call_id": message.answers,
+            "name": message.name,
+        }
+        return turn | {key: value for key, value in rest.items() if value}
 
     def _takes_parts(self, role: str, where: Sample | None) -> bool:
         """Whether the template reads a list of parts in this role, or only a string."""
         user: dict[str, object] = {"role": "user", "content": [_part(_PROBE)]}
+        calls: dict[str, object] = {"role": "assistant", "content": "", "tool_calls": [_call(_TRIAL)]}
         for content in ([_part(_PROBE)], _PROBE):
             turn: dict[str, object] = {"role": role, "content": content}
-            chat: list[dict[str, object]] = {"user": [turn], "system": [turn, user], "assistant": [user, turn]}[role]
+            trials: dict[str, list[dict[str, object]]] = {
+                "user": [turn],
+                "system": [turn, user],
+                "assistant": [user, turn],
+                "tool": [user, calls, turn | {"tool_call_id": _TRIAL.id, "name": _TRIAL.name}],
+            }
+            chat = trials[role]
             try:
                 text = self._apply(chat, prompt=False, where=where)
             except DataError:
                 if content is _PROBE:
                     raise
                 continue
-            # A template that knows no parts prints the list itself, quotes and all.
-            if text.count(_PROBE) == len(chat) and not re.search(rf"['\"]{_PROBE}['\"]", text):
+            # A template that knows no parts prints the list itself, quotes and all; texts it may put in quotes.
+            listed = not isinstance(content, str) and re.search(rf"['\"]{_PROBE}['\"]", text)
+            if text.count(_PROBE) == sum(turn["content"] != "" for turn in chat) and not listed:
                 return not isinstance(content, str)
         raise _refused(where, f"the chat template does not write what the {role} says.", text)
 
@@ -136,18 +194,51 @@ class Template:
                 do="let the template write it under {% if add_generation_prompt %}",
             )
 
-    def _apply(self, chat: Sequence[Mapping[str, object]], *, prompt: bool, where: Sample | None) -> str:
+    def _apply(
+        self, chat: Sequence[Mapping[str, object]], *, prompt: bool, where: Sample | None, tools: Sequence[str] = ()
+    ) -> str:
+        options = {"tools": [json.loads(tool) for tool in tools]} if tools else {}
         try:
             text: str = self._processor.apply_chat_template(
-                list(chat), tokenize=False, add_generation_prompt=prompt, **self._variables
+                list(chat), tokenize=False, add_generation_prompt=prompt, **options, **self._variables
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _refused(where, f"the chat template refuses it: {error}.") from None
         return text
 
 
+def _start(before: str, head: str) -> int | None:
+    """Where a turn begins whose answer follows ``head``: after the prompt, or, past other white space, at once."""
+    if head.startswith(before):
+        return len(before)
+    stem = before.rstrip()
+    return len(head) if head.startswith(stem) and not head[len(stem) :].strip() else None
+
+
 def _part(part: object) -> dict[str, object]:
     return {"type": "image"} if part is PICTURE else {"type": "text", "text": part}
+
+
+def _call(call: Call) -> dict[str, object]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
+
+
+def _tool_name(tool: str) -> str:
+    return str(json.loads(tool)["function"]["name"])
+
+
+def _leaves(arguments: str) -> Iterator[str]:
+    """Every key and value of a call's arguments, as JSON and as most templates write it."""
+    waiting = [json.loads(arguments)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            yield json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 def _refused(sample: Sample | None, what: str, given: object = None) -> DataError:
@@ -161,5 +252,6 @@ def _not_a_beginning(sample: Sample, turn: int, part: str, whole: str) -> DataEr
         f"Row {sample.row} of {sample.source}: the chat template writes the beginning of a conversation "
         f"otherwise once more follows, so what message {turn} says can not be told exactly.",
         given=f"{part[max(0, same - 20) : same + 40]!r} became {whole[max(0, same - 20) : same + 40]!r}",
-        do="use a template that keeps earlier turns as they are (no dropped thoughts), or rows of one turn",
+        do="use a template that keeps earlier turns as they are (no dropped thoughts), rows of one turn, or mark "
+        "the earlier turns with `loss: false`",
     )
