@@ -238,6 +238,69 @@ def scores(found: Mapping[str, Any], rows: Mapping[str, Sequence[Sample]], metri
     return values
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What was measured, in percent of rows: by source before, and by source after each run."""
+
+    before: Mapping[str, Mapping[str, float]]
+    """By shift, then by source."""
+    after: Mapping[Run, Mapping[str, float]]
+    own: Mapping[str, tuple[str, ...]]
+    """The job's own sources, by shift."""
+    rows: Mapping[str, int]
+    """Rows measured, by "shift/source"."""
+
+    @classmethod
+    def read(cls, out: Path, runs: Sequence[Run] = RUNS) -> Results:
+        """Every run's result in ``out``. Raises ConfigError where one is missing or of another recipe."""
+        first, after, own, counts = {}, {}, {}, {}
+        for name in dict.fromkeys(run.shift for run in runs):
+            shift = SHIFTS[name]
+            rows = samples(held_out(out, shift))
+            own[name] = tuple(tasks(out, shift, "held-out"))
+            counts |= {f"{name}/{source}": len(some) for source, some in rows.items()}
+            first[name] = scores(read(out, f"{name}-before"), rows)
+            after |= {run: scores(read(out, run.name), rows) for run in runs if run.shift == name}
+        return cls(first, after, own, counts)
+
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        return tuple(self.before)
+
+    def job(self, run: Run) -> float:
+        """Mean over the job's own sources."""
+        return _mean([self.after[run][source] for source in self.own[run.shift]])
+
+    def lost(self, run: Run) -> dict[str, float]:
+        """Points lost by each general source; a gain is negative."""
+        known = self.before[run.shift]
+        return {s: known[s] - now for s, now in self.after[run].items() if s not in self.own[run.shift]}
+
+    def forgotten(self, run: Run) -> float:
+        """Points lost on the mean of the general sources."""
+        return _mean(list(self.lost(run).values()))
+
+    def seeds(self, shift: str, share: float, mode: str) -> list[Run]:
+        """The runs that differ in their seed alone; without replay both modes are the same runs."""
+        wanted = mode if share else "none"
+        return [run for run in self.after if (run.shift, run.share, run.mode) == (shift, share, wanted)]
+
+    def curves(self, shift: str) -> dict[str, dict[str, dict[float, list[float]]]]:
+        """ "forgotten" and "job", by mode, then by share: a value of every seed."""
+        values = {"forgotten": self.forgotten, "job": self.job}
+        return {
+            what: {
+                mode: {share: [value(run) for run in self.seeds(shift, share, mode)] for share in sorted(SHARES)}
+                for mode in MODES
+            }
+            for what, value in values.items()
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _plain(values: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(values))
 

@@ -69,9 +69,9 @@ def _recipe(rate: float, projector: float, steps: int, batch: int, vision: float
 SHIFTS: Mapping[str, Shift] = {
     shift.name: shift
     for shift in (
-        Shift("blood", "blood cells", _blood, _recipe(1.5e-3, 3e-4, 120, 12), 8, needs_data=True),
+        Shift("blood", "blood cells", _blood, _recipe(4e-4, 1e-4, 360, 4), 8, needs_data=True),
         Shift("infrared", "infrared belt", _infrared, _recipe(1e-3, 1e-4, 320, 4), 8),
-        Shift("commands", "robot commands", _commands, _recipe(1.5e-3, 3e-4, 160, 12), 40),
-        Shift("blueprints", "blueprints", _blueprints, _recipe(1.5e-3, 3e-4, 200, 12, 1e-3), 8),
+        Shift("commands", "robot commands", _commands, _recipe(1.2e-3, 1e-4, 400, 4), 40),
+        Shift("blueprints", "blueprints", _blueprints, _recipe(1.8e-3, 2e-4, 440, 4), 8),
     )
 }
