@@ -71,7 +71,7 @@ SHIFTS: Mapping[str, Shift] = {
     for shift in (
         Shift("blood", "blood cells", _blood, _recipe(4e-4, 1e-4, 360, 4), 8, needs_data=True),
         Shift("infrared", "infrared belt", _infrared, _recipe(1e-3, 1e-4, 320, 4), 8),
-        Shift("commands", "robot commands", _commands, _recipe(1.2e-3, 1e-4, 400, 4), 40),
+        Shift("commands", "robot commands", _commands, _recipe(1.6e-3, 1e-4, 440, 4), 40),
         Shift("blueprints", "blueprints", _blueprints, _recipe(1.8e-3, 2e-4, 440, 4), 8),
     )
 }
