@@ -58,6 +58,7 @@ def fit(recipe: Recipe, evaluator: Evaluator | None = None, *, host: Host | None
             else:
                 run.restore(checkpoint)
                 notices += _moved(run, checkpoint.values["machine"])
+            notices += _foreseen(run)
             for event in _events(run, notices, evaluator):
                 run.log.append(event)
                 yield event
@@ -97,6 +98,19 @@ def _moved(run: Run, before: Mapping[str, str]) -> tuple[str, ...]:
     now = machine(run)
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     return (f"The run goes on elsewhere, so its last bits may differ: {', '.join(changed)}.",) if changed else ()
+
+
+def _foreseen(run: Run) -> tuple[str, ...]:
+    """What the rows will not teach, as far as it can be told before the first step."""
+    rows = run.schedule.steps * run.recipe.batch * run.recipe.accumulate
+    unseen = [
+        f"No row of {name} will be drawn: its share is {run.mixture.weights[share.source]:.2g} of {rows} rows."
+        for name, share in zip(run.digests, run.mixture.shares(rows), strict=True)
+        if run.mixture.weights[share.source] and not share.rows
+    ]
+    if not run.encoder.closes:
+        unseen.append("When to stop will not be learnt: the chat template writes no control token after an answer.")
+    return tuple(unseen)
 
 
 def _events(run: Run, notices: tuple[str, ...], evaluator: Evaluator | None) -> Iterator[Event]:
