@@ -72,11 +72,12 @@ def folder() -> Path | None:
 
 def write(out: Path, shifts: Iterable[Shift], split: str, data: Path | None) -> None:
     """Write the rows of a split to ``out/SPLIT``: all general ones also as one source; a file is kept."""
-    known = replay_rows.general(split, data)
-    pool = [row for rows in known.values() for row in rows]
-    wanted: dict[str, Iterable[sources.Asked]] = {**known, "general": pool}
-    for shift in shifts:
-        wanted |= {f"{shift.name}-{name}": rows for name, rows in shift.rows(split, data).items()}
+    wanted: dict[str, Iterable[sources.Asked]] = {
+        f"{shift.name}-{name}": rows for shift in shifts for name, rows in shift.rows(split, data).items()
+    }
+    if not (out / split / "general.parquet").exists():
+        known = replay_rows.general(split, data)
+        wanted |= {**known, "general": [row for rows in known.values() for row in rows]}
     for name, rows in wanted.items():
         if not (path := out / split / f"{name}.parquet").exists():
             sources.write(path, rows)
