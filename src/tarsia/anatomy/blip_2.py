@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tarsia.anatomy.decoders import head, language
 from tarsia.anatomy.streams import PICTURES, flat
-from tarsia.anatomy.table import Config, Family, Part, rules
+from tarsia.anatomy.table import Config, Family, Packing, Part, rules
 from tarsia.anatomy.towers import vision
 from tarsia.core.site import Component, Role
 
@@ -53,4 +53,6 @@ def _parts(config: Config) -> tuple[Part, ...]:
     )
 
 
-FAMILY = Family("blip-2", _parts, flat(PICTURES, lambda config: int(config.num_query_tokens)))
+_COUNTED = Packing(None, "its decoder counts positions from the attention mask, which packed rows have none of")
+
+FAMILY = Family("blip-2", _parts, flat(PICTURES, lambda config: int(config.num_query_tokens)), _COUNTED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tarsia.anatomy.decoders import head, language
-from tarsia.anatomy.streams import PICTURES, flat
+from tarsia.anatomy.streams import BOTH_WAYS, PICTURES, flat
 from tarsia.anatomy.table import Config, Family, Part, rules
 from tarsia.anatomy.towers import vision
 from tarsia.core.site import Component, Role
@@ -20,4 +20,4 @@ def _parts(config: Config) -> tuple[Part, ...]:
     )
 
 
-FAMILY = Family("gemma3", _parts, flat(PICTURES, lambda config: int(config.mm_tokens_per_image)))
+FAMILY = Family("gemma3", _parts, flat(PICTURES, lambda config: int(config.mm_tokens_per_image)), BOTH_WAYS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tarsia.anatomy.decoders import head, language
-from tarsia.anatomy.streams import TILES, deal, placeholders, rows
+from tarsia.anatomy.streams import ALONG, TILES, deal, placeholders, rows
 from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part, rules
 from tarsia.anatomy.towers import vision
 from tarsia.core.errors import RouteError
@@ -41,4 +41,4 @@ def _counts(config: Config, inputs: Inputs) -> Counts:
     return {**base, TILES: real}
 
 
-FAMILIES = (Family("idefics3", _parts, _counts), Family("smolvlm", _parts, _counts))
+FAMILIES = tuple(Family(name, _parts, _counts, ALONG) for name in ("idefics3", "smolvlm"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tarsia.anatomy.decoders import head, language
 from tarsia.anatomy.llava import TWO_LINEARS
-from tarsia.anatomy.streams import TILES, flat
+from tarsia.anatomy.streams import ALONG, TILES, flat
 from tarsia.anatomy.table import Config, Family, Part, rules
 from tarsia.anatomy.towers import deepest, patches, vision
 from tarsia.core.site import Component, Role
@@ -27,4 +27,4 @@ def _features(config: Config) -> int:
     return int(patches(config.vision_config) * config.downsample_ratio**2)
 
 
-FAMILY = Family("internvl", _parts, flat(TILES, _features))
+FAMILY = Family("internvl", _parts, flat(TILES, _features), ALONG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tarsia.anatomy.decoders import head, language
-from tarsia.anatomy.streams import PICTURES, deal, flat, placeholders, rows
+from tarsia.anatomy.streams import ALONG, PICTURES, deal, flat, placeholders, rows
 from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part, rules, type_of
 from tarsia.anatomy.towers import deepest, patches, tower_of, vision
 from tarsia.core.site import Component, Role
@@ -44,4 +44,4 @@ def _counts(config: Config, inputs: Inputs) -> Counts:
     return {**rows(inputs), PICTURES: tuple(len(row) for row in owned)}
 
 
-FAMILY = Family("llava", _parts, _counts)
+FAMILY = Family("llava", _parts, _counts, ALONG)

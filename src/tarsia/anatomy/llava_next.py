@@ -7,7 +7,7 @@ import math
 import torch
 
 from tarsia.anatomy.llava import NEWLINE, features, llava_parts
-from tarsia.anatomy.streams import TILES, deal, placeholders, rows, sums
+from tarsia.anatomy.streams import ALONG, TILES, deal, placeholders, rows, sums
 from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part
 from tarsia.anatomy.towers import side
 
@@ -53,4 +53,4 @@ def _counts(config: Config, inputs: Inputs) -> Counts:
     return {**base, TILES: sums(deal(placeholders(config, inputs), taken), tiles)}
 
 
-FAMILIES = (Family("llava_next", _parts, _counts), Family("llava_onevision", _parts, _counts))
+FAMILIES = tuple(Family(name, _parts, _counts, ALONG) for name in ("llava_next", "llava_onevision"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tarsia.anatomy.decoders import LLAMA, head
 from tarsia.anatomy.streams import PICTURES, ROWS, TILES, rows
-from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part, rules
+from tarsia.anatomy.table import Config, Counts, Family, Inputs, Packing, Part, rules
 from tarsia.core.site import Component, Role
 
 _LAYER = {
@@ -78,4 +78,6 @@ def _counts(config: Config, inputs: Inputs) -> Counts:
     return {**base, PICTURES: (pictures,) * batch, TILES: (pictures * tiles,) * batch}
 
 
-FAMILY = Family("mllama", _parts, _counts)
+_ACROSS = Packing(None, "its layers attend across to the pictures of a line, not of a row")
+
+FAMILY = Family("mllama", _parts, _counts, _ACROSS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tarsia.anatomy.decoders import head, language
-from tarsia.anatomy.streams import PICTURES, flat
+from tarsia.anatomy.streams import BOTH_WAYS, PICTURES, flat
 from tarsia.anatomy.table import Config, Family, Part, rules
 from tarsia.anatomy.towers import patches, vision
 from tarsia.core.site import Component, Role
@@ -18,4 +18,4 @@ def _parts(config: Config) -> tuple[Part, ...]:
     )
 
 
-FAMILY = Family("paligemma", _parts, flat(PICTURES, lambda config: patches(config.vision_config)))
+FAMILY = Family("paligemma", _parts, flat(PICTURES, lambda config: patches(config.vision_config)), BOTH_WAYS)

@@ -7,10 +7,14 @@ squares of neighbours. Qwen2.5-VL's windows reorder patches only within their pi
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from tarsia.anatomy.decoders import head, language
-from tarsia.anatomy.streams import MERGED, PATCHES, deal, placeholders, rows, sums
-from tarsia.anatomy.table import Config, Counts, Family, Inputs, Part, rules
+from tarsia.anatomy.streams import MERGED, PATCHES, along, deal, placeholders, rows, sums
+from tarsia.anatomy.table import Config, Counts, Family, Inputs, Packing, Part, rules
 from tarsia.core.site import Component, Role
 
 _TOWER = (
@@ -63,4 +67,20 @@ def _counts(config: Config, inputs: Inputs) -> Counts:
     return {**base, PATCHES: sums(owned, patches), MERGED: sums(owned, merged)}
 
 
-FAMILIES = tuple(Family(name, _parts, _counts) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"))
+def _positions(model: nn.Module, inputs: Inputs) -> Tensor:
+    """[4, rows, length]: tokens, then time, height and width as M-RoPE counts them (arXiv:2409.12191, 2.1)."""
+    count = along(model, inputs)[None]
+    if inputs.get("image_grid_thw") is None:
+        return count.repeat(4, 1, 1)
+    find: Any = model.get_submodule("model")
+    axes, _ = find.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs["attention_mask"],
+    )
+    return torch.cat([count, axes])
+
+
+_NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = tuple(Family(name, _parts, _counts, Packing(_positions)) for name in _NAMES)

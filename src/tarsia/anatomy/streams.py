@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from tarsia.anatomy.table import Config, Counts, Inputs
+from torch import Tensor, nn
+
+from tarsia.anatomy.table import Config, Counts, Inputs, Packing
 from tarsia.core.errors import RouteError
 
 ROWS = "rows"  # one entry a row of the batch, [rows, length, width]
@@ -36,6 +38,15 @@ def rows(inputs: Inputs) -> Counts:
         )
     batch, length = inputs["input_ids"].shape
     return {ROWS: (1,) * batch, TOKENS: (length,) * batch}
+
+
+def along(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Positions of a causal decoder with one axis: 0, 1, ... along each row, [rows, length]."""
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
+ALONG = Packing(along)
+BOTH_WAYS = Packing(None, "its attention looks both ways inside of what is marked by token types, whatever row it is")
 
 
 def placeholders(config: Config, inputs: Inputs) -> list[int]:

@@ -18,6 +18,8 @@ Config = Any  # a transformers configuration; its fields differ by family
 Inputs = Mapping[str, Tensor]
 Counts = dict[str, tuple[int, ...]]
 
+# these take a mask; flash attention packs a single line only
+PACKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 SAME = "(the part's)"  # a rule's stream where it is its part's
 
 
@@ -89,12 +91,25 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """Whether rows of a family may lie end to end in one line, each computed as alone.
+
+    ``positions`` gives what the model counts in a padded batch, [rows, length] or, with several axes,
+    [axes, rows, length] with the plain count first; None where rows may not, and then ``why``.
+    """
+
+    positions: Callable[[nn.Module, Inputs], Tensor] | None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """A model family as data: its parts and how its rows own what each stream carries."""
+    """A model family as data: its parts, how its rows own what each stream carries, whether they can be packed."""
 
     name: str
     parts: Callable[[Config], tuple[Part, ...]]
     counts: Callable[[Config, Inputs], Counts]
+    packing: Packing
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,26 @@ class Anatomy:
         sizes. Raises RouteError where rows can not be told apart, or where placeholders and pictures differ.
         """
         return Segments(self.family.counts(self.config, inputs))
+
+    def positions(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """What ``model`` counts in the padded batch ``inputs``, to pack its rows by (see ``Packing``).
+
+        Raises AnatomyError where rows of this family, or with this attention, can not be packed.
+        """
+        packing = self.family.packing
+        if packing.positions is None:
+            raise AnatomyError(
+                f"Rows of {self.name} can not be packed.", given=packing.why, do="set batching: grouped, or plain"
+            )
+        attention = self.config.get_text_config()._attn_implementation
+        if attention not in PACKED_ATTENTION:
+            raise AnatomyError(
+                "With this attention, rows that lie in one line are not kept apart.",
+                given=attention,
+                allowed=", ".join(PACKED_ATTENTION),
+                do="load the base with one of these, or set batching: grouped, or plain",
+            )
+        return packing.positions(model, inputs)
 
 
 def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -25,7 +25,9 @@ class Batch:
     """Rows that a model can be called with.
 
     ``inputs`` is what the processor made, pictures in its own layout; ``labels`` is int64 [rows,
-    length] like ``inputs["input_ids"]``, IGNORED off the assistant's tokens. The rest is one entry a row.
+    length] like ``inputs["input_ids"]``, IGNORED off the assistant's tokens. The rest is one entry a row,
+    but for ``owners``, int64 like the labels: the row that each position belongs to, -1 for none, where rows
+    lie end to end (``tarsia.data.pack``); None where line i is row i.
     """
 
     inputs: dict[str, Tensor]
@@ -33,6 +35,13 @@ class Batch:
     n_pictures: tuple[int, ...]
     sources: tuple[str, ...]
     rows: tuple[int, ...]
+    owners: Tensor | None = None
+
+    def owners_of(self, chosen: Tensor) -> list[int]:
+        """The row of each position that ``chosen``, bool like the labels, names; line by line."""
+        if self.owners is None:
+            return [line for line, _ in chosen.nonzero().tolist()]
+        return self.owners[chosen.to(self.owners.device)].tolist()
 
 
 class _Listener:

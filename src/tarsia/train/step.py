@@ -29,8 +29,15 @@ from tarsia.data.encode import IGNORED, Batch
 
 
 def predicted(labels: Tensor) -> Tensor:
-    """Which positions predict a labelled token: bool [rows, length - 1]. A row's first token is predicted by none."""
+    """Which positions predict a labelled token: bool [lines, length - 1]. A line's first token is predicted by none."""
     return labels[:, 1:] != IGNORED
+
+
+def learnt(batch: Batch) -> list[int]:
+    """The row of each labelled token, in the order of ``token_losses``."""
+    labelled = batch.labels != IGNORED
+    labelled[:, 0] = False
+    return batch.owners_of(labelled)
 
 
 def named(batches: Sequence[Batch], rows: Sequence[int] | None = None) -> str:
@@ -125,8 +132,8 @@ def counted(batches: Sequence[Batch], step: int, weights: Mapping[str, float] | 
     """
     tokens = dict.fromkeys((source for batch in batches for source in batch.sources), 0)
     for batch in batches:
-        for source, row in zip(batch.sources, predicted(batch.labels), strict=True):
-            tokens[source] += int(row.sum())
+        for row in learnt(batch):
+            tokens[batch.sources[row]] += 1
     if not any(tokens.values()):
         raise TrainingError(f"Step {step} has no labelled token.", given=named(batches), do="look at their answers")
     missing = [source for source, weight in (weights or {}).items() if weight and not tokens.get(source)]
@@ -154,7 +161,7 @@ def backward(
         factors = {source: weights[source] / count for source, count in tokens.items() if count}
     total = dict.fromkeys(tokens, 0.0)
     for batch in batches:
-        owners = [batch.sources[row] for row in predicted(batch.labels).nonzero()[:, 0].tolist()]
+        owners = [batch.sources[row] for row in learnt(batch)]
         if not owners:
             continue
         losses = token_losses(model, batch.inputs, batch.labels)
@@ -167,8 +174,7 @@ def backward(
 def _finite(losses: Tensor, batch: Batch, step: int) -> list[float]:
     """The tokens' losses as numbers. Raises TrainingError, naming step and rows, where one is none."""
     values: list[float] = losses.detach().tolist()
-    owners = predicted(batch.labels).nonzero()[:, 0].tolist()
-    bad = sorted({row for row, value in zip(owners, values, strict=True) if not math.isfinite(value)})
+    bad = sorted({row for row, value in zip(learnt(batch), values, strict=True) if not math.isfinite(value)})
     if bad:
         raise TrainingError(
             f"The loss of step {step} is not a number.",
