@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 from train import small
 
+from tarsia.train import step
 from tarsia.train.events import read_log
 
 MOMENTS = 20
 
 
-def work(values: dict, calls_to_live: int | None) -> None:
-    """One run in a process of its own; dies at the given call that touches the disk, if any."""
+def work(values: dict, calls_to_live: int | None, micro_batches: bool) -> None:
+    """One run in a process of its own; dies at the given call that touches the disk, if any.
+
+    With ``micro_batches`` it dies before a micro-batch instead, the step's earlier ones done.
+    """
     if calls_to_live is not None:
         left = [calls_to_live]
 
@@ -33,9 +37,12 @@ def work(values: dict, calls_to_live: int | None) -> None:
 
             return call
 
-        # everything that a checkpoint, the log and the adapter are written with
-        os.fsync, os.replace, os.open = counted(os.fsync), counted(os.replace), counted(os.open)
-        os.mkdir, shutil.rmtree = counted(os.mkdir), counted(shutil.rmtree)
+        if micro_batches:
+            step.token_losses = counted(step.token_losses)
+        else:
+            # everything that a checkpoint, the log and the adapter are written with
+            os.fsync, os.replace, os.open = counted(os.fsync), counted(os.replace), counted(os.open)
+            os.mkdir, shutil.rmtree = counted(os.mkdir), counted(shutil.rmtree)
     small.run(values)
 
 
@@ -45,8 +52,8 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.small", "transformers.models.llava.modeling_llava", "tarsia.train.loop"])
 
-    def started(values, calls_to_live=None):
-        process = context.Process(target=work, args=(values, calls_to_live))
+    def started(values, calls_to_live=None, micro_batches=False):
+        process = context.Process(target=work, args=(values, calls_to_live, micro_batches))
         process.start()
         return process
 
@@ -96,6 +103,11 @@ def killed_then_resumed(start, reference, moment: int, tmp_path: Path) -> None:
     else:
         process = killed(start, values, chance.uniform(0, seconds))
     assert process.exitcode == -signal.SIGKILL
+    goes_on(start, values, expected)
+
+
+def goes_on(start, values, expected) -> None:
+    """Begun again, the run ends as if it had not been killed."""
     again = start(values)
     again.join()
     assert again.exitcode == 0
@@ -115,6 +127,39 @@ def test_a_killed_run_goes_on_to_the_same_bits(start, reference, moment, tmp_pat
 @pytest.mark.parametrize("moment", range(5, MOMENTS))
 def test_a_killed_run_goes_on_to_the_same_bits_at_more_moments(start, reference, moment, tmp_path):
     killed_then_resumed(start, reference, moment, tmp_path)
+
+
+@pytest.fixture(scope="module", params=["sampled", "weighted"])
+def mixed(request, start, tmp_path_factory):
+    """Values of a recipe with three micro-batches a step in either mode, and the uninterrupted run's result."""
+    values = small.world(tmp_path_factory.mktemp(request.param)) | {"save_every": 3, "accumulate": 3}
+    values["data"] |= {"mix": request.param}
+    process = start(values)
+    process.join()
+    assert process.exitcode == 0
+    return values, result(values["out"])
+
+
+def killed_between_micro_batches(start, mixed, micro_batch: int, tmp_path: Path) -> None:
+    values, expected = mixed
+    values = values | {"out": str(tmp_path / "out")}
+    process = start(values, micro_batch, micro_batches=True)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    done = [event for event in read_log(Path(values["out"]) / "events.jsonl") if event["event"] == "step"]
+    assert len(done) == micro_batch // 3
+    goes_on(start, values, expected)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 14])
+def test_killed_in_the_middle_of_accumulation(start, mixed, micro_batch, tmp_path):
+    killed_between_micro_batches(start, mixed, micro_batch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [2, 4, 5, 7, 8, 9, 10, 11, 13, 17, 19, 20, 22, 23])
+def test_killed_in_the_middle_of_accumulation_at_more_moments(start, mixed, micro_batch, tmp_path):
+    killed_between_micro_batches(start, mixed, micro_batch, tmp_path)
 
 
 def test_the_comparison_tells_two_runs_apart(start, reference, tmp_path):
