@@ -171,8 +171,7 @@ class Store:
             try:
                 _decode(key, path.read_bytes())
             except _DamagedError:
-                path.unlink()
-                _note(handle, self._scan()[0])
+                path.unlink()  # and still counted: what it was counted as is not known
 
     @contextmanager
     def _locked(self) -> Iterator[int | None]:
