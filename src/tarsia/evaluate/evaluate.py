@@ -77,7 +77,7 @@ def examine(
         scored = chances(host, rows, choice, asking.batch)
         ways.append(scored.way)
         judged = tuple(
-            _row(row, said.text, choice, found, tokens, judge)
+            _row(row, said, choice, found, tokens, judge)
             for row, said, found, tokens in zip(rows, heard[name], scored.found, scored.tokens, strict=True)
         )
         results.append(_result(name, judged, choice, origin, asking.seed))
@@ -122,15 +122,16 @@ def _choice(
     return choice, "given"
 
 
-def _row(sample: Sample, said: str, choice: Sequence[str], chances: Tensor, tokens: int, judge: metrics.Metric) -> Row:
+def _row(sample: Sample, said: Said, choice: Sequence[str], chances: Tensor, tokens: int, judge: metrics.Metric) -> Row:
     """``chances`` are log-probabilities of the choice's answers and then of the reference, of ``tokens`` ids."""
     wanted = reference(sample)
     chosen = choice[int(chances[:-1].argmax())] if choice else None
     return Row(
         row=sample.row,
         reference=wanted,
-        said=said,
-        free_score=judge(said, wanted),
+        said=said.text,
+        cut=said.cut,
+        free_score=judge(said.text, wanted),
         chosen=chosen,
         chosen_score=None if chosen is None else judge(chosen, wanted),
         loss=-float(chances[-1]) / tokens,

@@ -15,10 +15,11 @@ from tarsia.evaluate.chat import Chat, examined
 @dataclass(frozen=True, slots=True)
 class Said:
     """An answer as text and as the ids that were written, one or more; the end of the turn is the last of them
-    unless the answer was cut at its longest."""
+    unless the answer was ``cut`` at its longest."""
 
     text: str
     ids: tuple[int, ...]
+    cut: bool = False
 
 
 def generate(host: Host, samples: Sequence[Sample], max_new_tokens: int = 32, batch: int = 16) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ def say(host: Host, samples: Sequence[Sample], max_new_tokens: int = 32, batch: 
                 out = chat.model.generate(**inputs)
                 for i, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                     end = next((n for n, token in enumerate(ids) if token in chat.ends), len(ids))
-                    said[i] = Said(chat.decode(ids), tuple(ids[: end + 1]))
+                    said[i] = Said(chat.decode(ids), tuple(ids[: end + 1]), cut=end == len(ids))
     finally:
         chat.model.generation_config = kept
     return tuple(said[i] for i in range(len(samples)))

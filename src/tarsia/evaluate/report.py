@@ -20,7 +20,7 @@ class Row(BaseModel):
     """One row: what was right, what was said freely, and what was chosen from the answers (None: no choice).
 
     ``free_score`` and ``chosen_score`` are the metric's, 0..1; ``loss`` is the mean over the reference's
-    ``tokens`` labels, in nats, end of turn included.
+    ``tokens`` labels, in nats, end of turn included. ``cut``: what was said had not ended at ``max_new_tokens``.
     """
 
     model_config = FROZEN
@@ -28,6 +28,7 @@ class Row(BaseModel):
     row: int
     reference: str
     said: str
+    cut: bool = False
     free_score: float
     chosen: str | None
     chosen_score: float | None
@@ -56,6 +57,11 @@ class Result(BaseModel):
     def n(self) -> int:
         """How many rows."""
         return len(self.rows)
+
+    @property
+    def cut(self) -> int:
+        """How many free answers had not ended at their longest, and were judged as far as they went."""
+        return sum(row.cut for row in self.rows)
 
 
 class Report(BaseModel):
@@ -89,15 +95,17 @@ class Report(BaseModel):
             raise ConfigError("This is no evaluation report.", given=str(error).splitlines()[-1]) from None
 
     def table(self) -> Table:
-        """A table for people: one line a source, shares in percent."""
+        """A table for people: one line a source, shares in percent, and how many free answers were cut if any were."""
         acting = " + ".join(self.adapters) or "no adapter"
+        cut = [f"cut at {self.max_new_tokens}"] if any(r.cut for r in self.results) else []
         table = _table(
             f"{self.base} ({short(self.digest)}), {acting}: {self.metric}, {LEVEL:.0%} intervals",
-            ("source", "rows", "free", "constrained", "answers", "loss"),
+            ("source", "rows", "free", *cut, "constrained", "answers", "loss"),
         )
         for r in self.results:
             among = str(len(r.answers)) if r.answers else r.answers_from
-            table.add_row(r.source, str(r.n), _share(r.free), _share(r.constrained), among, f"{r.loss:.3f}")
+            lost = [str(r.cut)] if cut else []
+            table.add_row(r.source, str(r.n), _share(r.free), *lost, _share(r.constrained), among, f"{r.loss:.3f}")
         return table
 
 
