@@ -18,7 +18,7 @@ BELOW = {
     "evaluate": {"core", "anatomy", "methods", "data", "adapter"},
     "train": {"core", "anatomy", "methods", "data", "adapter"},
     "labs": {"core", "anatomy", "methods", "data", "adapter", "evaluate", "train", "base"},
-    "cli": {"core", "anatomy", "methods", "data", "adapter", "evaluate", "train", "base", "labs.demo"},
+    "cli": {"core", "anatomy", "methods", "data", "adapter", "evaluate", "train", "base", "labs.demo", "labs.sources"},
 }
 """Folder: what it may import of the others (a folder, or a name in it). Nothing imports cli; only cli imports labs."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tarsia.cli import output
 
 if TYPE_CHECKING:
-    from tarsia.adapter import Host
+    from tarsia.adapter import Adapter, Host
     from tarsia.data import Sample
 
 
@@ -52,6 +52,7 @@ def opened(args: argparse.Namespace) -> Host:
     for name, folder in zip(names, args.adapter, strict=True):
         adapter = load(folder, host)
         put(host, adapter, name)
+        _note_gate(name, adapter)
         if adapter.probe is None:
             continue
         if (why := adapter.probe.provable(host)) is None:
@@ -60,6 +61,15 @@ def opened(args: argparse.Namespace) -> Host:
             print(f"tarsia: note: the adapter {name} is not proved here: {why}", file=sys.stderr)
     activate(host.model, *names)
     return host
+
+
+def _note_gate(name: str, adapter: Adapter) -> None:
+    """Say on stderr where an adapter was held to a limit on forgetting and did not pass it."""
+    gate = adapter.card.get("gate")
+    if not isinstance(gate, Mapping) or gate.get("passed") is True:
+        return
+    what = "exceeds its limit on forgetting" if gate.get("passed") is False else "was never held to its limit"
+    print(f"tarsia: warning: the adapter {name} {what} (the gate in its card)", file=sys.stderr)
 
 
 def warn_without_effect(host: Host, samples: Sequence[Sample]) -> dict[str, float]:

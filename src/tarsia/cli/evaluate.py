@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarsia.cli import adapted, output
+from tarsia.cli import adapted, gate, output, rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,13 +26,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     adapted.options(parser)
     parser.add_argument(
         "--data", metavar="[NAME=]SOURCE", action="append", required=True,
-        help="a .jsonl, .json or .parquet file, a folder of `datasets`, or hub:owner/name; may be given again",
+        help=f"{rows.KINDS}; may be given again",
     )  # fmt: skip
     parser.add_argument("--metric", default="exact", help="exact (default), contains, numeric[:TOLERANCE] or fields")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows of each source")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="rows at a time (default: 16)")
     parser.add_argument("--before", action="store_true", help="measure the base without adapters too, and compare")
+    gate.options(parser)
     parser.add_argument("--json", action="store_true", help="a JSON object a report, and one for the comparison")
 
 
@@ -49,12 +49,15 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("This must be at least 1.", given=f"--{option.replace('_', '-')} {value}")
     if args.before and not args.adapter:
         raise ConfigError("Before what? No adapter is given.", given="--before", do="add --adapter FOLDER")
+    gated = gate.wanted(args)
+    if gated and not args.before:
+        raise ConfigError("What is lost is told by comparing with the base.", do="add --before")
     find(args.metric)
-    sources = _sources(args.data, args.limit)
+    sources = rows.named(args.data, args.limit, "--data")
     host = adapted.opened(args)
     names = active(host)
-    for rows in sources.values() if names else ():
-        adapted.warn_without_effect(host, rows[:PROBED])
+    for members in sources.values() if names else ():
+        adapted.warn_without_effect(host, members[:PROBED])
     before = None
     if args.before:
         activate(host.model)
@@ -64,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if before is not None:
         comparison = compare(before, after)
         _show(comparison.model_dump_json(), comparison.table(), as_json=args.json)
-    return 0
+    if before is None or not gated:
+        return 0
+    return gate.show(gate.judge(args, before, after, tuple(sources)), as_json=args.json)
 
 
 def _measured(host: Host, sources: dict[str, Rows], args: argparse.Namespace) -> Report:
@@ -73,22 +78,6 @@ def _measured(host: Host, sources: dict[str, Rows], args: argparse.Namespace) ->
     report = evaluate(host, sources, metric=args.metric, max_new_tokens=args.max_new_tokens, batch=args.batch)
     _show(report.json_text(), report.table(), as_json=args.json)
     return report
-
-
-def _sources(given: list[str], limit: int | None) -> dict[str, Rows]:
-    """Each source's rows by name. Raises ConfigError where two have one name."""
-    from tarsia.core.errors import ConfigError
-    from tarsia.data import Source, read
-
-    found: dict[str, Rows] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        named = equals and path and not Path(text).exists()
-        source = Source(path=path, name=name, limit=limit) if named else Source(path=text, limit=limit)
-        if source.title in found:
-            raise ConfigError("Two sources have one name.", given=source.title, do="name them: --data NAME=SOURCE")
-        found[source.title] = read(source)
-    return found
 
 
 def _show(text: str, table: Table, *, as_json: bool) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tarsia.cli import gate, rows
 
 if TYPE_CHECKING:
     from tarsia.adapter import Host
@@ -20,25 +23,39 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``tarsia train``."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as steps=300 or parts.0.lr=1e-4")
+    gate.options(parser)
+    rows.general_option(parser)
+    parser.add_argument(
+        "--page", metavar="FILE.html", type=Path, help="with a limit: write what was forgotten as a page"
+    )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="print the adapter's folder and nothing else")
     shown.add_argument("--json", action="store_true", help="one JSON object an event")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and print each event as it comes."""
+    """Train, and print each event as it comes; 1 where a limit on forgetting was given and is exceeded."""
     from tarsia.cli import output, progress
+    from tarsia.cli.gated import Gated
+    from tarsia.core.errors import ConfigError
     from tarsia.train.loop import fit
     from tarsia.train.recipe import Recipe
 
+    limited = gate.wanted(args)
+    if not limited and (args.general or args.page):
+        raise ConfigError(
+            "General sources are for a limit on forgetting, and none is given.", do="add --max-forgetting POINTS"
+        )
     recipe = Recipe.load(args.recipe, args.overrides)
     if args.quiet or args.json or not sys.stderr.isatty():
         output.no_bars()
+    gated = Gated.before(recipe, args) if limited else None
     show = progress.Lines() if args.json else progress.Quiet() if args.quiet else progress.Screen()
     with show:
-        for event in fit(recipe, evaluator(recipe)):
+        host, card = (None, None) if gated is None else (gated.host, gated.pending)
+        for event in fit(recipe, evaluator(recipe), host=host, card=card):
             show(event)
-    return 0
+    return 0 if gated is None else gated.after()
 
 
 def evaluator(recipe: Recipe) -> Evaluator | None:

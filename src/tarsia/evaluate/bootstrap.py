@@ -62,26 +62,27 @@ def mean_of_means(
 ) -> Interval:
     """Mean over ``groups`` of each group's mean, every group of one weight; rows are drawn within their groups.
 
-    Where the scores of every group are equal, the rule of three bounds what was not seen. If a share p_s of group
-    s would score otherwise, all n_s rows of all S groups hide it with the chance prod (1 - p_s)^n_s. Shares that
-    hide with more than 1 - LEVEL have a mean of at most 1 - (1 - LEVEL)^(1 / (S min n_s)).
+    Groups whose scores are all equal, which no drawing can move, add the rule of three in quadrature. If a share p_s
+    of such a group s would score otherwise, the n_s rows of all D of them hide it with the chance
+    prod (1 - p_s)^n_s; shares that stay hidden with more than 1 - LEVEL have a mean of at most
+    1 - (1 - LEVEL)^(1 / (D min n_s)), and move the whole by at most that times D / S of the way to the span's ends.
     """
     arrays = [np.asarray(scores, dtype=np.float64) for scores in groups]
     if wrong := [a.shape for a in arrays if a.ndim != 1 or not len(a)] or [()] * (not arrays):
         raise ValueError(f"one score or more is needed, not an array of shape {wrong[0]}")
     if span is not None and any(a.min() < span[0] - 1e-9 or a.max() > span[1] + 1e-9 for a in arrays):
         raise ValueError(f"a score lies outside {span}")
-    mean = float(np.mean([a.mean() for a in arrays]))
-    if all((a == a[0]).all() for a in arrays):
-        if span is None:
-            return Interval(mean, mean, mean)
-        hidden = 1 - (1 - LEVEL) ** (1 / (len(arrays) * min(map(len, arrays))))
-        return Interval(mean, mean - hidden * (mean - span[0]), mean + hidden * (span[1] - mean))
-    generator = np.random.default_rng(seed)
-    drawn = np.zeros(resamples)
+    mean, drawn = float(np.mean([a.mean() for a in arrays])), np.zeros(resamples)
+    generator, still = np.random.default_rng(seed), [a for a in arrays if (a == a[0]).all()]
     for a in arrays:
         drawn += _sums(a[:, None], generator, resamples)[:, 0] / len(a)
-    return _bounds(mean, drawn / len(arrays))
+    found = _bounds(mean, drawn / len(arrays))
+    if span is None or not still:
+        return found
+    hidden = 1 - (1 - LEVEL) ** (1 / (len(still) * min(map(len, still))))
+    down, up = (hidden * sum(abs(a[0] - end) for a in still) / len(arrays) for end in span)
+    low, high = min(found.low, mean), max(found.high, mean)  # a drawn mean of equal scores may round
+    return Interval(mean, mean - float(np.hypot(mean - low, down)), mean + float(np.hypot(high - mean, up)))
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:

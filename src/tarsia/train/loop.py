@@ -34,13 +34,19 @@ PROBED = 4
 """Rows of the probe that is saved with the adapter."""
 
 
-def fit(recipe: Recipe, evaluator: Evaluator | None = None, *, host: Host | None = None) -> Iterator[Event]:
+def fit(
+    recipe: Recipe,
+    evaluator: Evaluator | None = None,
+    *,
+    host: Host | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Iterator[Event]:
     """Train an adapter; each event is also a line of ``out/events.jsonl``.
 
     Goes on by itself from the newest whole checkpoint in ``out`` of the same recipe. ``evaluator`` is called
     every ``eval_every`` steps and at the end. ``host`` is a base that is open already (its model is given back
-    as it was); without one ``recipe.model`` is opened. Raises a TarsiaError, and leaves the last checkpoint as
-    it is, where the run can not start or go on.
+    as it was); without one ``recipe.model`` is opened. ``card`` is added to the adapter's own. Raises a
+    TarsiaError, and leaves the last checkpoint as it is, where the run can not start or go on.
     """
     out = Path(recipe.out)
     with locked(out):
@@ -59,7 +65,7 @@ def fit(recipe: Recipe, evaluator: Evaluator | None = None, *, host: Host | None
                 run.restore(checkpoint)
                 notices += _moved(run, checkpoint.values["machine"])
             notices += _foreseen(run)
-            for event in _events(run, notices, evaluator):
+            for event in _events(run, notices, evaluator, card or {}):
                 run.log.append(event)
                 yield event
 
@@ -113,7 +119,9 @@ def _foreseen(run: Run) -> tuple[str, ...]:
     return tuple(unseen)
 
 
-def _events(run: Run, notices: tuple[str, ...], evaluator: Evaluator | None) -> Iterator[Event]:
+def _events(
+    run: Run, notices: tuple[str, ...], evaluator: Evaluator | None, card: Mapping[str, Any]
+) -> Iterator[Event]:
     recipe, steps, out = run.recipe, run.schedule.steps, Path(run.recipe.out)
     trained = sum(line.trained for line in run.coverage)
     share = sum(line.share for line in run.coverage)
@@ -133,7 +141,7 @@ def _events(run: Run, notices: tuple[str, ...], evaluator: Evaluator | None) -> 
         yield from _evaluation(run, evaluator)
     if run.features is not None:
         yield Notice(run.features.summary())
-    adapter = Adapter.of(run.host, NAME, run.parts, _card(run), probe=_probe(run))
+    adapter = Adapter.of(run.host, NAME, run.parts, {**_card(run), **card}, probe=_probe(run))
     save(adapter, out / "adapter")
     yield Finished(adapter, str(out / "adapter"), run.seconds)
 
@@ -149,6 +157,7 @@ def _step(run: Run) -> Step:
     began = time.perf_counter()
     number = run.step + 1
     batches = run.batches()
+    run.prove(batches)
     rates = set_rates(run.optimiser, run.schedule.share(run.step))
     parameters = [p for patch in run.patches.values() for p in patch.parameters()]
     with run.random(), deterministic(run.device):

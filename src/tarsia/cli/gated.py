@@ -1,0 +1,70 @@
+"""A training run that is held to a limit on forgetting: the base is measured before it, the adapter after."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from tarsia.adapter import Host, load, open_base, prove, put, save
+from tarsia.cli import gate, rows
+from tarsia.core.attach import detach
+from tarsia.data import Sample, read
+from tarsia.evaluate import Asking, Baseline, baseline, forgetting
+from tarsia.evaluate.page import write_page
+from tarsia.train.exact import threads
+from tarsia.train.recipe import Recipe
+
+KEY = "gate"
+"""The entry of an adapter's card that says whether it passed."""
+
+_NAME = "gated"
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """What a limit needs: the base, how it answered, and the rows; sources of ``data.eval`` are the task."""
+
+    recipe: Recipe
+    args: argparse.Namespace
+    host: Host
+    task: Mapping[str, Sequence[Sample]]
+    general: Mapping[str, Sequence[Sample]]
+    baseline: Baseline
+
+    @classmethod
+    def before(cls, recipe: Recipe, args: argparse.Namespace) -> Self:
+        """Open the base and measure it, so that whatever is wrong with the rows is told before anything is trained."""
+        general = rows.general(args.general, recipe.model, None)
+        task = {s.title: read(s) for s in recipe.data.eval if s.title not in general}
+        host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
+        asking = Asking(batch=recipe.batch, seed=recipe.seed)
+        with threads(recipe.threads):
+            return cls(recipe, args, host, task, general, baseline(host, {**task, **general}, asking))
+
+    @property
+    def pending(self) -> dict[str, Any]:
+        """What the adapter's card says until it was judged; a run that is killed before that leaves it there."""
+        limits = {"max_forgetting": self.args.max_forgetting, "max_forgetting_each": self.args.max_forgetting_each}
+        return {KEY: {"passed": None, **limits, "judged": self.args.judged_by}}
+
+    def after(self) -> int:
+        """Measure the adapter as its files hold it, write the verdict into its card, and show it; the exit code."""
+        folder = Path(self.recipe.out) / "adapter"
+        adapter = load(folder, self.host)
+        put(self.host, adapter, _NAME)
+        try:
+            if adapter.probe is not None:
+                prove(self.host, _NAME, adapter.probe)
+            with threads(self.recipe.threads):
+                report = forgetting(self.host, self.task, self.general, before=self.baseline)
+        finally:
+            detach(self.host.model, _NAME)
+        verdict = gate.judge(self.args, report.before, report.after, report.general)
+        found = {**self.pending[KEY], **verdict.model_dump(mode="json")}
+        save(replace(adapter, card={**adapter.card, KEY: found}), folder)
+        if self.args.page is not None:
+            write_page(report, verdict, {**self.task, **self.general}, self.args.page)
+        return gate.show(verdict, as_json=self.args.json, quiet=self.args.quiet)
