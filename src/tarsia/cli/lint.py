@@ -35,7 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page", metavar="FILE.html", type=Path, help="write what was found as a page of its own")
     parser.add_argument(
         "--rows", metavar="N", type=int, default=ROWS,
-        help=f"rows of each source to look at, evenly spaced (default: {ROWS}; 0: all)",
+        help=f"rows of each source to look at, spread over it (default: {ROWS}; 0: all)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object a finding")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")

@@ -29,6 +29,11 @@ class Where(NamedTuple):
         return f"{self.source}:{self.row}"
 
 
+def brief(text: str, most: int = 40) -> str:
+    """A text in quotes, shortened to ``most`` characters."""
+    return repr(text if len(text) <= most else f"{text[: most - 3]}...")
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that a rule found. ``rows`` are the first ``NAMED`` of ``count``; ``do`` suggests a fix.

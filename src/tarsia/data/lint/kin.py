@@ -27,7 +27,7 @@ def kin(looks: Sequence[Look]) -> Kin:
     """Compare all pictures with each other; the cost grows with the near pairs, not with the square."""
     firsts: dict[bytes, int] = {}
     for place, look in enumerate(looks):
-        if look.refusal is None and not look.empty:
+        if not look.refusal and not look.empty:
             firsts.setdefault(look.content, place)
     places = list(firsts.values())
     hashes = np.array([looks[p].phash for p in places], dtype=np.uint64)

@@ -37,14 +37,14 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A picture's facts. ``refusal`` is why it can not be used; then what follows is empty.
+    """A picture's facts. ``refusal`` is why it can not be used ("is missing. Given: a.png"); then the rest is empty.
 
     ``content`` is a digest of size and decoded pixels, ``phash`` and ``thumbnail`` as in ``near``, ``flat`` the
     share 0..1 of pixels that have the commonest colour.
     """
 
     header: Header
-    refusal: DataError | None = None
+    refusal: str = ""
     width: int = 0
     height: int = 0
     content: bytes = b""
@@ -65,20 +65,21 @@ def key(picture: Picture) -> object:
     return picture.content if isinstance(picture.content, Path) else id(picture.content)
 
 
-def look(picture: Picture) -> tuple[Look, Image.Image | None]:
-    """Look at a picture; the second is its decoded pixels. Never raises for what a file holds."""
+def look(picture: Picture) -> tuple[Look, Image.Image | DataError]:
+    """Look at a picture; the second is its decoded pixels, or why there are none."""
     header = _header(picture)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on a file; what matters of them is in the header
             shown = picture.load()
     except DataError as error:
-        return Look(header, error), None
+        why = error.what.removeprefix(f"A picture of row {picture.row} of {picture.source} ")
+        return Look(header, f"{why} Given: {error.given}"), error
     digest = hashlib.blake2b(f"{shown.width}x{shown.height}".encode(), digest_size=16)
     digest.update(shown.tobytes())
     return Look(
         header,
-        None,
+        "",
         shown.width,
         shown.height,
         digest.digest(),

@@ -11,11 +11,12 @@ from typing import Any, Final
 import jinja2
 
 from tarsia.core.errors import ConfigError
-from tarsia.data.lint.finding import Where
+from tarsia.data.lint.finding import Finding, Where
 from tarsia.data.lint.report import Findings, View
 from tarsia.data.lint.rules.answers import classes
 from tarsia.data.lint.view import visible
 
+NEAR: Final = "\N{ALMOST EQUAL TO}"
 PAIRS: Final = 4
 """Pairs of like rows that a finding shows."""
 
@@ -35,28 +36,26 @@ def write_page(findings: Findings, path: Path, title: str) -> None:
 def page(findings: Findings, title: str) -> str:
     """The page as HTML."""
     views = findings.views()
-    pictures = {view.where: view for view in views}
-    pairs = {
-        finding: [
-            (_shown(findings, pictures, a), _shown(findings, pictures, b))
-            for a, b in list(zip(finding.rows, finding.like, strict=True))[:PAIRS]
-        ]
-        for finding in findings.findings
-        if finding.like
-    }
+    shown = {view.where: view for view in views}
+    pairs = {finding: _pairs(findings, finding, shown) for finding in findings.findings}
     return _template().render(
         title=title,
         findings=findings,
         views=views,
+        shown=shown,
         pairs=pairs,
+        mark=lambda finding: NEAR if finding.code.startswith("near") else "=",
         encoder=findings.survey.encoder,
         context=findings.survey.context,
         classes=[(s.name, c.most_common()) for s in findings.survey.sources if (c := classes(s)) is not None],
     )
 
 
-def _shown(findings: Findings, known: Mapping[Where, View], where: Where) -> View:
-    return known[where] if where in known else findings.view(where)
+def _pairs(findings: Findings, finding: Finding, known: Mapping[Where, View]) -> list[tuple[View, View]]:
+    """The first rows that are like others, each beside its other, where both have pictures to show."""
+    both = list(zip(finding.rows, finding.like, strict=True)) if finding.like else []
+    views = [tuple(known[where] if where in known else findings.view(where) for where in pair) for pair in both[:PAIRS]]
+    return [(a, b) for a, b in views if a.pictures and b.pictures]
 
 
 @lru_cache(maxsize=1)

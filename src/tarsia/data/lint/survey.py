@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Final, Literal
+
+from PIL import Image
 
 from tarsia.core.attach import Part
 from tarsia.core.errors import DataError
@@ -16,10 +19,10 @@ from tarsia.data.encode import IGNORED, Encoder
 from tarsia.data.lint.finding import Where
 from tarsia.data.lint.kin import Kin, kin
 from tarsia.data.lint.looks import Look, key, look
-from tarsia.data.samples import PICTURE, Message, Sample
+from tarsia.data.samples import PICTURE, Message, Picture, Sample
 
 ROWS: Final = 5000
-"""Rows of a source that are looked at unless it is said otherwise, evenly spaced over it."""
+"""Rows of a source that are looked at unless it is said otherwise, spread over all of it."""
 
 _BATCH: Final = 16
 Stage = Literal["read", "picture", "control", "template", "label", "encode", "cut"]
@@ -101,6 +104,10 @@ class Surveyed:
         """The rows whose tokens are known."""
         return tuple(row for row in self.rows if row.tokens)
 
+    def some(self, rows: Sized) -> str:
+        """How many these are: "3 of 40 rows (7.5%)"."""
+        return f"{len(rows):,} of {len(self.rows):,} rows ({len(rows) / max(1, len(self.rows)):.1%})"
+
     def where(self, rows: Sequence[Row]) -> tuple[Where, ...]:
         """The rows by name."""
         return tuple(Where(self.name, row.number) for row in rows)
@@ -155,20 +162,23 @@ class _Gallery:
     looks: list[Look] = field(default_factory=list)
     places: dict[object, int] = field(default_factory=dict)
 
-    def __call__(self, sample: Sample) -> tuple[tuple[int, ...], Sample | None]:
-        """Places of the row's pictures, and the row with decoded pictures (None where one can not be had)."""
+    def __call__(self, sample: Sample) -> tuple[tuple[int, ...], Sample | DataError]:
+        """Places of the row's pictures, and the row with decoded pictures, or why one can not be had."""
         places, shown = [], []
+        bad: DataError | None = None
         for picture in sample.pictures:
             name = key(picture)
-            seen, pixels = (None, None) if name in self.places else look(picture)
-            if seen is not None:
+            pixels = _load(picture) if name in self.places else None
+            if pixels is None:
+                seen, pixels = look(picture)
                 self.places[name] = len(self.looks)
                 self.looks.append(seen)
             places.append(self.places[name])
-            if self.looks[places[-1]].refusal is None:
-                shown.append(replace(picture, content=picture.load() if pixels is None else pixels))
-        whole = len(shown) == len(sample.pictures)
-        return tuple(places), replace(sample, pictures=tuple(shown)) if whole else None
+            if isinstance(pixels, DataError):
+                bad = bad or pixels
+            else:
+                shown.append(replace(picture, content=pixels))
+        return tuple(places), replace(sample, pictures=tuple(shown)) if bad is None else bad
 
 
 @dataclass
@@ -188,9 +198,9 @@ class _Walk:
             return
         places, whole = self.gallery(sample)
         row = _row(number, sample, places, [self.gallery.looks[i] for i in places])
-        if whole is None:
-            bad = next(look.refusal for i in places if (look := self.gallery.looks[i]).refusal is not None)
-            self.done[number] = replace(row, trouble=Trouble("picture", bad))
+        if isinstance(whole, DataError):
+            # what two rows show that can not be seen is not known to be the same
+            self.done[number] = replace(row, content=b"", question=b"", trouble=Trouble("picture", whole))
             return
         self.waiting.append((row, whole))
         if len(self.waiting) == _BATCH:
@@ -254,10 +264,21 @@ def survey(
 
 
 def spaced(total: int, rows: int | None) -> Sequence[int]:
-    """At most ``rows`` of the numbers below ``total``, evenly spaced, the first among them."""
+    """At most ``rows`` of the numbers below ``total``: one of each of as many equal stretches, the first among them.
+
+    Where in its stretch a row lies jumps about, or a table that repeats itself would be seen from one side only.
+    """
     if rows is None or total <= rows:
         return range(total)
-    return [i * total // rows for i in range(rows)]
+    edges = [i * total // rows for i in range(rows + 1)]
+    return [a + (i * 0x9E3779B1 & 0xFFFFFFFF) * (b - a) // 2**32 for i, (a, b) in enumerate(pairwise(edges))]
+
+
+def _load(picture: Picture) -> Image.Image | DataError:
+    try:
+        return picture.load()
+    except DataError as error:
+        return error
 
 
 def _samples(rows: Sequence[Sample], numbers: Sequence[int]) -> Iterator[tuple[int, Sample | Exception]]:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Final
 
-from tarsia.data.lint.finding import Severity
+from tarsia.data.lint.finding import Severity, brief
 from tarsia.data.lint.rule import Hit, rule
 from tarsia.data.lint.survey import Row, Survey, Surveyed
 
@@ -43,7 +43,7 @@ def one_answer(survey: Survey) -> Iterator[Hit]:
         if most > ONE * total:
             others = "; no other is ever given" if most == total else ""
             yield Hit(
-                f"{most / total:.1%} of the answers are {answer!r:.60}{others}: "
+                f"{most / total:.1%} of the answers are {brief(answer, 60)}{others}: "
                 "saying so always is the easiest thing to learn.",
                 "add rows with other answers, or take fewer of these",
                 source.where([row for row in source.rows if row.answers and row.answers[-1].strip() != answer]),
@@ -61,8 +61,8 @@ def imbalance(survey: Survey) -> Iterator[Hit]:
         (common, most), (rare, least) = counts.most_common()[0], counts.most_common()[-1]
         if most >= UNEVEN * least and most <= ONE * sum(counts.values()):
             yield Hit(
-                f"{common!r:.40} stands {most:,} times, {rare!r:.40} {least:,} times.",
-                f"add rows of {rare!r:.40}, or put them into a source of their own with a weight",
+                f"{brief(common)} stands {most:,} times, {brief(rare)} {least:,} times.",
+                f"add rows of {brief(rare)}, or put them into a source of their own with a weight",
                 source.where(_saying(source, rare)),
                 source.name,
             )
@@ -84,7 +84,7 @@ def given_away(survey: Survey) -> Iterator[Hit]:
         if rows:
             often = len(rows) / len(source.rows)
             yield Hit(
-                f"The prompts of {len(rows):,} rows ({often:.1%}) say the answer already, "
+                f"{source.some(rows)}: the prompt says the answer already, "
                 "so it can be copied without looking at a picture.",
                 "take the answer out of the prompt, or offer the same choice in every row",
                 source.where(rows),
@@ -96,6 +96,8 @@ def given_away(survey: Survey) -> Iterator[Hit]:
 @rule("unseen-answer", Severity.WARNING, "evaluation")
 def unseen(survey: Survey) -> Iterator[Hit]:
     """Classes of evaluation that no row of training teaches."""
+    if any(len(source.rows) < source.total for source in survey.trained):
+        return  # another row may well teach it
     taught = {answer.strip() for source in survey.trained for row in source.rows for answer in row.answers}
     asked = {row.prompt for source in survey.trained for row in source.rows}
     for source in survey.evaluated:
@@ -106,8 +108,8 @@ def unseen(survey: Survey) -> Iterator[Hit]:
         if counts is not None and rows:
             names = sorted({row.answers[0].strip() for row in rows})
             yield Hit(
-                f"Training asks the same and never answers {', '.join(f'{n!r:.40}' for n in names[:4])}, "
-                f"which {len(rows):,} rows of evaluation want.",
+                f"{source.some(rows)} of evaluation: training asks the same and never answers "
+                f"{', '.join(map(brief, names[:4]))}.",
                 "add such rows to training, or take them out of the evaluation",
                 source.where(rows),
                 source.name,

@@ -32,7 +32,7 @@ def leaks(survey: Survey) -> Iterator[Hit]:
         if rows:
             like = [trained[row.content][0][0] for row in rows]
             yield Hit(
-                f"{len(rows):,} rows of evaluation are trained on too ({source.name}:{rows[0].number} is {like[0]}), "
+                f"{source.some(rows)} of evaluation: trained on too ({source.name}:{rows[0].number} is {like[0]}), "
                 "so what is measured on them is memory.",
                 "take them out of the training rows, or split anew by picture",
                 source.where(rows),
@@ -60,7 +60,7 @@ def near_leaks(survey: Survey) -> Iterator[Hit]:
         if found:
             first, other = next(iter(found.items()))
             yield Hit(
-                f"{len(found):,} rows of evaluation show a picture that is, or nearly is, one of training "
+                f"{source.some(found)} of evaluation: a picture is, or nearly is, one of training "
                 f"({first} is like {other}): a copy that was resized, re-encoded or brightened, or the next frame.",
                 "look at them on the page; split anew so that one picture's copies stay together",
                 list(found),
@@ -85,8 +85,8 @@ def duplicates(survey: Survey) -> Iterator[Hit]:
         if found := dict(sorted(repeated[source.name].items())):
             often = len(found) / len(source.rows)
             yield Hit(
-                f"{len(found):,} rows ({often:.1%}) repeat an earlier one word for word and pixel for pixel, "
-                "and weigh more than others.",
+                f"{source.some(found)}: the same, word for word and pixel for pixel, as an earlier row; "
+                "such rows weigh more than others.",
                 "keep one of each, or say by the source's weight how much it should count",
                 list(found),
                 source.name,
@@ -112,7 +112,7 @@ def near_duplicates(survey: Survey) -> Iterator[Hit]:
         if found:
             often = len(found) / len(source.rows)
             yield Hit(
-                f"{len(found):,} rows ({often:.1%}) show a picture that is nearly an earlier one.",
+                f"{source.some(found)}: a picture is nearly that of an earlier row.",
                 "keep one of each; where frames of a film were cut out, take fewer of them",
                 list(found),
                 source.name,
@@ -135,7 +135,8 @@ def contradictions(survey: Survey) -> Iterator[Hit]:
     for source in survey.sources:
         if found := dict(sorted(against[source.name].items())):
             yield Hit(
-                f"{len(found):,} rows ask what another row asks, of the same picture if any, and answer otherwise.",
+                f"{source.some(found)}: another row asks the same, of the same picture if any, "
+                "and is answered otherwise.",
                 "decide which answer is right; where several are, say so in the question",
                 list(found),
                 source.name,

@@ -111,7 +111,8 @@ def dead_sites(survey: Survey) -> Iterator[Hit]:
 def no_picture(survey: Survey) -> Iterator[Hit]:
     """Vision or projector trained though no row has a picture."""
     assert survey.aim is not None
-    if any(row.looks for source in survey.trained for row in source.rows):
+    rows = [row for source in survey.trained for row in source.rows if row.trouble is None]
+    if not rows or any(row.looks for row in rows):
         return
     seeing = [
         site

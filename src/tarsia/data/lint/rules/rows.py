@@ -85,7 +85,7 @@ def empty_answers(survey: Survey) -> Iterator[Hit]:
         rows = [row for row in source.rows if row.answers and not all(answer.strip() for answer in row.answers)]
         if rows:
             yield Hit(
-                f"{len(rows):,} rows have an answer without any text, which teaches the model to be silent.",
+                f"{source.some(rows)}: an answer without any text teaches the model to be silent.",
                 "fill the answers in, or take these rows out",
                 source.where(rows),
                 source.name,
@@ -98,7 +98,7 @@ def sampled(survey: Survey) -> Iterator[Hit]:
     for source in survey.sources:
         if len(source.rows) < source.total:
             yield Hit(
-                f"Only {len(source.rows):,} of {source.total:,} rows were looked at, evenly spaced; "
+                f"Only {len(source.rows):,} of {source.total:,} rows were looked at, spread over all of it; "
                 "what is wrong with the others is not known.",
                 "look at all of them: --rows 0",
                 source=source.name,

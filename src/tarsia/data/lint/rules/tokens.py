@@ -26,7 +26,7 @@ def over_long(survey: Survey) -> Iterator[Hit]:
         if rows:
             longest = max(row.tokens for row in source.encoded)
             yield Hit(
-                f"max_length {survey.max_length} cuts the answers of {len(rows):,} rows ({share(rows, source):.1%}); "
+                f"max_length {survey.max_length} cuts the answer in {source.some(rows)}; "
                 f"the longest row has {longest:,} tokens.",
                 f"set max_length: {longest}, or shorten these rows",
                 source.where(rows),
@@ -50,7 +50,7 @@ def over_context(survey: Survey) -> Iterator[Hit]:
         rows = [row for row in source.encoded if min(row.tokens, limit or row.tokens) > survey.context]
         if rows:
             yield Hit(
-                f"{len(rows):,} rows are longer than the {survey.context:,} tokens that the model has positions for; "
+                f"{source.some(rows)}: longer than the {survey.context:,} tokens that the model has positions for; "
                 f"the longest has {max(row.tokens for row in rows):,}.",
                 f"set max_length: {survey.context} or less, shorten them, or take smaller pictures",
                 source.where(rows),
@@ -91,7 +91,7 @@ def picture_tokens(survey: Survey) -> Iterator[Hit]:
         ]
         if rows:
             yield Hit(
-                f"The pictures of {len(rows):,} rows take more than {MOSTLY_PICTURE:.0%} of max_length, "
+                f"In {source.some(rows)} pictures take more than {MOSTLY_PICTURE:.0%} of max_length, "
                 "and the words beside them are cut.",
                 "raise max_length, or make the pictures smaller",
                 source.where(rows),
