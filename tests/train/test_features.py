@@ -147,7 +147,7 @@ def test_a_picture_is_found_again_and_its_neighbour_with_one_other_bit_is_not(tm
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "change"),
+    "name, key, change",
     [
         ("idefics3", "pixel_attention_mask", lambda mask: mask.clone().index_fill_(3, torch.arange(8, 16), 0)),
         ("mllama", "aspect_ratio_ids", lambda ids: torch.where(ids == 2, 3, ids)),
@@ -204,7 +204,7 @@ def test_a_key_that_leaves_something_out_is_caught(blind, tmp_path, monkeypatch)
     """Planted stale caches: the first look-ups are held to what is computed, so a run stops."""
     feed = module._feed
     monkeypatch.setattr(module, "_feed", lambda d, n, v: None if BLIND[blind](n, v) else feed(d, n, v))
-    host, inputs = opened("qwen2_vl" if blind == "grids" else "llava")
+    host, _ = opened("qwen2_vl" if blind == "grids" else "llava")
     picture = {**batch(KNOWN[host.anatomy.name], host.anatomy.config, pictures=(1,))}
     found(host, picture, tmp_path)
     if blind == "weights":
@@ -242,7 +242,7 @@ def test_a_tower_that_draws_random_numbers_is_caught(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parts", "overrides", "named"),
+    "parts, overrides, named",
     [
         ((part("vision.*.{q,v}"),), {}, "v_proj.slot"),
         ((full("vision.0.norm"), part("language.*.q")), {}, "layers.0.layer_norm1.slot"),

@@ -212,7 +212,7 @@ def refusing(number):
     return refuse
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the quota")])
+@pytest.mark.parametrize("number, said", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the quota")])
 def test_a_full_disk_is_told_once_and_reading_goes_on(number, said, tmp_path, monkeypatch):
     store = Store(tmp_path, WIDE)
     store.put(key(1), value(1))

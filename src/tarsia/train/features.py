@@ -66,6 +66,8 @@ class Cache:
         """Bytes of the features of the last unit."""
         self._modules = [model.get_submodule(path) for path in stage.modules]
         self._below = [module.forward for module in self._modules]
+        # walking modules at every call takes longer than reading a picture's features
+        self._inner = [inner for module in self._modules for inner in module.modules()]
         self._owner = model.get_submodule(stage.root.rpartition(".")[0])
         self._features: Callable[..., Any] = getattr(self._owner, "get_image_features", _unknown)
         self._inside = stage.above is None
@@ -259,7 +261,7 @@ class Cache:
 
     def _patched(self) -> bool:
         """Whether a patch stands in the stage now, as an evaluation may put one in."""
-        return any(isinstance(inner, Slot) for module in self._modules for inner in module.modules())
+        return any(isinstance(inner._modules.get("slot"), Slot) for inner in self._inner)
 
     def _keys(self, units: Sequence[Call]) -> list[bytes]:
         device = _device(units[0])
@@ -274,8 +276,8 @@ class Cache:
 
     def _stage_digest(self) -> bytes:
         """Of the weights in memory and all that describes the stage; taken anew when a weight has been written to."""
-        tensors = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
-        state = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
+        held = [(*inner._parameters.values(), *inner._buffers.values()) for inner in self._inner]
+        state = tuple((id(t), t.data_ptr(), t._version) for tensors in held for t in tensors if t is not None)
         if state != self._state:
             self._digest, self._state = self._weigh(), state
         return self._digest
