@@ -39,7 +39,7 @@ class Template:
 
     def __init__(self, processor: Any, variables: Mapping[str, object] | None = None) -> None:
         self._processor, self._variables = processor, dict(variables or {})
-        self._as_parts: dict[str, bool] = {}
+        self._as_parts: dict[tuple[str, bool], bool] = {}
         template = getattr(processor, "chat_template", None)
         if not template:
             raise DataError(
@@ -70,7 +70,7 @@ class Template:
         conversation, the template leaves out the answer, a call, a thought or a tool, or the text has more
         picture markers than the row has pictures.
         """
-        chat = self._chat(sample.messages, sample)
+        chat = self._chat(sample.messages, sample, sample.tools)
         whole = self._apply(chat, prompt=False, where=sample, tools=sample.tools)
         spans = []
         for i, message in enumerate(sample.messages):
@@ -104,8 +104,11 @@ class Template:
                 raise _not_a_beginning(sample, i, before if whole.startswith(after) else after, whole)
             span = start, found[1]
         said = whole[slice(*span)]
+        # The prompt may say the beginning of an answer: it opens a thought, say. That part is not learnt.
+        opened = self._apply(chat[:i], prompt=False, where=sample, tools=sample.tools)
+        written = whole[len(opened) : span[1]] if whole.startswith(opened) else said
         wanted = [*(p for p in message.parts if isinstance(p, str)), message.thought]
-        if not all(text.strip() in said for text in wanted):
+        if not all(text.strip() in written for text in wanted):
             raise _refused(sample, f"the chat template does not write what message {i} says.", message.text)
         if not all(word in said for call in message.calls for word in (call.name, *_leaves(call.arguments))):
             raise _refused(sample, f"the chat template does not write what message {i} calls.", message.calls[0].name)
@@ -114,7 +117,7 @@ class Template:
     def _in_its_place(self, sample: Sample, i: int, chat: Sequence[Mapping[str, object]], whole: str) -> Span | None:
         """Where the answer of turn ``i`` begins, and the turn ends: everything else stays when it is another text."""
         other = [*chat]
-        other[i] = self._message(replace(sample.messages[i], parts=(_OTHER,)), sample)
+        other[i] = self._message(replace(sample.messages[i], parts=(_OTHER,)), sample, sample.tools)
         put = self._apply(other, prompt=False, where=sample, tools=sample.tools).split(_OTHER)
         alone = self._apply(other[: i + 1], prompt=False, where=sample, tools=sample.tools).split(_OTHER)
         if len(put) != 2 or len(alone) != 2 or not put[1].startswith(alone[1]):
@@ -128,17 +131,19 @@ class Template:
 
     def write(self, messages: Sequence[Message], *, prompt: bool, tools: Sequence[str] = ()) -> str:
         """The messages as the template writes them, with what asks for an answer after them where ``prompt``."""
-        return self._apply(self._chat(messages, None), prompt=prompt, where=None, tools=tools)
+        return self._apply(self._chat(messages, None, tools), prompt=prompt, where=None, tools=tools)
 
-    def _chat(self, messages: Sequence[Message], where: Sample | None) -> list[dict[str, object]]:
-        return [self._message(message, where) for message in messages]
+    def _chat(self, messages: Sequence[Message], where: Sample | None, tools: Sequence[str]) -> list[dict[str, object]]:
+        return [self._message(message, where, tools) for message in messages]
 
-    def _message(self, message: Message, where: Sample | None) -> dict[str, object]:
-        if message.role not in self._as_parts:
-            self._as_parts[message.role] = self._takes_parts(message.role, where)
-        if message.n_pictures and not self._as_parts[message.role]:
+    def _message(self, message: Message, where: Sample | None, tools: Sequence[str]) -> dict[str, object]:
+        # Llama 3's writes tools into what the user says first, and takes that as a string then only.
+        key = message.role, bool(tools)
+        if key not in self._as_parts:
+            self._as_parts[key] = self._takes_parts(message.role, where, tools)
+        if message.n_pictures and not self._as_parts[key]:
             raise _refused(where, f"the chat template shows no pictures in a turn of the {message.role}.")
-        parts = [_part(part) for part in message.parts] if self._as_parts[message.role] else message.text
+        parts = [_part(part) for part in message.parts] if self._as_parts[key] else message.text
         turn: dict[str, object] = {"role": message.role, "content": parts}
         # Templates ask whether a key is there, so none is there for nothing.
         calls = [_call(call) for call in message.calls]
@@ -150,9 +155,10 @@ class Template:
         }
         return turn | {key: value for key, value in rest.items() if value}
 
-    def _takes_parts(self, role: str, where: Sample | None) -> bool:
+    def _takes_parts(self, role: str, where: Sample | None, tools: Sequence[str]) -> bool:
         """Whether the template reads a list of parts in this role, or only a string."""
-        user: dict[str, object] = {"role": "user", "content": [_part(_PROBE)]}
+        inside = role != "user" and self._as_parts.get(("user", bool(tools)), True)
+        user: dict[str, object] = {"role": "user", "content": [_part(_PROBE)] if inside else _PROBE}
         calls: dict[str, object] = {"role": "assistant", "content": "", "tool_calls": [_call(_TRIAL)]}
         for content in ([_part(_PROBE)], _PROBE):
             turn: dict[str, object] = {"role": role, "content": content}
@@ -164,7 +170,7 @@ class Template:
             }
             chat = trials[role]
             try:
-                text = self._apply(chat, prompt=False, where=where)
+                text = self._apply(chat, prompt=False, where=where, tools=tools)
             except DataError:
                 if content is _PROBE:
                     raise
