@@ -75,20 +75,15 @@ def _(folder: Path) -> str:
 
 
 @fault("answers that were cut off and are counted as wrong", "UKGovernmentBEIS/inspect_ai#3582",
-       "allenai/olmo-eval#399", verdict=Reported, says="cut at 3")  # fmt: skip
+       "allenai/olmo-eval#399", verdict=Reported, says="cut at 3: 3")  # fmt: skip
 def cut_answers(folder: Path, planted: bool) -> Told:
-    from rich.console import Console
-
     base = tiny.host()
     if not planted:  # a model that ends every answer at once
         with torch.no_grad():
             base.model.lm_head.weight.zero_()
         base.model.generation_config.eos_token_id = 0
     report = evaluate(base, {"tests": tiny.rows(3, (0,))}, max_new_tokens=3)
-    written = Console(width=200, file=io.StringIO())
-    written.print(report.table())
-    head, body = written.file.getvalue().splitlines()[1:3]
-    return (" ".join(head.split()) + ": " + " ".join(body.split()),)
+    return [f"{column.header}: {next(iter(column.cells))}" for column in report.table().columns]
 
 
 @cut_answers.peer

@@ -93,7 +93,7 @@ class Fault:
             return f"harmless: {self.says}"
         line = next((line for line in told if re.search(self.says, line)), None)
         assert line is not None, f"not reported: {told}"
-        return f"reported: {line}"
+        return f"reported: {brief(line, 180)}"
 
     def observe(self, folder: Path) -> str:
         """What the peers do with the same fault, in words: what they raise, or say, and what came of it."""
@@ -124,10 +124,9 @@ def fault(
 
 def brief(text: str, most: int = 110) -> str:
     """The first sentence, on one line, without what differs from run to run."""
-    line = re.sub(r"\s+", " ", text.strip())
-    line = re.sub(r"/tmp/\S+|/\S*/(?=[\w.-]+)", "", line)
-    first = re.split(r"(?<=[.!:]) (?=[A-Z\[])", line)[0]
-    return (first if len(first) <= most else first[:most].rpartition(" ")[0] + " ...").replace("|", "\\|")
+    line = re.sub(r"\S*/", "", re.sub(r"\s+", " ", text.strip()))
+    first = re.split(r"(?<=[.!:]) (?=[A-Z\[])", line)[0].rstrip(":")
+    return first if len(first) <= most else first[:most].rpartition(" ")[0] + " ..."
 
 
 @contextmanager

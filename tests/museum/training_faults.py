@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -33,10 +33,13 @@ LANGUAGE = [{"method": "lora", "select": "language.*.{q,v}", "lr": 1e-2, "rank":
 SEEING = [{"method": "lora", "select": "vision.*.{q,v}", "lr": 1e-2, "rank": 2}]
 
 
+SHARED = TemporaryDirectory()
+
+
 @cache
 def world() -> dict[str, Any]:
     """A base and two sources, built once."""
-    return small.world(Path(mkdtemp()))
+    return small.world(Path(SHARED.name))
 
 
 def values(folder: Path, **changed: Any) -> dict[str, Any]:
