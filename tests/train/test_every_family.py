@@ -27,6 +27,8 @@ def encoder(family, config):
     """In place of a processor: the family's own inputs, one picture a row, the last tokens labelled."""
 
     class Made:
+        closes = True
+
         def __init__(self, processor, max_length, variables):
             assert max_length is None and not variables
 

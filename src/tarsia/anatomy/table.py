@@ -205,6 +205,13 @@ class Anatomy:
     def positions(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """What ``model`` counts in the padded batch ``inputs``, to pack its rows by (see ``Packing``).
 
+        Raises AnatomyError as ``counting`` does.
+        """
+        return self.counting()(model, inputs)
+
+    def counting(self) -> Callable[[nn.Module, Inputs], Tensor]:
+        """How positions of packed rows are counted.
+
         Raises AnatomyError where rows of this family, or with this attention, can not be packed.
         """
         packing = self.family.packing
@@ -220,7 +227,7 @@ class Anatomy:
                 allowed=", ".join(PACKED_ATTENTION),
                 do="load the base with one of these, or set batching: grouped, or plain",
             )
-        return packing.positions(model, inputs)
+        return packing.positions
 
 
 def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

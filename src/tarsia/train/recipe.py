@@ -22,7 +22,10 @@ from tarsia.train.reading import parse_value, read_yaml
 RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "full": 2e-5}
 """Peak learning rates where a part names none: the usual ones for models of billions of parameters."""
 
-_UNHASHED: Final = ("out", "threads", "device", "save_every", "eval_every", "data.eval", "features.path", "features.limit")
+_UNHASHED: Final = (
+    *("out", "threads", "device", "save_every", "eval_every", "data.eval"),
+    *("features.path", "features.limit"),
+)
 """Keys that do not change what is computed but for the last bits; a resume looks at threads and device apart."""
 
 Positive = Annotated[int, Field(gt=0)]
@@ -170,10 +173,13 @@ class Recipe(BaseModel):
 
     ``model`` is a folder, a hub id or "mini-1". Exactly one of ``steps`` and ``epochs`` is given; an epoch is
     as many rows as all sources hold together. ``batch`` rows make a micro-batch, ``accumulate`` of them a
-    step. ``warmup`` is in steps, or a share of all steps where it lies below 1. ``clip`` bounds the 2-norm of
-    the gradient. ``precision`` is the frozen base's: patches are float32 always. ``device`` auto is a GPU where
-    there is one. ``checkpointing`` recomputes activations in the backward pass. ``save_every`` and ``eval_every``
-    are in steps; the last step is always saved. ``variables`` are the chat template's own, a date say.
+    step. ``batching`` grouped deals a step's rows out to its micro-batches by length, so that there is less
+    padding; packed lays the rows of a micro-batch end to end, where the family allows it. Neither changes
+    which rows are in a step, nor its loss and gradient but for the last bits. ``warmup`` is in steps, or a
+    share of all steps where it lies below 1. ``clip`` bounds the 2-norm of the gradient. ``precision`` is the
+    frozen base's: patches are float32 always. ``device`` auto is a GPU where there is one. ``checkpointing``
+    recomputes activations in the backward pass. ``save_every`` and ``eval_every`` are in steps; the last step
+    is always saved. ``variables`` are the chat template's own, a date say.
     ``features`` keeps the outputs of a frozen vision tower on disk.
     """
 
@@ -186,6 +192,7 @@ class Recipe(BaseModel):
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     batch: Positive = 8
     accumulate: Positive = 1
+    batching: Literal["plain", "grouped", "packed"] = "plain"
     warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.03
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -214,12 +221,27 @@ class Recipe(BaseModel):
         if self.warmup >= 1 and not self.warmup.is_integer():
             raise ConfigError("A warm-up is a whole number of steps, or a share below 1.", given=self.warmup)
         self.data.rows_of_step(self.batch * self.accumulate)
+        self._check_batching()
         if self.features is not None:
             _ = self.features.bytes
         for part in self.parts:
             part.configure()
             _ = part.rate
         return self
+
+    def _check_batching(self) -> None:
+        if self.batching == "grouped" and self.accumulate == 1:
+            raise ConfigError(
+                "A step of one micro-batch has nothing to group.",
+                given="batching grouped, accumulate 1",
+                do="raise accumulate and lower batch, or set batching: packed, or plain",
+            )
+        if self.batching == "packed" and self.batch == 1:
+            raise ConfigError(
+                "A micro-batch of one row has nothing to pack.",
+                given="batching packed, batch 1",
+                do="raise batch, or set batching: plain",
+            )
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from tarsia.adapter import Fingerprint, Host, open_base
+from tarsia.anatomy import anatomy_of
 from tarsia.core.attach import Covered, Part, attach, patches
 from tarsia.core.errors import ConfigError, TrainingError
 from tarsia.core.method import find
@@ -29,7 +33,9 @@ from tarsia.train.features import Cache
 from tarsia.train.optimiser import Schedule, adamw
 from tarsia.train.optimiser import restore as restore_optimiser
 from tarsia.train.optimiser import state as optimiser_state
+from tarsia.train.packing import packed, prove, shared
 from tarsia.train.recipe import Recipe, differences
+from tarsia.train.step import named
 from tarsia.train.watch import GradientWatch
 
 NAME: Final = "in-training"
@@ -57,6 +63,10 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     features: Cache | None = None
+    lengths: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Tokens of the rows that were met, by source and row, where rows are grouped."""
+    proved: bool = False
+    """Whether packed rows were seen to be computed as alone."""
 
     @property
     def model(self) -> nn.Module:
@@ -73,19 +83,66 @@ class Run:
 
     def batches(self) -> tuple[Batch, ...]:
         """The micro-batches of the next step, on the model's device; a pure function of the recipe and the step."""
+        batches = tuple(map(self.encode, self.dealt()))
+        return tuple(packed(self.model, batch) for batch in batches) if self.packs else batches
+
+    @property
+    def packs(self) -> bool:
+        """Whether the rows of a micro-batch are laid end to end."""
+        return self.recipe.batching == "packed"
+
+    def dealt(self) -> tuple[tuple[int, ...], ...]:
+        """The rows of the stream in each micro-batch of the next step; where they are grouped, by length."""
         size, parts = self.recipe.batch, self.recipe.accumulate
-        first = self.step * size * parts
-        return tuple(self.encode(range(first + i * size, first + (i + 1) * size)) for i in range(parts))
+        numbers = list(range(self.step * size * parts, (self.step + 1) * size * parts))
+        if self.recipe.batching == "grouped":
+            numbers.sort(key=lambda n: self._length(*self.mixture.row(n)))
+        return tuple(tuple(numbers[i * size : (i + 1) * size]) for i in range(parts))
+
+    def _length(self, source: int, row: int) -> int:
+        """Tokens of a row. Each is encoded once more for this, when it is first met."""
+        if (source, row) not in self.lengths:
+            batch = self.encoder.batch([self.mixture.sources[source][row]])
+            self.lengths[source, row] = batch.labels.shape[1]
+        return self.lengths[source, row]
+
+    def prove(self, batches: Sequence[Batch]) -> None:
+        """See to it that the first packed rows are computed as alone; ``batches`` are the next step's.
+
+        Raises TrainingError where they are not.
+        """
+        for numbers, tight in zip(self.dealt(), batches, strict=True):
+            if self.packs and not self.proved and shared(tight):
+                with nullcontext() if self.features is None else self.features.suspended():
+                    prove(self.model, self.encode(numbers), tight)
+                self.proved = True
 
     def encode(self, numbers: Sequence[int]) -> Batch:
-        """These rows of the mixture's stream as one batch, pictures in the base's dtype."""
+        """These rows of the mixture's stream as one batch, pictures in the base's dtype.
+
+        Raises TrainingError where none has a picture and the model can not be called without.
+        """
         batch = self.encoder.batch([self.mixture[n] for n in numbers])
+        missing = [name for name in self._needed if name not in batch.inputs]
+        if missing:
+            raise TrainingError(
+                f"{type(self.model).__name__} can not be called on rows of which none has a picture.",
+                given=f"{named([batch])}; without {', '.join(missing)}",
+                do="give these rows a picture, leave them out, or raise batch so that others are beside them",
+            )
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         inputs = {
             key: value.to(self.device, dtype if value.is_floating_point() else value.dtype)
             for key, value in batch.inputs.items()
         }
         return Batch(inputs, batch.labels, batch.n_pictures, batch.sources, batch.rows)
+
+    @cached_property
+    def _needed(self) -> tuple[str, ...]:
+        """What the model's forward has no default for."""
+        kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        parameters = signature(self.model.forward).parameters.values()
+        return tuple(p.name for p in parameters if p.default is Parameter.empty and p.kind in kinds)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor of every patch, the live ones themselves."""
@@ -203,6 +260,8 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     schedule = Schedule(steps, recipe.warmup_steps(steps), recipe.decay)
     if host is None:
         host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
+    if recipe.batching == "packed":
+        anatomy_of(host.model.config).counting()
     encoder = Encoder(host.processor, recipe.max_length, variables=host.variables)
     parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
     chosen = [_chosen(host, part) for part in parts]
