@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ RATE = 2e-4
 
 
 def batch(folder: Path, rows: int = 4, length: int = 256, labelled: float = 0.3) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs and labels [rows, length]: a picture, a question, an answer; ``labelled`` of all tokens are the answers'."""
+    """Inputs and labels [rows, length]: a picture, a question, an answer; ``labelled`` is the answers' share."""
     from transformers import AutoTokenizer
 
     from bench.smol import IMAGE, PATCHES, TOWERS
@@ -49,6 +50,14 @@ def first(shape: tuple[int, int], name: str) -> Tensor:
     return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
 
 
+_OPEN = ExitStack()
+
+
+def _forever(context: AbstractContextManager[Any]) -> None:
+    """Stay inside ``context`` as long as the process lasts."""
+    _OPEN.enter_context(context)
+
+
 def tarsia(folder: str, rank: int = 16, method: str = "lora") -> Step:
     """What ``tarsia.train.loop`` does in one step, on a batch that is there."""
     from tarsia.adapter import open_base
@@ -56,6 +65,8 @@ def tarsia(folder: str, rank: int = 16, method: str = "lora") -> Step:
     from tarsia.core.method import find
     from tarsia.data import Batch
     from tarsia.train.exact import deterministic
+    from tarsia.train.heap import kept_heap
+    from tarsia.train.lean import lean
     from tarsia.train.optimiser import adamw
     from tarsia.train.step import backward
 
@@ -77,6 +88,8 @@ def tarsia(folder: str, rank: int = 16, method: str = "lora") -> Step:
     whole = Batch(inputs, labels, (1,) * rows, ("bench",) * rows, tuple(range(rows)))
     optimiser = adamw([named], [RATE], (0.9, 0.999), 0.0)
     host.model.train()
+    _forever(lean(host.model))
+    _forever(kept_heap())
 
     def step() -> float:
         with deterministic(torch.device("cpu")):
@@ -105,7 +118,7 @@ def peft(folder: str, rank: int = 16) -> Step:
                 parameter.copy_(first(tuple(parameter.shape), site))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     inputs, labels = batch(Path(folder))
-    optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     adapted.train()
 
     def step() -> float:

@@ -52,7 +52,7 @@ class Result:
     peak: int
     """Bytes resident at most over three steps, everything included (VmHWM)."""
     above: int
-    """``peak`` less what was resident before the first step: what training adds to the loaded model."""
+    """``peak`` less what is resident between steps: what a step adds to the model and the optimiser."""
     saved: int
     """Bytes of distinct storages kept for the backward pass, without parameters and buffers."""
     flops: int
@@ -81,7 +81,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )
-        self.ready = self._read()
+        self._read()
 
     def ask(self, what: str) -> dict[str, Any]:
         """Send one word, wait for the answer."""
@@ -137,7 +137,7 @@ def race(runners: Sequence[Runner], rounds: int = 9, counted: bool = True) -> di
                 tuple(times[worker]),
                 tuple(losses[worker]),
                 memory["peak"],
-                memory["peak"] - worker.ready["resident"],
+                memory["peak"] - memory["resident"],
                 counts["saved"],
                 counts["flops"],
             )
@@ -215,13 +215,13 @@ def serve(function: str, arguments: Mapping[str, Any]) -> None:
         loss = step()
         return {"seconds": time.perf_counter() - began, "loss": loss}
 
-    answer({"resident": resident()})
+    answer({})
     for line in sys.stdin:
         word = line.strip()
         if word == "step":
             answer(timed())
         elif word == "peak":
-            answer({"peak": peak(step)})
+            answer({"resident": resident(), "peak": peak(step)})
         elif word == "counts":
             answer(counts(step))
 

@@ -12,11 +12,34 @@ product in place, and x A^T is computed a second time in place of being kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Remade:
+    """How a tensor is made a second time, set as its attribute ``remade``: then it need not be kept.
+
+    ``sources`` are kept anyway. All who would have kept the tensor share one remaking: it is there from the first
+    that asks to the last.
+    """
+
+    __slots__ = ("function", "left", "sources", "value")
+
+    def __init__(self, function: Callable[..., Tensor], sources: tuple[Tensor, ...]) -> None:
+        self.function, self.sources = function, sources
+        self.left = 0
+        self.value: Tensor | None = None
+
+    def __call__(self, sources: tuple[Tensor, ...]) -> Tensor:
+        """The tensor, from its sources as autograd kept them, which knows whether they were changed since."""
+        value = self.function(*sources) if self.value is None else self.value
+        self.left -= 1
+        self.value = value if self.left > 0 else None
+        return value
 
 
 class LowRank(torch.autograd.Function):
@@ -29,14 +52,20 @@ class LowRank(torch.autograd.Function):
         y = F.linear(x, weight, bias)
         narrow = F.linear(x, a.to(x.dtype))
         y.view(-1, y.shape[-1]).addmm_(narrow.view(-1, len(a)), b.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, weight, a, b)
+        ctx.remade, kept = None, (x,)
+        held = getattr(x, "remade", None)
+        if isinstance(held, Remade):
+            held.left += 1
+            ctx.remade, kept = held, held.sources
+        ctx.save_for_backward(weight, a, b, *kept)
         ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
+        weight, a, b, *kept = ctx.saved_tensors
         dx = da = db = None
+        x = kept[0] if ctx.remade is None else ctx.remade(tuple(kept))
         rows = x.reshape(-1, x.shape[-1])
         dy = grads[0].reshape(-1, weight.shape[0])
         low = (dy @ b.to(dy.dtype)) * ctx.scale

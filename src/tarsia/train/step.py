@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from tarsia.core.errors import TrainingError
 from tarsia.data.encode import IGNORED, Batch
+from tarsia.train.loss import bare_hidden, head_losses
 
 
 def predicted(labels: Tensor) -> Tensor:
@@ -117,11 +119,18 @@ def only_predicting(model: nn.Module, labels: Tensor) -> Iterator[None]:
 
 
 def token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Cross-entropy of each labelled token in float32, in nats, rows in order: [n]."""
+    """Cross-entropy of each labelled token in float32, in nats, rows in order: [n].
+
+    Without logits of the whole batch where the head is a plain frozen one (``tarsia.train.loss``).
+    """
+    targets = labels[:, 1:][predicted(labels)]
+    hidden = bare_hidden(model, partial(only_predicting, model, labels), inputs)
+    if hidden is not None:
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        return head_losses(hidden[0], head.weight, head.bias, targets.to(hidden.device))
     with only_predicting(model, labels):
         logits = model(**inputs, use_cache=False).logits
-    targets = labels[:, 1:][predicted(labels)].to(logits.device)
-    return F.cross_entropy(logits[0].float(), targets, reduction="none")
+    return F.cross_entropy(logits[0].float(), targets.to(logits.device), reduction="none")
 
 
 def counted(batches: Sequence[Batch], step: int, weights: Mapping[str, float] | None) -> dict[str, int]:

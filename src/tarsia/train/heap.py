@@ -1,0 +1,36 @@
+"""Memory that a step has freed stays with the process, for the next step.
+
+glibc gives large blocks back to the system and asks for them anew: each page is then faulted in and cleared again,
+which can take longer than the arithmetic on it. While a run lasts it keeps what it has; afterwards all is given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+TRIM, MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+NEVER: Final = -1
+LARGEST: Final = 2**30
+"""Bytes from which a block of its own is mapped while memory is kept."""
+USUAL: Final = {MMAP: 2**25, TRIM: 2**26}
+"""Where glibc's own thresholds end up in a process that has freed a large block."""
+
+
+@contextmanager
+def kept_heap() -> Iterator[bool]:
+    """Keep freed memory inside. Gives whether the C library is one that can be told so (glibc)."""
+    if platform.libc_ver()[0] != "glibc":
+        yield False
+        return
+    library = ctypes.CDLL(None)
+    kept = bool(library.mallopt(MMAP, LARGEST)) and bool(library.mallopt(TRIM, NEVER))
+    try:
+        yield kept
+    finally:
+        for what, value in USUAL.items():
+            library.mallopt(what, value)
+        library.malloc_trim(0)

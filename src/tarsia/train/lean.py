@@ -1,0 +1,281 @@
+"""Frozen pieces of a model, computed in fewer passes over memory while it is trained, and less of them kept.
+
+Autograd keeps what each elementary operation read: five tensors for one frozen norm. But what a norm gives, or
+the product inside a gated MLP, follows from other tensors that are kept anyway. So these are one operation each with
+a derivative of its own, and what they give is made a second time where the backward pass asks for it.
+
+Which classes are meant is a table. Each entry is first tried beside the model's own code, output and gradient, on
+random numbers: where they differ, or the tensors are not float32, the model's own code runs, and ``Lean`` says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tarsia.core.linear import Remade
+
+CLOSE: Final = 1e-5
+
+
+class Norm(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) * w over the last dimension (arXiv:1910.07467, eq. 4), w frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (length.square_() / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.mark_non_differentiable(inverse)
+        return scaled(x, weight, inverse), inverse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        dx = grads[0] * weight
+        along = torch.linalg.vecdot(dx, x).unsqueeze(-1) * inverse.pow(3) / x.shape[-1]
+        return dx.mul_(inverse).addcmul_(x, along, value=-1), None, None
+
+
+def scaled(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """What a norm gives, from its input and the inverse of its length."""
+    return (x * inverse).mul_(weight)
+
+
+class Gate(torch.autograd.Function):
+    """y = act(g) u for a gated MLP (arXiv:2002.05202, section 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Act) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return gated(gate, up, act)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        du = ctx.act.forward(gate).mul_(grads[0])
+        return ctx.act.backward(grads[0] * up, gate), du, None
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """An activation and its derivative: ``backward(dy, x)`` may write into dy."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def gated(gate: Tensor, up: Tensor, act: Act) -> Tensor:
+    """The product inside a gated MLP."""
+    return act.forward(gate).mul_(up)
+
+
+_aten = torch.ops.aten
+SILU: Final = Act(F.silu, lambda dy, x: _aten.silu_backward.grad_input(dy, x, grad_input=dy))
+GELU_TANH: Final = Act(
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda dy, x: _aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=dy),
+)
+ACTIVATIONS: Final[Mapping[str, Act]] = {"SiLUActivation": SILU, "SiLU": SILU, "GELUTanh": GELU_TANH}
+"""Activations of gated MLPs, by the name of their class."""
+
+
+class Rotate(torch.autograd.Function):
+    """y = x cos + (-x2, x1) sin, with x1 and x2 the halves of x [..., width] (arXiv:2104.09864, eq. 34)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        y = x * cos
+        y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dy, half = grads[0], grads[0].shape[-1] // 2
+        dx = dy * cos
+        dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
+        dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
+        return dx, None, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """A frozen norm whose output can be made again from its input."""
+    y, inverse = Norm.apply(x, weight, eps)
+    y.remade = Remade(scaled, (x.detach(), weight, inverse))
+    return y  # type: ignore[no-any-return]
+
+
+def gate(given: Tensor, up: Tensor, act: Act) -> Tensor:
+    """The product inside a gated MLP, which can be made again from its factors."""
+    y = Gate.apply(given, up, act)
+    y.remade = Remade(lambda a, b: gated(a, b, act), (given.detach(), up.detach()))
+    return y  # type: ignore[no-any-return]
+
+
+# What a class of Transformers' that ends so computes: the attribute that holds eps, and what is added to its weight.
+NORMS: Final[Mapping[str, tuple[str, float]]] = {
+    "GemmaRMSNorm": ("eps", 1.0),
+    "Gemma2RMSNorm": ("eps", 1.0),
+    "Gemma3RMSNorm": ("eps", 1.0),
+    "Gemma3nRMSNorm": ("eps", 0.0),
+    "RMSNorm": ("variance_epsilon", 0.0),
+}
+MLPS: Final = ("gate_proj", "up_proj", "down_proj", "act_fn")
+ROTARY: Final = "apply_rotary_pos_emb"
+
+
+def _norm_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The lean forward of a frozen norm, where the module is one that is known."""
+    known = next((entry for end, entry in NORMS.items() if type(module).__name__.endswith(end)), None)
+    weight = module._parameters.get("weight")
+    if known is None or weight is None or not hasattr(module, known[0]):
+        return None
+    own, eps, shift = module.forward, float(getattr(module, known[0])), known[1]
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        held: Any = module.weight
+        if hidden_states.dtype != torch.float32 or held.dtype != torch.float32 or not hidden_states.requires_grad:
+            return own(hidden_states)  # type: ignore[no-any-return]
+        return norm(hidden_states, held + shift if shift else held, eps)
+
+    return forward
+
+
+def _mlp_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The lean forward of a gated MLP: its linear layers are called as ever, patches and all."""
+    if not type(module).__name__.endswith("MLP") or set(MLPS) - set(dict(module.named_children())):
+        return None
+    held: Any = module
+    act = ACTIVATIONS.get(type(held.act_fn).__name__)
+    if act is None:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        given, up = held.gate_proj(x), held.up_proj(x)
+        both = given.requires_grad and up.requires_grad and given.dtype == torch.float32
+        return held.down_proj(gate(given, up, act) if both else held.act_fn(given) * up)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _rotary_of(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A lean rotation of queries and keys beside the family's ``own``."""
+
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **keywords: Any) -> Any:
+        wide = q.shape[-1] == cos.shape[-1] == k.shape[-1]
+        learns = (q.requires_grad or k.requires_grad) and not cos.requires_grad
+        if args or keywords or not wide or not learns or {t.dtype for t in (q, k, cos, sin)} != {torch.float32}:
+            return own(q, k, cos, sin, *args, **keywords)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+
+    return rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Lean:
+    """What is computed in the lean way: how many modules of each class; and what differed, and so is left as it is."""
+
+    taken: Mapping[str, int]
+    refused: tuple[str, ...]
+
+
+@contextmanager
+def lean(model: nn.Module) -> Iterator[Lean]:
+    """Let the frozen norms, gated MLPs and rotations of ``model`` be computed in the lean way inside.
+
+    A module whose forward is not its class's own, or whose own tensors are trained or patched, is left alone.
+    Rotations belong to a file of Transformers: other models of the family see them too while it lasts.
+    """
+    taken: Counter[str] = Counter()
+    refused: set[str] = set()
+    undo: list[Callable[[], Any]] = []
+    files: dict[str, ModuleType] = {}
+    try:
+        for module in model.modules():
+            files[type(module).__module__] = sys.modules[type(module).__module__]
+            name = type(module).__name__
+            if "forward" in module.__dict__ or "slot" in module._modules or name in refused:
+                continue
+            if any(p.requires_grad or p.is_meta for p in module.parameters(recurse=False)):
+                continue
+            forward = _norm_of(module) or _mlp_of(module)
+            if forward is None:
+                continue
+            if name not in taken and not agree(module, module.forward, forward):
+                refused.add(name)
+                continue
+            module.__dict__["forward"] = forward
+            undo.append(lambda module=module: module.__dict__.pop("forward", None))
+            taken[name] += 1
+        for file in files.values():
+            own = file.__dict__.get(ROTARY)
+            if own is None or not file.__name__.startswith("transformers."):
+                continue
+            rotary = _rotary_of(own)
+            if not rotations_agree(own, rotary):
+                refused.add(f"{file.__name__}.{ROTARY}")
+                continue
+            file.__dict__[ROTARY] = rotary
+            undo.append(lambda file=file, own=own: file.__dict__.__setitem__(ROTARY, own))
+            taken[ROTARY] += 1
+        yield Lean(dict(taken), tuple(sorted(refused)))
+    finally:
+        for back in undo:
+            back()
+
+
+def agree(module: nn.Module, own: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> bool:
+    """Whether two forwards of a module give the same for random numbers, and the same gradient."""
+    width = next(p.shape[-1] for p in module.parameters())
+    device = next(module.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, width, generator=generator).to(device)
+    weigh = torch.randn(1, 5, width, generator=generator).to(device)
+    found = []
+    for forward in (own, other):
+        # both draw the same random numbers (a patch inside may have dropout), and the run's own stay as they are
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            leaf = x.clone().requires_grad_()
+            y = forward(leaf)
+            found.append((y.detach(), *torch.autograd.grad((y * weigh).sum(), leaf)))
+    return all(_close(a, b) for a, b in zip(*found, strict=True))
+
+
+def rotations_agree(own: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two functions turn random queries and keys alike, and their gradients too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, weigh = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2, 4))
+    cos, sin = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
+    found = []
+    for rotate in (own, other):
+        with torch.enable_grad():
+            leaf = q.clone().requires_grad_()
+            try:
+                turned, key = rotate(leaf, k, cos, sin)
+            except (TypeError, ValueError):  # another signature under the same name
+                return False
+            found.append((turned.detach(), key, *torch.autograd.grad((turned * weigh).sum(), leaf)))
+    return all(_close(a, b) for a, b in zip(*found, strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= CLOSE * max(1.0, float(a.abs().max())))
