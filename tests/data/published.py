@@ -291,11 +291,12 @@ MLLAMA = """\
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
 MISTRAL3 = """\
+{%- set today = strftime_now('%Y-%m-%d') %}
 {{- bos_token }}
 {%- if messages[0].role == 'system' %}
     {%- set c, messages = messages[0].content, messages[1:] %}
     {%- set system = c if c is string else c[0].text %}
-{%- else %}{% set system = 'You are Mistral Small 3. The date is ' + strftime_now('%Y-%m-%d') + '.' %}{% endif %}
+{%- else %}{% set system = 'You are Mistral Small 3. The date is ' + today + '.' %}{% endif %}
 {{- '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}
 {%- set asked = messages | selectattr('role', 'equalto', 'user') | list %}
 {%- for m in messages %}
@@ -367,6 +368,6 @@ PUBLISHED = {
     ),
     "Mistral-Small-3.1": Published(
         "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "pixtral", MISTRAL3, "", "</s>", _MISTRAL, tools=True,
-        variables=(("date_of", "nobody: the system's text is given"),),
+        variables=(("strftime_now", "2024-07-26"),),
     ),
 }  # fmt: skip

@@ -81,7 +81,7 @@ def conversations(published: Published) -> dict[str, Sample]:
     found = {name: sample(*messages) for name, messages in CASES.items()}
     if published.tools:
         found |= {name: sample(*messages, tools=(WEATHER,)) for name, messages in WITH_TOOLS.items()}
-    if "strftime_now" in published.marked and not dict(published.variables).get("date_string"):
+    if "strftime_now" in dict(published.variables):
         found = {
             k: s if s.messages[0].role == "system" else replace(s, messages=(*DATED, *s.messages))
             for k, s in found.items()
@@ -113,7 +113,9 @@ def as_chat(row: Sample, published: Published) -> list[dict[str, Any]]:
 
 
 def options(row: Sample, published: Published) -> dict[str, Any]:
-    return dict(published.variables) | ({"tools": [json.loads(t) for t in row.tools]} if row.tools else {})
+    # Where the system's text is given, what the clock says is read and not written.
+    given = {key: value for key, value in published.variables if key != "strftime_now"}
+    return given | ({"tools": [json.loads(t) for t in row.tools]} if row.tools else {})
 
 
 def ours(published: Published, row: Sample) -> tuple[list[int], list[int]]:
@@ -250,6 +252,11 @@ def test_a_clock_needs_a_date() -> None:
     for name in ("Llama-3.2-Vision", "Mistral-Small-3.1"):
         with pytest.raises(DataError, match="reads the clock"):
             Encoder(PUBLISHED[name].processor())
+        with pytest.raises(DataError, match="reads the clock"):  # another variable is no date
+            Encoder(PUBLISHED[name].processor(), variables={"name": "x"})
+    encoder = Encoder(PUBLISHED["Mistral-Small-3.1"].processor(), variables={"strftime_now": "2024-07-26"})
+    batch = encoder.batch([sample(user("what?"), says("a cat"))])
+    assert "The date is 2024-07-26." in encoder.processor.tokenizer.decode(batch.inputs["input_ids"][0])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

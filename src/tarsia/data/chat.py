@@ -11,11 +11,13 @@ from typing import Any, Final
 import jinja2
 
 from tarsia.core.errors import DataError
+from tarsia.data.bounds import check_bounded
 from tarsia.data.samples import PICTURE, Call, Message, Sample
 
 Span = tuple[int, int]
 _PROBE: Final = "probe"
 _TRIAL: Final = Call("f", "{}", "trial0000")  # some templates want ids of nine characters
+_CLOCK: Final = "tarsia: no clock here"
 # Private use characters: nothing that a template looks for, cuts off or changes the case of.
 _OTHER: Final = "\ue0f1\ue0f2\ue0f3"
 
@@ -31,10 +33,11 @@ class Rendered:
 class Template:
     """A processor's chat template, tried out before it is trusted.
 
-    ``variables`` are the template's own (a date, say). ``marker`` is what stands for a picture in the
-    text, ``closing`` what the template writes after an answer. Raises DataError where there is no template,
-    it reads the clock, it does not render pictures and texts, or it has no generation prompt for what
-    it writes before an answer.
+    ``variables`` are the template's own (a date, say); ``strftime_now`` among them is what the clock says
+    to a template that reads it whatever it is given. ``marker`` is what stands for a picture in the text,
+    ``closing`` what the template writes after an answer. Raises DataError where there is no template, it
+    could run without end, it reads the clock, it does not render pictures and texts, or it has no
+    generation prompt for what it writes before an answer.
     """
 
     def __init__(self, processor: Any, variables: Mapping[str, object] | None = None) -> None:
@@ -50,11 +53,9 @@ class Template:
         if not isinstance(marker, str):
             raise DataError(f"{type(processor).__name__} has no image token that a template could write.")
         self.marker: str = marker
-        if "strftime_now" in str(template) and not self._variables:
-            raise DataError(
-                "The chat template reads the clock, so the same row would change from day to day.",
-                do="give it its date: variables: {date_string: 26 Jul 2024} in a recipe, or --variable",
-            )
+        if isinstance(template, str):
+            check_bounded(template)
+        self._clock = _clock(template, self._variables)
         self._try()
 
     def render(self, sample: Sample) -> Rendered:
@@ -203,14 +204,31 @@ class Template:
     def _apply(
         self, chat: Sequence[Mapping[str, object]], *, prompt: bool, where: Sample | None, tools: Sequence[str] = ()
     ) -> str:
-        options = {"tools": [json.loads(tool) for tool in tools]} if tools else {}
+        options: dict[str, object] = {"tools": [json.loads(tool) for tool in tools]} if tools else {}
         try:
             text: str = self._processor.apply_chat_template(
-                list(chat), tokenize=False, add_generation_prompt=prompt, **options, **self._variables
+                list(chat), tokenize=False, add_generation_prompt=prompt, **self._clock, **options, **self._variables
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except RecursionError:
+            raise _refused(where, "the chat template calls itself without end.") from None
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            if _CLOCK in str(error):
+                raise DataError(
+                    "The chat template reads the clock, so the same row would change from day to day.",
+                    do="give it its date: variables: {date_string: 26 Jul 2024} in a recipe, or --variable; or "
+                    "{strftime_now: 26 Jul 2024} for a template that asks for no other",
+                ) from None
             raise _refused(where, f"the chat template refuses it: {error}.") from None
         return text
+
+
+def _clock(template: object, variables: dict[str, object]) -> dict[str, object]:
+    """The template with a macro in the clock's place: it says the date that is given, or refuses."""
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return {}
+    said = variables.pop("strftime_now", None)
+    body = f"raise_exception({json.dumps(_CLOCK)})" if said is None else json.dumps(str(said))
+    return {"chat_template": f"{{%- macro strftime_now(form) -%}}{{{{ {body} }}}}{{%- endmacro %}}\n{template}"}
 
 
 def _start(before: str, head: str) -> int | None:

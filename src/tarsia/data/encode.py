@@ -168,14 +168,16 @@ class Encoder:
             )
 
     def _no_controls(self, sample: Sample) -> None:
-        for message in sample.messages:
-            for part in message.parts:
-                if isinstance(part, str) and (found := self._controls.search(part)):
-                    raise DataError(
-                        f"Row {sample.row} of {sample.source}: a text holds a control token of this model.",
-                        given=found[0],
-                        do="take it out or spell it otherwise; a picture's place is a part, not a token",
-                    )
+        texts = [part for message in sample.messages for part in message.parts if isinstance(part, str)]
+        texts += [text for message in sample.messages for text in (message.thought, message.answers, message.name)]
+        texts += [text for message in sample.messages for call in message.calls for text in (call.name, call.arguments)]
+        for text in (*texts, *sample.tools):
+            if found := self._controls.search(text):
+                raise DataError(
+                    f"Row {sample.row} of {sample.source}: a text holds a control token of this model.",
+                    given=found[0],
+                    do="take it out or spell it otherwise; a picture's place is a part, not a token",
+                )
 
     def _process(
         self, samples: Sequence[Sample], rendered: Sequence[Rendered]
@@ -249,8 +251,9 @@ class Encoder:
         if self.max_length is not None and end > self.max_length:
             raise DataError(
                 f"Row {sample.row} of {sample.source}: `max_length` would cut a picture.",
-                given=f"max_length {self.max_length}, the last picture ends at token {end}",
-                do="raise max_length, or make the pictures smaller",
+                given=f"max_length {self.max_length}, the last picture ends at token {end} of {len(owners)}",
+                do=f"set max_length to more than {end} so that an answer is left, show smaller pictures, or take the "
+                "row out",
             )
 
     def _said(self, sample: Sample, text: _Expanded, span: Span) -> list[int]:
