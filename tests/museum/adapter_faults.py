@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from data.processors import made
 from museum import worlds
 from museum.fault import Harmless, Told
 from museum.fault import fault as planted_at
 from museum.worlds import CONFIG, TENSORS
+from train import small
 
 from tarsia.adapter import Adapter, Host, load, open_base, put, save
 from tarsia.core.attach import Part, attach, patches
@@ -391,8 +393,8 @@ def _(folder: Path) -> str:
     return f"merged, the {worlds.same(worlds.logits(live.merge_and_unload()), before, 'what they were')}"
 
 
-@fault("a save that is cut off half-way", "huggingface/peft#1599", "huggingface/transformers#35850",
-       verdict=AdapterError, says="can not be written")  # fmt: skip
+@fault("a save that is cut off half-way", "Lightning-AI/pytorch-lightning#688",
+       "huggingface/peft#1599", verdict=AdapterError, says="can not be written")  # fmt: skip
 def half_saved(folder: Path, planted: bool) -> Told:
     """The disk fills while an adapter is replaced: the old one must still be there, whole."""
     first = worlds.ours(folder)
@@ -446,3 +448,80 @@ def _(folder: Path) -> str:
         return verdict(adapter, wanted)
     except Exception as error:  # noqa: BLE001 (what the damaged folder raises is the observation)
         return f"the save raises; the adapter that was there before can not be loaded any more ({type(error).__name__})"
+
+
+def saved_base(folder: Path) -> Path:
+    """A checkpoint folder of the base, with its processor."""
+    return small.base(folder / "base")
+
+
+def without_projector(base: Path) -> Path:
+    worlds.retensor(base / "model.safetensors", lambda held: {k: v for k, v in held.items() if "projector" not in k})
+    return base
+
+
+@fault("a base of which some weights are missing", "haotian-liu/LLaVA#1679", verdict=AdapterError, says="not whole")
+def base_not_whole(folder: Path, planted: bool) -> Told:
+    base = saved_base(folder)
+    open_base(str(without_projector(base) if planted else base))
+    return ()
+
+
+@base_not_whole.peer
+def _(folder: Path) -> str:
+    from transformers import AutoModelForImageTextToText
+
+    base = without_projector(saved_base(folder))
+    first, second = (AutoModelForImageTextToText.from_pretrained(base).eval() for _ in range(2))
+    names = [name for name, value in first.named_parameters() if not torch.equal(value, second.get_parameter(name))]
+    return f"loads, and {len(names)} tensors are other random numbers each time"
+
+
+def without_pictures(base: Path) -> Path:
+    """Only the tokenizer's files are left, as where a merge copies no more."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (base / name).unlink(missing_ok=True)
+    return base
+
+
+@fault("a base whose picture processor was not copied with it", "EvolvingLMMs-Lab/lmms-engine#156",
+       "modelscope/ms-swift#9187", verdict=AdapterError, says="processor")  # fmt: skip
+def no_picture_processor(folder: Path, planted: bool) -> Told:
+    base = saved_base(folder)
+    open_base(str(without_pictures(base) if planted else base))
+    return ()
+
+
+@no_picture_processor.peer
+def _(folder: Path) -> str:
+    from transformers import AutoProcessor
+
+    found = AutoProcessor.from_pretrained(without_pictures(saved_base(folder)))
+    return f"gives a {type(found).__name__}, which takes no pictures"
+
+
+def enlarged() -> Any:
+    """A model whose vocabulary has grown by two words, as where tokens were added for training."""
+    base = worlds.model()
+    base.resize_token_embeddings(98, mean_resizing=False)
+    return base
+
+
+def grown(folder: Path) -> Path:
+    """PEFT's adapter of an enlarged model."""
+    made_of = peft.get_peft_model(enlarged(), peft.LoraConfig(target_modules=worlds.TARGETS))
+    worlds.noisy(made_of).save_pretrained(folder / "grown", save_embedding_layers=True)
+    return folder / "grown"
+
+
+@fault("a vocabulary that was enlarged for training", "huggingface/transformers#45127", "hiyouga/LlamaFactory#7665",
+       verdict=AdapterError, says="vocabulary that was enlarged")  # fmt: skip
+def enlarged_vocabulary(folder: Path, planted: bool) -> Told:
+    worlds.here(grown(folder) if planted else theirs(folder)[0])
+    return ()
+
+
+@enlarged_vocabulary.peer
+def _(folder: Path) -> str:
+    worlds.there(grown(folder))
+    return "loads"

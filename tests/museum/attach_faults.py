@@ -11,8 +11,9 @@ from museum import worlds
 from museum.fault import Harmless, Reported, Told
 from museum.fault import fault as planted_at
 
+from tarsia.adapter import Host
 from tarsia.core.attach import Part, activate, adapters, attach, detach
-from tarsia.core.errors import AttachError, ConfigError, SelectionError
+from tarsia.core.errors import AnatomyError, AttachError, ConfigError, SelectionError
 from tarsia.methods.full import FullConfig
 from tarsia.methods.lora import LoRAConfig
 
@@ -257,3 +258,22 @@ def _(folder: Path) -> str:
     made = worlds.noisy(peft.get_peft_model(base, peft.LoraConfig(target_modules=worlds.TARGETS)))
     del made
     return f"once the PEFT model is let go, the base's {worlds.same(worlds.logits(base), before, 'what they were')}"
+
+
+@fault("a base in which another library's adapter still lies", "huggingface/peft#940", "huggingface/peft#2295",
+       verdict=AnatomyError, says="base_layer")  # fmt: skip
+def foreign_inlay(folder: Path, planted: bool) -> Told:
+    base = worlds.model()
+    if planted:
+        peft.get_peft_model(base, peft.LoraConfig(target_modules=worlds.TARGETS))
+    found = Host.of(base)
+    return worlds.lines(attach(found.model, found.sites, [Part("lora", "language.*.q", LoRAConfig())]))
+
+
+@foreign_inlay.peer
+def _(folder: Path) -> str:
+    base = worlds.model()
+    worlds.noisy(peft.get_peft_model(base, peft.LoraConfig(target_modules=worlds.TARGETS)))
+    again = peft.get_peft_model(base, peft.LoraConfig(target_modules=["k_proj"]))
+    moved = not torch.equal(worlds.logits(again), worlds.logits(worlds.model()))
+    return f"a new adapter that has learnt nothing {'moves' if moved else 'does not move'} the outputs"

@@ -168,7 +168,7 @@ def _(folder: Path) -> str:
     return f"{'some' if bool((layer.weight != before).any()) else 'no'} numbers of the base differ afterwards"
 
 
-@fault("another adapter is put in while one is merged", "huggingface/peft#2295", "huggingface/trl#2873",
+@fault("another adapter is put in while one is merged", "huggingface/peft#3756", "huggingface/peft#3763",
        verdict=AttachError, says="merged into the weights")  # fmt: skip
 def attached_while_merged(folder: Path, planted: bool) -> Told:
     base = worlds.host()
@@ -235,3 +235,47 @@ def _(folder: Path) -> str:
     seen = batch["attention_mask"].bool()
     off = [float((mixed[row] - alone[row])[seen[row]].abs().max()) > 1e-3 for row in range(3)]
     return f"{sum(off)} of 3 rows do not have their own adapter's outputs"
+
+
+@fault("one of two adapters that act is merged, and the other no longer acts", "huggingface/peft#3763",
+       "huggingface/peft#3756", verdict=Harmless, says="all that act are merged, outputs stay")  # fmt: skip
+def partly_merged(folder: Path, planted: bool) -> Told:
+    base = worlds.host()
+    trained(base, name="first", seed=1)
+    trained(base, name="second", seed=2)
+    activate(base.model, "first", "second")
+    if planted:
+        merge(base.model)
+    return [f"{value:.2f}" for value in worlds.logits(base.model).abs().sum((1, 2)).tolist()]
+
+
+@partly_merged.peer
+def _(folder: Path) -> str:
+    made = peft.get_peft_model(worlds.model(), peft.LoraConfig(target_modules=worlds.TARGETS), adapter_name="first")
+    made.add_adapter("second", peft.LoraConfig(target_modules=worlds.TARGETS))
+    worlds.noisy(made)
+    made.base_model.set_adapter(["first", "second"])
+    before = worlds.logits(made)
+    made.merge_adapter(adapter_names=["first"])
+    return worlds.same(worlds.logits(made), before, "what they were")
+
+
+@fault("answers are drawn by lot because the model's makers liked it", "huggingface/lighteval#559",
+       "huggingface/transformers#21220", verdict=Harmless, says="the likeliest answer is given")  # fmt: skip
+def sampled_answers(folder: Path, planted: bool) -> Told:
+    base = tiny.host()
+    if planted:
+        base.model.generation_config.update(do_sample=True, temperature=5.0)
+    torch.manual_seed(int(planted))
+    return generate(base, tiny.rows(2, (0,)), 6)
+
+
+@sampled_answers.peer
+def _(folder: Path) -> str:
+    base = worlds.model()
+    base.generation_config.update(do_sample=True, temperature=5.0)
+    said = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        said.append(base.generate(input_ids=torch.tensor([[1, 9, 20, 33]]), max_new_tokens=6, pad_token_id=0))
+    return f"asked twice, it answers {'the same' if torch.equal(*said) else 'two things'}"

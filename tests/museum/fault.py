@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tarsia.core.errors import TarsiaError
 
@@ -124,7 +125,7 @@ def fault(
 
 def brief(text: str, most: int = 110) -> str:
     """The first sentence, on one line, without what differs from run to run."""
-    line = re.sub(r"\S*/", "", re.sub(r"\s+", " ", text.strip()))
+    line = re.sub(r"\S*/", "", re.sub(r"\s+", " ", re.sub(r"\x1b\[\d*m", "", text.partition("\n")[0].strip())))
     first = re.split(r"(?<=[.!:]) (?=[A-Z\[])", line)[0].rstrip(":")
     return first if len(first) <= most else first[:most].rpartition(" ")[0] + " ..."
 
@@ -140,6 +141,8 @@ def listening() -> Iterator[list[str]]:
 
     ear = Ear(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("transformers", "peft", "accelerate")]
+    for once in (transformers.utils.logging.warning_once, transformers.utils.logging.info_once):
+        once.cache_clear()  # what is said once in a process is said anew, whichever test came before
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, category, *_, **__: (

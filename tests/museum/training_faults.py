@@ -26,6 +26,7 @@ from tarsia.core.attach import slots
 from tarsia.core.errors import AdapterError, ConfigError, TrainingError
 from tarsia.train.events import Event, Notice, Step
 from tarsia.train.loop import fit
+from tarsia.train.recipe import Recipe
 from tarsia.train.run import Run
 
 fault = partial(planted_at, stage="training")
@@ -468,3 +469,38 @@ def _(folder: Path) -> str:
     last = processor.apply_chat_template(said, tokenize=True, return_dict=True)["input_ids"][0][-1]
     special = last in processor.tokenizer.all_special_ids
     return f"the row ends with {'a control token' if special else repr(processor.tokenizer.decode([last]))}"
+
+
+@fault("a learning rate that YAML takes for a word", "hiyouga/LlamaFactory#4014", "huggingface/trl#1450",
+       verdict=Harmless, says="1e-2 is the number 0.01, with a point or without")  # fmt: skip
+def yaml_number(folder: Path, planted: bool) -> Told:
+    path = folder / "recipe.yaml"
+    asked = values(folder, parts=[{**LANGUAGE[0], "lr": "RATE"}], steps=1)
+    path.write_text(json.dumps(asked).replace('"RATE"', "1e-2" if planted else "0.01"))
+    return [f"{step.lr} {step.loss!r}" for step in fit(Recipe.load(path)) if isinstance(step, Step)]
+
+
+@yaml_number.peer
+def _(folder: Path) -> str:
+    path = folder / "arguments.yaml"
+    path.write_text(f"output_dir: {folder}\nlearning_rate: 1e-2\nuse_cpu: true\n")
+    (read,) = transformers.HfArgumentParser(transformers.TrainingArguments).parse_yaml_file(str(path))
+    return f"the learning rate is {read.learning_rate!r}"
+
+
+@fault("a key that stands twice in a recipe", "snowflakedb/ArcticTraining#85", "rbgirshick/yacs#17",
+       verdict=ConfigError, says="stands twice")  # fmt: skip
+def key_twice(folder: Path, planted: bool) -> Told:
+    path = folder / "recipe.yaml"
+    text = json.dumps(values(folder, steps=1))
+    path.write_text(text.replace('"warmup": 0', '"warmup": 0, "seed": 3' + ', "seed": 4' * planted))
+    Recipe.load(path)
+    return ()
+
+
+@key_twice.peer
+def _(folder: Path) -> str:
+    path = folder / "arguments.yaml"
+    path.write_text(f"output_dir: {folder}\nseed: 3\nuse_cpu: true\nseed: 4\n")
+    (read,) = transformers.HfArgumentParser(transformers.TrainingArguments).parse_yaml_file(str(path))
+    return f"the seed is {read.seed}"
