@@ -192,6 +192,17 @@ def test_dtype_threads_stage_and_layer_are_in_the_key(tmp_path):
     assert found(host, {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}, tmp_path) == 0
 
 
+def test_another_way_to_compute_the_same_is_in_the_key(tmp_path):
+    host, inputs = opened("llava")
+    inner = host.model.get_submodule("model.vision_tower.encoder.layers.0.layer_norm1")
+    own = inner.forward
+    assert (found(host, inputs, tmp_path), found(host, inputs, tmp_path)) == (0, 3)
+    inner.__dict__["forward"] = lambda x: own(x)
+    assert (found(host, inputs, tmp_path), found(host, inputs, tmp_path)) == (0, 3)
+    del inner.__dict__["forward"]
+    assert found(host, inputs, tmp_path) == 3
+
+
 BLIND = {
     "pixels": lambda name, value: name in (0, "pixel_values"),
     "weights": lambda name, value: isinstance(value, torch.Tensor) and str(name).startswith("encoder."),

@@ -71,6 +71,7 @@ class Cache:
         self._owner = model.get_submodule(stage.root.rpartition(".")[0])
         self._features: Callable[..., Any] = getattr(self._owner, "get_image_features", _unknown)
         self._inside = stage.above is None
+        self._placed: list[Callable[..., Any]] = []
         self._off = False
         self._said: list[str] = []
         self._proved = 0
@@ -128,6 +129,7 @@ class Cache:
             if self.stage.above is not None:
                 stack.enter_context(_replaced(self._modules[1], "forward", self._projector))
                 stack.enter_context(_replaced(self._owner, "get_image_features", self._whole))
+            self._placed = [module.__dict__["forward"] for module in self._modules]
             yield
 
     def _whole(self, *args: Any, **keywords: Any) -> Any:
@@ -277,13 +279,22 @@ class Cache:
     def _stage_digest(self) -> bytes:
         """Of the weights in memory and all that describes the stage; taken anew when a weight has been written to."""
         held = [(*inner._parameters.values(), *inner._buffers.values()) for inner in self._inner]
-        state = tuple((id(t), t.data_ptr(), t._version) for tensors in held for t in tensors if t is not None)
+        written = tuple((id(t), t.data_ptr(), t._version) for tensors in held for t in tensors if t is not None)
+        state = (written, self._replacements())
         if state != self._state:
             self._digest, self._state = self._weigh(), state
         return self._digest
 
+    def _replacements(self) -> tuple[Any, ...]:
+        """Forwards that are not a class's own: another way to the same output has other last bits."""
+        own = [inner.__dict__["forward"] for inner in self._inner if "forward" in inner.__dict__]
+        return (*self._below, *(forward for forward in own if forward not in self._placed))
+
     def _weigh(self) -> bytes:
         digest = hashlib.sha256()
+        for forward in self._replacements():
+            named = forward if hasattr(forward, "__qualname__") else type(forward)
+            digest.update(f"{named.__module__}.{named.__qualname__} ".encode())
         stage = self.stage
         about = [_VERSION, stage.name, stage.fields, stage.about, torch.__version__, transformers.__version__]
         digest.update(json.dumps(about, sort_keys=True, default=str).encode())
