@@ -195,3 +195,28 @@ def test_each_source_is_walked_in_the_same_epochs_in_both_modes() -> None:
 def test_a_step_of_other_sources_than_those_with_a_weight_is_refused(rows: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="exactly the sources that have a weight"):
         Mixture([source(3), source(3), source(3)], (1, 1, 0), 0, rows)
+
+
+def test_what_each_mode_estimates() -> None:
+    """Sampled: the mean over drawn rows is sum_s lambda_s * (mean of s), in expectation. Weighted: in any step."""
+    means, lengths, weights = (4.0, 1.0), (20, 20), (0.9, 0.1)
+    expected = sum(w * m for w, m in zip(weights, means, strict=True))
+    sources = [source(n, f"s{i}") for i, n in enumerate(lengths)]
+
+    def lost(stream: Mixture, n: int) -> float:
+        s, row = stream.row(n)
+        return means[s] + (row - 9.5) / 10  # a source's rows lose its mean on average
+
+    steps, rows = 200, 10
+    runs = [Mixture(sources, weights, seed) for seed in range(20)]
+    found = [sum(lost(stream, n) for n in range(steps * rows)) / (steps * rows) for stream in runs]
+    deviation = math.sqrt(0.9 * 0.1 * (means[0] - means[1]) ** 2 / (steps * rows))
+    assert abs(sum(found) / len(found) - expected) < 4 * deviation / math.sqrt(len(found))
+    assert max(abs(value - expected) for value in found) > deviation / 2, "drawn, not allotted"
+
+    weighted = Mixture(sources, weights, 0, (5, 5))
+    for step in range(0, 40, 4):  # four steps are an epoch of each source
+        drawn: dict[int, list[float]] = {0: [], 1: []}
+        for n in range(step * 10, (step + 4) * 10):
+            drawn[weighted.row(n)[0]].append(lost(weighted, n))
+        assert sum(w * sum(drawn[s]) / len(drawn[s]) for s, w in enumerate(weights)) == pytest.approx(expected)

@@ -173,3 +173,16 @@ def test_rows_without_a_picture_beside_rows_with_one(name, tmp_path, monkeypatch
         orders = [((0, 2), (2, 3), (1, 2)), ((4, 6), (6, 4), (7, 0))]
     events = small.run(values, host=Host.of(model))
     assert len([event for event in events if isinstance(event, Step)]) == 6
+
+
+def test_packed_with_recomputed_activations_and_kept_features(values, tmp_path):
+    """The other ways to spend less, together with packing: still the plain curve."""
+    language = [part for part in values["parts"] if part["select"].startswith("language")]
+    plain = small.curve(small.run(at(values, tmp_path, "plain", parts=language, steps=3)))
+    both = at(values, tmp_path, "packed", parts=language, steps=3, checkpointing=True)
+    both |= {"features": {"path": str(tmp_path / "features")}}
+    events = small.run(both)
+    for step, expected in zip(small.curve(events), plain, strict=True):
+        assert step.loss == pytest.approx(expected.loss, rel=1e-4)
+        assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
+    assert events[-1].adapter.card["features"]["computed"] > 0
