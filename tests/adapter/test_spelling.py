@@ -135,7 +135,8 @@ def test_an_adapter_of_the_text_model_alone(tmp_path):
     wrapped = nn.Module()
     wrapped.model = text
     save_to = tmp_path / "a"
-    peft.get_peft_model(wrapped, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).save_pretrained(save_to)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)  # as after a training
+    peft.get_peft_model(wrapped, config).save_pretrained(save_to)
     fresh = Host.of(FAMILIES["llava"].build()[0])
     patches = load(save_to, fresh).patches
     assert len(patches) == 6
