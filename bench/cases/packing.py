@@ -23,7 +23,7 @@ from tarsia.train.recipe import Recipe
 from tarsia.train.run import Run, prepare
 from tarsia.train.step import backward
 
-ROUNDS: Final = 11
+ROUNDS: Final = 7
 BATCH, ACCUMULATE = 8, 4
 PICTURE = 100
 """Tokens from which a row can hold a picture of mini-1 beside its text."""
