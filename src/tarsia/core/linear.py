@@ -12,7 +12,7 @@ product in place, and x A^T is computed a second time in place of being kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,26 +20,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class Remade:
-    """How a tensor is made a second time, set as its attribute ``remade``: then it need not be kept.
+class Shared:
+    """One remaking of a tensor for all who would have kept it: it is there from the first that asks to the last."""
 
-    ``sources`` are kept anyway. All who would have kept the tensor share one remaking: it is there from the first
-    that asks to the last.
-    """
+    __slots__ = ("function", "left", "value")
 
-    __slots__ = ("function", "left", "sources", "value")
-
-    def __init__(self, function: Callable[..., Tensor], sources: tuple[Tensor, ...]) -> None:
-        self.function, self.sources = function, sources
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
         self.left = 0
         self.value: Tensor | None = None
 
-    def __call__(self, sources: tuple[Tensor, ...]) -> Tensor:
+    def __call__(self, sources: Sequence[Tensor]) -> Tensor:
         """The tensor, from its sources as autograd kept them, which knows whether they were changed since."""
         value = self.function(*sources) if self.value is None else self.value
         self.left -= 1
         self.value = value if self.left > 0 else None
         return value
+
+
+class Remade:
+    """How a tensor is made a second time, as its attribute ``remade``: from ``sources``, which are kept anyway."""
+
+    __slots__ = ("shared", "sources")
+
+    def __init__(self, function: Callable[..., Tensor], sources: tuple[Tensor, ...]) -> None:
+        self.shared, self.sources = Shared(function), sources
 
 
 class LowRank(torch.autograd.Function):
@@ -55,8 +60,8 @@ class LowRank(torch.autograd.Function):
         ctx.remade, kept = None, (x,)
         held = getattr(x, "remade", None)
         if isinstance(held, Remade):
-            held.left += 1
-            ctx.remade, kept = held, held.sources
+            held.shared.left += 1
+            ctx.remade, kept = held.shared, held.sources
         ctx.save_for_backward(weight, a, b, *kept)
         ctx.scale = scale
         return y
@@ -65,7 +70,7 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, a, b, *kept = ctx.saved_tensors
         dx = da = db = None
-        x = kept[0] if ctx.remade is None else ctx.remade(tuple(kept))
+        x = kept[0] if ctx.remade is None else ctx.remade(kept)
         rows = x.reshape(-1, x.shape[-1])
         dy = grads[0].reshape(-1, weight.shape[0])
         low = (dy @ b.to(dy.dtype)) * ctx.scale
