@@ -65,9 +65,12 @@ RUNS = tuple(
 )
 
 
-def folder() -> Path | None:
-    """The folder in TARSIA_DATA, or None where the variable is not set. Raises ConfigError where files are missing."""
-    return blood.data() if "TARSIA_DATA" in os.environ else None
+def folder(needed: bool) -> Path | None:
+    """The folder in TARSIA_DATA; None where the variable is not set and nothing is ``needed`` from it.
+
+    Raises ConfigError where files are missing.
+    """
+    return blood.data() if needed or "TARSIA_DATA" in os.environ else None
 
 
 def write(out: Path, shifts: Iterable[Shift], split: str, data: Path | None) -> None:
@@ -171,13 +174,13 @@ def before(shift: Shift, out: Path) -> dict[str, Any]:
 
 def drive(out: Path, console: Console, runs: Sequence[Run] = RUNS) -> None:
     """Do what has no result yet and no other process is at. Raises ConfigError for a result of another recipe."""
-    names = {run.shift for run in runs}
+    shifts = [SHIFTS[name] for name in dict.fromkeys(run.shift for run in runs)]
+    data = folder(any(shift.needs_data for shift in shifts))
     with claimed(out / "rows", wait=True):
         for split in ("train", "held-out"):
-            write(out, [SHIFTS[name] for name in SHIFTS if name in names], split, folder())
-    for name in SHIFTS:
-        if name in names:
-            once(out, f"{name}-before", lambda name=name: before(SHIFTS[name], out))
+            write(out, shifts, split, data)
+    for shift in shifts:
+        once(out, f"{shift.name}-before", lambda shift=shift: before(shift, out))
     for i, run in enumerate(runs):
         done = once(out, run.name, lambda run=run: perform(run, out))
         if done is not None:
