@@ -1,7 +1,8 @@
 """Fill README.md and docs/ from bench/results: ``python -m bench.render``.
 
 The text between ``<!-- result: CASE -->`` and ``<!-- end -->`` is the last line of that case's results
-as a table. No number is typed by hand.
+as a table. ``<!-- result: CASE PART -->`` shows the rows alone whose names begin with ``PART:``. No number is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import Any
 from bench.run import RESULTS
 
 ROOT = RESULTS.parents[1]
-BLOCK = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- result: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(line: dict[str, Any]) -> str:
-    """One line of results as Markdown: its values, then where they come from."""
+def table(line: dict[str, Any], part: str | None = None) -> str:
+    """One line of results as Markdown: its values, then where they come from. Raises KeyError for an unknown part."""
     values: dict[str, dict[str, float | str]] = line["values"]
+    if part is not None:
+        values = {name.removeprefix(f"{part}: "): row for name, row in values.items() if name.startswith(f"{part}: ")}
+        if not values:
+            raise KeyError(part)
     columns = list(dict.fromkeys(column for row in values.values() for column in row))
     head = f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}\n"
     body = "".join(f"| {name} | {' | '.join(_cell(row, c) for c in columns)} |\n" for name, row in values.items())
@@ -40,7 +45,7 @@ def render(text: str, results: Path = RESULTS) -> str:
 
     def fill(match: re.Match[str]) -> str:
         lines = (results / f"{match[2]}.jsonl").read_text(encoding="utf8").splitlines()
-        return match[1] + table(json.loads(lines[-1])) + match[3]
+        return match[1] + table(json.loads(lines[-1]), match[3]) + match[4]
 
     return BLOCK.sub(fill, text)
 

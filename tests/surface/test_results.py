@@ -37,6 +37,17 @@ def test_a_number_changed_by_hand_is_seen(tmp_path: Path) -> None:
     assert render.render(page.replace("0.1235", "0.0235"), tmp_path) == page
 
 
+def test_a_part_of_a_result_is_shown_alone(tmp_path: Path) -> None:
+    values = {"slow: ours": {"s": 3.0}, "fast: ours": {"s": 1.0}, "fast: theirs": {"ms": 2.0}}
+    (tmp_path / "speed.jsonl").write_text(json.dumps({**LINE, "values": values}) + "\n", encoding="utf8")
+    page = render.render("<!-- result: speed fast -->\n<!-- end -->\n", tmp_path)
+    assert "| | s | ms |\n|---|---:|---:|\n| ours | 1 |  |\n| theirs |  | 2 |\n" in page
+    assert "slow" not in page and page.count("| ours |") == 1
+    assert render.render(page, tmp_path) == page
+    with pytest.raises(KeyError):
+        render.render("<!-- result: speed none -->\n<!-- end -->\n", tmp_path)
+
+
 def test_a_result_that_was_never_measured_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         render.render("<!-- result: dream -->\n<!-- end -->", tmp_path)
