@@ -1,4 +1,5 @@
-"""Chat templates of published models, written anew: the same text for the same conversation.
+"""Chat templates of published models, written anew: the same markers, order, trimming, conditions and refusals.
+Their long fixed texts (what a system says by default, how tools are introduced) are cut short.
 
 ``PUBLISHED[name]`` says where a template is from, what it writes (with {% generation %} round what the
 assistant says and what closes it, as transformers marks it: that is the oracle, ``template`` is without),
