@@ -21,7 +21,7 @@ import tarsia.methods  # noqa: F401 (fills the registry)
 from tarsia.anatomy import anatomy_of
 from tarsia.core.attach import Part
 from tarsia.core.method import find
-from tarsia.data import Encoder, Rows, Source, read
+from tarsia.data import Encoder, Source, read
 from tarsia.data.lint import Aim, Findings, Given, lint
 
 ANSWERS = ("a cat", "a dog", "red", "green")
@@ -66,17 +66,14 @@ class World:
     drawn: float = 80.0
     select: Sequence[tuple[str, str]] = (("lora", "vision.0..1.{q,v}"), ("full", "projector"))
     rows: int | None = None
+    folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def lint(self) -> Findings:
-        with tempfile.TemporaryDirectory() as folder:
-            opened = {}
-            for name, table in {"train": self.train, "held": self.held}.items():
-                path = Path(folder, f"{name}.jsonl")
-                path.write_text("".join(json.dumps(line) + "\n" for line in table))
-                opened[name] = read(Source(path=str(path)))
-            return self._lint(opened)
-
-    def _lint(self, opened: Mapping[str, Rows]) -> Findings:
+        opened = {}
+        for name, table in {"train": self.train, "held": self.held}.items():
+            path = Path(self.folder.name, f"{name}.jsonl")
+            path.write_text("".join(json.dumps(line) + "\n" for line in table))
+            opened[name] = read(Source(path=str(path)))
         parts = tuple(Part(method, select, find(method).configure({})) for method, select in self.select)
         return lint(
             [

@@ -94,16 +94,10 @@ def _header(picture: Picture) -> Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            opened = content if isinstance(content, Image.Image) else Image.open(_stream(content))
-            alpha = opened.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in opened.info
-            return Header(
-                opened.width,
-                opened.height,
-                opened.mode,
-                int(getattr(opened, "n_frames", 1)),
-                alpha and _hides(opened),
-                opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or float("inf")),
-            )
+            if isinstance(content, Image.Image):
+                return _told(content)
+            with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as opened:
+                return _told(opened)
     except FileNotFoundError:
         return Header(missing=True)
     except Image.DecompressionBombError:
@@ -112,14 +106,15 @@ def _header(picture: Picture) -> Header:
         return Header()  # look() says why, in the words of Picture.load
 
 
-def _stream(content: Path | bytes) -> Path | io.BytesIO:
-    return content if isinstance(content, Path) else io.BytesIO(content)
+def _told(opened: Image.Image) -> Header:
+    alpha = opened.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in opened.info
+    bomb = opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or float("inf"))
+    frames = int(getattr(opened, "n_frames", 1))
+    return Header(opened.width, opened.height, opened.mode, frames, alpha and not bomb and _hides(opened), bomb)
 
 
 def _hides(opened: Image.Image) -> bool:
     """Whether any pixel is see-through: its colour shows only once the alpha channel is dropped."""
-    if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-        return False
     low, _ = opened.convert("RGBA").getchannel("A").getextrema()
     return isinstance(low, int | float) and low < 128
 

@@ -18,7 +18,7 @@ from tarsia.data.encode import Encoder
 from tarsia.data.lint import rules
 from tarsia.data.lint.finding import Finding, Severity, Where
 from tarsia.data.lint.rule import RULES
-from tarsia.data.lint.survey import ROWS, Aim, Given, Progress, Survey, Surveyed, survey
+from tarsia.data.lint.survey import ROWS, Aim, Given, Progress, Row, Survey, Surveyed, survey
 from tarsia.data.lint.view import Run, runs
 from tarsia.data.samples import Picture
 
@@ -160,19 +160,28 @@ def _numbers(source: Surveyed, total: float, longest: int) -> Numbers:
 def _view(survey: Survey, where: Where, codes: tuple[str, ...]) -> View:
     source = next(s for s in survey.sources if s.name == where.source)
     row = next(r for r in source.rows if r.number == where.row)
-    entire = copy.copy(survey.encoder)
-    entire.max_length = None
-    shown: tuple[Run, ...] = ()
-    pictures: tuple[str, ...] = ()
     error = row.trouble.error if row.trouble is not None else None
-    if error is None or row.trouble is None or row.trouble.stage != "read":
-        sample = source.given.rows[where.row]
-        pictures = tuple(_thumbnail(picture) for picture in sample.pictures)
-    if row.tokens:
-        limit = survey.max_length if source.given.trained else None
-        shown = runs(entire.batch([sample]), survey.encoder.processor, limit)
+    pictures: tuple[str, ...] = ()
+    shown: tuple[Run, ...] = ()
+    try:
+        if row.trouble is None or row.trouble.stage != "read":
+            pictures, shown = _again(survey, source, row)
+    except Exception as changed:  # noqa: BLE001 (a row that was read before and can not be now says so on the page)
+        error = error or changed
     told = None if error is None else " ".join(str(error).split())
     return View(where, source.given.trained, codes, shown, pictures, told, row.tokens, row.labelled)
+
+
+def _again(survey: Survey, source: Surveyed, row: Row) -> tuple[tuple[str, ...], tuple[Run, ...]]:
+    """A row's thumbnails and runs; no runs where its tokens are not known."""
+    sample = source.given.rows[row.number]
+    pictures = tuple(_thumbnail(picture) for picture in sample.pictures)
+    if not row.tokens:
+        return pictures, ()
+    entire = copy.copy(survey.encoder)
+    entire.max_length = None
+    limit = survey.max_length if source.given.trained else None
+    return pictures, runs(entire.batch([sample]), survey.encoder.processor, limit)
 
 
 def _thumbnail(picture: Picture) -> str:

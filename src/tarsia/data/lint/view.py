@@ -34,8 +34,8 @@ class Run:
 def runs(batch: Batch, processor: Any, max_length: int | None = None) -> tuple[Run, ...]:
     """The first row of ``batch`` as runs; image tokens collapse to "[picture 1: 64 tokens]".
 
-    A picture that its family lays out in several runs of image tokens has a number only where runs and
-    pictures are equally many.
+    Pictures have numbers where runs of image tokens and pictures are equally many: side by side they may be
+    one run, and some families lay one picture out in several.
     """
     mask = batch.inputs["attention_mask"][0].bool()
     ids, labels = batch.inputs["input_ids"][0][mask].tolist(), batch.labels[0][mask].tolist()
@@ -44,17 +44,17 @@ def runs(batch: Batch, processor: Any, max_length: int | None = None) -> tuple[R
         for t, (i, label) in enumerate(zip(ids, labels, strict=True))
     ]
     grouped = [(kind, [t for t, _ in members]) for kind, members in groupby(enumerate(kinds), key=lambda pair: pair[1])]
-    numbered = sum(kind is What.PICTURE for (kind, _, _), _ in grouped) == batch.n_pictures[0]
+    laid, count = sum(kind is What.PICTURE for (kind, _, _), _ in grouped), batch.n_pictures[0]
     shown: list[Run] = []
     pictures = 0
     for (kind, learnt, cut), places in grouped:
-        first, count = places[0], len(places)
         if kind is What.PICTURE:
             pictures += 1
-            text = f"[picture {pictures}: {count} tokens]" if numbered else f"[picture: {count} tokens]"
+            name = f"picture {pictures}" if laid == count else f"{count} pictures" if laid == 1 else "picture"
+            text = f"[{name}: {len(places)} tokens]"
         else:
-            text = _text(processor.tokenizer, ids, first, first + count)
-        shown.append(Run(kind, learnt, text, count, cut))
+            text = _text(processor.tokenizer, ids, places[0], places[-1] + 1)
+        shown.append(Run(kind, learnt, text, len(places), cut))
     return tuple(shown)
 
 
