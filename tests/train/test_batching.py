@@ -70,6 +70,15 @@ def test_the_same_rows_in_every_step_and_fewer_positions(values, tmp_path, batch
         assert longest[0] == longest[1]
 
 
+def test_a_step_has_its_own_rows_of_the_stream(values, tmp_path):
+    host = open_base(values["model"])
+    with threads(1) as count:
+        run = prepare(small.recipe(at(values, tmp_path, "plain")), host, count)
+    run.step = 2
+    assert run.dealt() == ((18, 19, 20), (21, 22, 23), (24, 25, 26))
+    assert rows_of(run.batches()) == sorted((s.source, s.row) for s in (run.mixture[n] for n in range(18, 27)))
+
+
 def test_grouped_micro_batches_hold_rows_of_like_length(values, tmp_path):
     for batches in micro_batches(at(values, tmp_path, "grouped")):
         lengths = [sorted(batch.inputs["attention_mask"].sum(1).tolist()) for batch in batches]

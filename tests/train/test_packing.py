@@ -121,6 +121,22 @@ def test_an_attention_that_keeps_no_rows_apart_is_refused():
     assert caught.value.given == "flash_attention_2"
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_positions_are_those_of_each_row_alone(name):
+    """Rotary positions are relative, so that the losses alone would not tell a row that begins at 100."""
+    family = FAMILIES[name]
+    model, config = family.build()
+    inputs = family.batch((0, 1, 3), config=config)
+    count = anatomy_of(config).positions(model, inputs)
+    along = count if count.ndim == 2 else count[0]
+    for row, mask in zip(along, inputs["attention_mask"].bool(), strict=True):
+        assert row[mask].tolist() == list(range(int(mask.sum())))
+    if count.ndim == 3:
+        assert not torch.equal(count[2], count[3]), "height and width are counted apart"
+        real = inputs["attention_mask"][0].bool()
+        assert (count[1:, 0, real] == along[0, real]).all(), "a row without a picture counts tokens alone"
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_rows_are_packed_as_they_are(data):
