@@ -220,7 +220,7 @@ def test_a_template_that_has_no_tools_refuses_them(name: str) -> None:
     row = sample(*DATED, *WITH_TOOLS["tools"], tools=(WEATHER,))
     without = replace(row, messages=tuple(m for m in row.messages if not m.calls and m.role != "tool"))
     if not published.tools:
-        for told in (row, without):
+        for told in (row, without, replace(row, tools=())):
             with pytest.raises(DataError):
                 ours(published, told)
     assert Encoder(published.processor(), variables=dict(published.variables)).closes == published.closes
