@@ -109,7 +109,9 @@ class LoRA(Patch):
         return cls(torch.empty(a), torch.empty(b), **constants)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return (weight.to(self.B.dtype) + self.scale * (self.B @ self.A)).to(weight.dtype), bias
+        # in the wider of the two: an adapter of half precision must not round the base
+        wide = torch.promote_types(weight.dtype, self.B.dtype)
+        return (weight.to(wide) + self.scale * (self.B.to(wide) @ self.A.to(wide))).to(weight.dtype), bias
 
     def update(self, x: Tensor) -> Tensor:
         """scale * B A x for x [..., in], in the dtype of x."""
