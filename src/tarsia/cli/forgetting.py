@@ -36,7 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--metric", default="exact", help="exact (default), contains, numeric[:TOLERANCE] or fields")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows of each source")
-    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest answer (default: 40)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="rows at a time (default: 16)")
     parser.add_argument("--json", action="store_true", help="a JSON object for the report, and one for the gate")
 
