@@ -237,6 +237,30 @@ def _(folder: Path) -> str:
     return f"{sum(off)} of 3 rows do not have their own adapter's outputs"
 
 
+def halved(folder: Path) -> Path:
+    """An adapter of PEFT's whose factors were saved in half precision."""
+    adapter, _ = worlds.written(folder)
+    worlds.retensor(adapter / worlds.TENSORS, lambda held: {key: value.bfloat16() for key, value in held.items()})
+    return adapter
+
+
+@fault("an adapter in half precision that rounds the base when it is merged", "huggingface/peft#1388",
+       "huggingface/peft#2502", verdict=Harmless, says="merged in the wider precision, outputs stay")  # fmt: skip
+def rounded_base(folder: Path, planted: bool) -> Told:
+    base = worlds.here(halved(folder))
+    if planted:
+        merge(base.model)
+    return [f"{value:.3f}" for value in worlds.logits(base.model).abs().sum((1, 2)).tolist()]
+
+
+@rounded_base.peer
+def _(folder: Path) -> str:
+    made = worlds.there(halved(folder))
+    before = worlds.logits(made)
+    made.merge_adapter()
+    return f"merged, {worlds.same(worlds.logits(made), before, 'what they were')}"
+
+
 @fault("one of two adapters that act is merged, and the other no longer acts", "huggingface/peft#3763",
        "huggingface/peft#3756", verdict=Harmless, says="all that act are merged, outputs stay")  # fmt: skip
 def partly_merged(folder: Path, planted: bool) -> Told:

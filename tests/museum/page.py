@@ -1,4 +1,5 @@
-"""docs/museum.md, written from what was seen: ``PYTHONPATH=src:tests:. python -m museum.page`` plants every fault.
+"""docs/museum.md, written from what was seen: ``PYTHONPATH=src:tests:. python -m museum.page`` plants every fault,
+and with names of tests behind it those alone.
 
 A row of its table is also a test's golden line: ``test_museum.py`` plants the fault again and compares.
 """
@@ -6,8 +7,10 @@ A row of its table is also a test's golden line: ``test_museum.py`` plants the f
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -125,12 +128,15 @@ def kind(fault: Fault) -> str:
     return {Harmless: "harmless", Reported: "reported"}.get(fault.verdict, "refused")
 
 
-def write() -> None:
-    """Plant every fault, and write the page."""
-    seen = {}
-    for key, fault in FAULTS.items():
+def write(keys: Sequence[str] = ()) -> None:
+    """Plant every fault, or those of ``keys`` and those that the page lacks, and write the page."""
+    text = PAGE.read_text(encoding="utf-8") if keys else ""
+    if f"Seen with {versions()}," not in text:
+        text = ""  # rows that were seen with other versions do not stand beside new ones
+    seen = {key: known for key, fault in FAULTS.items() if key not in keys and (known := kept(text, fault))}
+    for key in [key for key in FAULTS if key not in seen]:
         with tempfile.TemporaryDirectory() as folder:
-            seen[key] = see(fault, Path(folder))
+            seen[key] = see(FAULTS[key], Path(folder))
         print(f"{key}: {seen[key].tarsia}")
     PAGE.write_text(page(seen), encoding="utf-8")
 
@@ -138,4 +144,4 @@ def write() -> None:
 if __name__ == "__main__":
     import museum.stages  # noqa: F401 (fills FAULTS)
 
-    write()
+    write(sys.argv[1:])
