@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from data.lint_worlds import FAULTS, Plant, World, clean, planted
@@ -119,3 +120,9 @@ def test_adding_a_rule_is_one_function() -> None:
             rule("too-polite", Severity.NOTE)(polite)
     finally:
         del RULES["too-polite"]
+
+
+def test_the_document_has_every_rule() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "lint.md").read_text(encoding="utf8")
+    for found in RULES.values():
+        assert f"| `{found.code}` | {found.severity.value} | {(found.check.__doc__ or '').strip()} |\n" in text

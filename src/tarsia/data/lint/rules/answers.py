@@ -25,7 +25,7 @@ GIVEN_AWAY: Final = 0.5
 
 def classes(source: Surveyed) -> Counter[str] | None:
     """How often each answer stands, where answers form a small set; else None."""
-    counts = Counter(row.answers[0].strip() for row in source.rows if len(row.answers) == 1)
+    counts = Counter(row.answers[0].strip() for row in source.rows if len(row.answers) == 1 and row.answers[0].strip())
     total = sum(counts.values())
     small = total >= ENOUGH and len(counts) <= CLASSES and total >= EACH * len(counts)
     return counts if small else None
