@@ -278,8 +278,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, host: Host) -> Path:
     write_adapter(place / "base", place / "weak", 1e-4)
     write_adapter(place / "base", place / "idle", 0.0)
     picture(shade=3).save(place / "belt.png")
-    for name in ("pets", "cars", "belt"):
-        asked = known(host, 5, name, 32) if name != "belt" else tiny.rows(4)
+    lengths = {"pets": 32, "cars": 32, "pets-4": 4, "cars-4": 4}
+    for name in (*lengths, "belt"):
+        asked = known(host, 5, name, lengths[name]) if name in lengths else tiny.rows(4)
         lines = [{"question": r.messages[0].text, "answer": r.messages[1].text} for r in asked if not r.pictures]
         lines += [{"question": "hm?", "answer": "a cat", "images": ["belt.png"]}]
         (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
@@ -301,15 +302,9 @@ def tarsia(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 SOURCES = (
-    "--task",
-    "belt.jsonl",
-    "--general",
-    "pets.jsonl",
-    "--general",
-    "vehicles=cars.jsonl",
-    "--max-new-tokens",
-    "4",
-)
+    "--task", "belt.jsonl", "--general", "pets=pets-4.jsonl", "--general", "vehicles=cars-4.jsonl",
+    "--max-new-tokens", "4",
+)  # fmt: skip
 
 
 def test_the_gate_decides_the_exit_code(tarsia: Any) -> None:
