@@ -106,6 +106,8 @@ def coverage(event: Started) -> None:
     frozen = [component for component in Component if all(c.component != component for c in event.coverage)]
     if frozen:
         print(f"trains nothing of: {', '.join(frozen)}")
+    for line in event.fast:
+        print(f"speed: {line}")
     if event.resumed:
         print(f"goes on after step {event.resumed}")
 

@@ -51,13 +51,12 @@ class LowRank(torch.autograd.Function):
     """``LowRank.apply(x, weight, bias, a, b, scale)``, in the dtype of x; gradients of A and B in theirs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         y = F.linear(x, weight, bias)
         narrow = F.linear(x, a.to(x.dtype))
         y.view(-1, y.shape[-1]).addmm_(narrow.view(-1, len(a)), b.to(x.dtype).t(), alpha=scale)
-        ctx.remade, kept = None, (x,)
+        kept: tuple[Tensor, ...] = (x,)
+        ctx.remade = None
         held = getattr(x, "remade", None)
         if isinstance(held, Remade):
             held.shared.left += 1
@@ -84,3 +83,9 @@ class LowRank(torch.autograd.Function):
             # the transposed product reads dY along its rows
             db = (((rows @ a.to(rows.dtype).t()).t() @ dy).t() * ctx.scale).to(b.dtype)
         return dx, None, None, da, db, None
+
+
+def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x W^T + b + scale (x A^T) B^T for x [..., in], in the dtype of x, with W and b frozen."""
+    y: Tensor = LowRank.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    return y

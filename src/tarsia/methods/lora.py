@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarsia.core.errors import AttachError, ConfigError
-from tarsia.core.linear import LowRank
+from tarsia.core.linear import low_rank
 from tarsia.core.method import method
 from tarsia.core.patch import Base, Patch
 from tarsia.core.site import Role, Site
@@ -122,8 +122,7 @@ class LoRA(Patch):
         frozen = None if self.dropout and self.training else base.linear(x)
         if frozen is None:
             return base(x) + self.update(x)
-        given: Tensor = LowRank.apply(x, *frozen, self.A, self.B, self.scale)
-        return given
+        return low_rank(x, *frozen, self.A, self.B, self.scale)
 
     @staticmethod
     def batched(patches: Sequence[tuple[LoRA, Tensor]], x: Tensor, base: Base) -> Tensor:

@@ -32,6 +32,8 @@ class Started:
     """Steps that a checkpoint had done already; 0 for a new run."""
     recipe: Mapping[str, Any]
     """The recipe with every default filled in, and its hash."""
+    fast: tuple[str, ...] = ()
+    """What is computed in a cheaper way, and what could not be, one line each."""
 
 
 @dataclass(frozen=True, slots=True)

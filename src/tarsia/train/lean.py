@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Final
 
@@ -117,14 +118,14 @@ class Rotate(torch.autograd.Function):
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """A frozen norm whose output can be made again from its input."""
-    y, inverse = Norm.apply(x, weight, eps)
+    y, inverse = Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     y.remade = Remade(scaled, (x.detach(), weight, inverse))
     return y  # type: ignore[no-any-return]
 
 
 def gate(given: Tensor, up: Tensor, act: Act) -> Tensor:
     """The product inside a gated MLP, which can be made again from its factors."""
-    y = Gate.apply(given, up, act)
+    y = Gate.apply(given, up, act)  # type: ignore[no-untyped-call]
     y.remade = Remade(lambda a, b: gated(a, b, act), (given.detach(), up.detach()))
     return y  # type: ignore[no-any-return]
 
@@ -184,7 +185,8 @@ def _rotary_of(own: Callable[..., Any]) -> Callable[..., Any]:
         if args or keywords or not wide or not learns or {t.dtype for t in (q, k, cos, sin)} != {torch.float32}:
             return own(q, k, cos, sin, *args, **keywords)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        turn: Callable[..., Tensor] = Rotate.apply
+        return turn(q, cos, sin), turn(k, cos, sin)
 
     return rotary
 
@@ -214,7 +216,9 @@ def lean(model: nn.Module) -> Iterator[Lean]:
             name = type(module).__name__
             if "forward" in module.__dict__ or "slot" in module._modules or name in refused:
                 continue
-            if any(p.requires_grad or p.is_meta for p in module.parameters(recurse=False)):
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                continue
+            if any(p.is_meta or p.dtype != torch.float32 for p in module.parameters()):
                 continue
             forward = _norm_of(module) or _mlp_of(module)
             if forward is None:
@@ -223,7 +227,7 @@ def lean(model: nn.Module) -> Iterator[Lean]:
                 refused.add(name)
                 continue
             module.__dict__["forward"] = forward
-            undo.append(lambda module=module: module.__dict__.pop("forward", None))
+            undo.append(partial(module.__dict__.pop, "forward", None))
             taken[name] += 1
         for file in files.values():
             own = file.__dict__.get(ROTARY)
@@ -234,7 +238,7 @@ def lean(model: nn.Module) -> Iterator[Lean]:
                 refused.add(f"{file.__name__}.{ROTARY}")
                 continue
             file.__dict__[ROTARY] = rotary
-            undo.append(lambda file=file, own=own: file.__dict__.__setitem__(ROTARY, own))
+            undo.append(partial(setattr, file, ROTARY, own))
             taken[ROTARY] += 1
         yield Lean(dict(taken), tuple(sorted(refused)))
     finally:

@@ -37,9 +37,11 @@ class HeadLoss(torch.autograd.Function):
         scratch = torch.empty(min(ROWS, len(hidden)), len(weight), dtype=hidden.dtype, device=hidden.device)
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, min(start + ROWS, len(hidden)))
-            logits = torch.mm(hidden[rows], weight.t(), out=scratch[: rows.stop - start])
-            if bias is not None:
-                logits += bias
+            logits = scratch[: rows.stop - start]
+            if bias is None:
+                torch.mm(hidden[rows], weight.t(), out=logits)
+            else:
+                torch.addmm(bias, hidden[rows], weight.t(), out=logits)
             parts = logits.float()  # the very same memory where it is float32 already
             parts -= parts.amax(1, keepdim=True)
             hit = parts.gather(1, targets[rows, None])
@@ -62,7 +64,7 @@ class HeadLoss(torch.autograd.Function):
 
 def head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """The loss of each row of ``hidden`` [n, d], whose next token is ``targets`` [n]: float32 [n], in nats."""
-    losses: Tensor = HeadLoss.apply(hidden, weight, bias, targets)
+    losses: Tensor = HeadLoss.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -71,8 +73,13 @@ def plain_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
 
 
+def plain_head(model: nn.Module) -> bool:
+    """Whether the model's head is a linear layer that is frozen, and that nobody patches or watches."""
+    return _head(model) is not None
+
+
 def followed(model: nn.Module) -> bool | None:
-    """Whether the model changes what its head gives (a soft cap, a scale), so that all logits are made; None: unseen."""
+    """Whether the model changes what its head gives (a soft cap, a scale), and all logits are made. None: unseen."""
     head = _head(model)
     return None if head is None else _FOLLOWED.get(head)
 

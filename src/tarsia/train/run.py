@@ -62,6 +62,7 @@ class Run:
     threads: int
     step: int = 0
     seconds: float = 0.0
+    fast: tuple[str, ...] = ()
     features: Cache | None = None
     lengths: dict[tuple[int, int], int] = field(default_factory=dict)
     """Tokens of the rows that were met, by source and row, where rows are grouped."""
