@@ -54,6 +54,7 @@ def test_what_published_templates_do_is_let_through() -> None:
     for template in (
         "{% macro f(x) %}{% for k, v in x.items() %}{{ k }}{{ f(v) }}{% endfor %}{% endmacro %}{{ f(tools) }}",
         "{% macro f(x) %}{{ f(x['items']) }}{% endmacro %}{{ f(tools) }}",
+        "{% macro g(x) %}{{ x }}{% endmacro %}{% macro f() %}{{ g(1) }}{% endmacro %}{{ f() }}",
         "{% for i in range(messages | length) %}{{ loop.index0 % 2 }}{% if i > 3 %}{% break %}{% endif %}{% endfor %}",
         "{% for m in messages %}{% set ns.x = ns.x + [m] %}{% endfor %}",
         "{% set x = x.split('</think>')[-1].lstrip('\\n') %}",
