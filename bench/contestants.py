@@ -58,7 +58,7 @@ def _forever(context: AbstractContextManager[Any]) -> None:
     _OPEN.enter_context(context)
 
 
-def tarsia(folder: str, rank: int = 16, method: str = "lora") -> Step:
+def tarsia(folder: str, rank: int = 16, method: str = "lora", cache: str | None = None) -> Step:
     """What ``tarsia.train.loop`` does in one step, on a batch that is there."""
     from tarsia.adapter import open_base
     from tarsia.core.attach import Part, attach, patches
@@ -127,6 +127,29 @@ def peft(folder: str, rank: int = 16) -> Step:
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def loss_layer(kind: str, rows: int = 2048, width: int = 576, vocabulary: int = 49152, labelled: float = 0.3) -> Step:
+    """Head and loss alone, forward and backward: ``chunks`` of labelled positions, or ``all`` positions' logits."""
+    from tarsia.train.loss import head_losses
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator).requires_grad_()
+    weight = 0.05 * torch.randn(vocabulary, width, generator=generator)
+    labels = torch.randint(vocabulary, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) > labelled] = IGNORED
+
+    def step() -> float:
+        hidden.grad = None
+        if kind == "chunks":
+            wanted = labels != IGNORED
+            loss = head_losses(hidden[wanted], weight, None, labels[wanted]).mean()
+        else:
+            loss = nn.functional.cross_entropy(nn.functional.linear(hidden, weight), labels, ignore_index=IGNORED)
+        loss.backward()
         return float(loss.detach())
 
     return step

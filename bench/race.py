@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any, Self
 
+from bench.run import Values
+
 Step = Callable[[], float]
 Contestant = Callable[..., Step]
 
@@ -49,6 +51,8 @@ class Result:
     name: str
     seconds: tuple[float, ...]
     losses: tuple[float, ...]
+    work: tuple[float, ...]
+    """Processor seconds of each step, all threads and the system's part: what other processes hardly touch."""
     peak: int
     """Bytes resident at most over three steps, everything included (VmHWM)."""
     above: int
@@ -57,6 +61,10 @@ class Result:
     """Bytes of distinct storages kept for the backward pass, without parameters and buffers."""
     flops: int
     """Floating-point operations of one step, of products of matrices and attention."""
+
+    def work_over(self, other: Self) -> float:
+        """Median over rounds of this one's processor time as a share of ``other``'s."""
+        return median(a / b for a, b in zip(self.work, other.work, strict=True))
 
     def over(self, other: Self) -> float:
         """Median over rounds of this one's time as a share of ``other``'s."""
@@ -122,11 +130,13 @@ def race(runners: Sequence[Runner], rounds: int = 9, counted: bool = True) -> di
     with workers(runners) as all_:
         first = {w: [w.ask("step"), w.ask("step")] for w in all_}
         times: dict[Worker, list[float]] = {w: [] for w in all_}
+        work: dict[Worker, list[float]] = {w: [] for w in all_}
         losses: dict[Worker, list[float]] = {w: [s["loss"] for s in first[w]] for w in all_}
         for number in range(rounds):
             for worker in all_ if number % 2 == 0 else all_[::-1]:
                 answer = worker.ask("step")
                 times[worker].append(answer["seconds"])
+                work[worker].append(answer["work"])
                 losses[worker].append(answer["loss"])
         found = {}
         for worker in all_:
@@ -136,12 +146,39 @@ def race(runners: Sequence[Runner], rounds: int = 9, counted: bool = True) -> di
                 worker.runner.name,
                 tuple(times[worker]),
                 tuple(losses[worker]),
+                tuple(work[worker]),
                 memory["peak"],
                 memory["peak"] - memory["resident"],
                 counts["saved"],
                 counts["flops"],
             )
     return found
+
+
+MIB = 2**20
+
+
+def table(found: Mapping[str, Result], other: str) -> Values:
+    """Each contestant's figures, and its shares of ``other``'s."""
+    beside = found[other]
+    values: dict[str, dict[str, float | int | str]] = {}
+    for name, one in found.items():
+        gap = max(abs(a - b) for a, b in zip(one.losses, beside.losses, strict=True))
+        values[name] = {
+            "s": round(median(one.seconds), 4),
+            f"time / {other}": round(one.over(beside), 3),
+            f"processor time / {other}": round(one.work_over(beside), 3),
+            "peak MiB": round(one.peak / MIB),
+            f"peak / {other}": round(one.peak / beside.peak, 3),
+            "added MiB": round(one.above / MIB),
+            f"added / {other}": round(one.above / beside.above, 3),
+            "saved MiB": round(one.saved / MIB, 1),
+            "GFLOP": round(one.flops / 1e9, 1),
+            "loss differs by": f"{gap:.1e}",
+            "threads": THREADS,
+            "allocator": allocator(),
+        }
+    return values
 
 
 def allocator() -> str:
@@ -211,9 +248,9 @@ def serve(function: str, arguments: Mapping[str, Any]) -> None:
         print(json.dumps(values), flush=True)
 
     def timed() -> dict[str, float]:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         loss = step()
-        return {"seconds": time.perf_counter() - began, "loss": loss}
+        return {"seconds": time.perf_counter() - began, "work": time.process_time() - worked, "loss": loss}
 
     answer({})
     for line in sys.stdin:
