@@ -38,6 +38,7 @@ def curves(path: Path, table: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -
     from matplotlib import pyplot as plt
 
     figure, grid = plt.subplots(2, len(table), figsize=(3.1 * len(table), 5.4), dpi=110, sharex=True, squeeze=False)
+    room = _room([values["job"] for values in table.values()])
     for column, (shift, values) in enumerate(table.items()):
         for row, what in enumerate(("forgotten", "job")):
             axes = grid[row][column]
@@ -48,7 +49,7 @@ def curves(path: Path, table: Mapping[str, Mapping[str, Mapping[str, Curve]]]) -
         grid[0][column].set_title(SHIFTS[shift].title, fontsize=10, loc="left")
         grid[0][column].axhline(3, color="#999999", linewidth=0.8, linestyle=":")
         grid[0][column].set_ylim(bottom=min(0, grid[0][column].get_ylim()[0]))
-        grid[1][column].set_ylim(*_room(values["job"]))
+        grid[1][column].set_ylim(*room)
         grid[1][column].set_xlabel("replay, %")
         grid[1][column].set_xticks(range(len(replay.SHARES)), [f"{100 * share:g}" for share in sorted(replay.SHARES)])
     grid[0][0].set_ylabel("points forgotten")
@@ -67,8 +68,9 @@ def _line(axes: Any, curve: Curve, mode: str) -> None:
     axes.errorbar(at, middle, (low, high), label=mode, markersize=4, linewidth=1.4, elinewidth=0.9, **LOOKS[mode])
 
 
-def _room(curves_of: Mapping[str, Curve]) -> tuple[float, float]:
-    least = min(value for curve in curves_of.values() for found in curve.values() for value in found)
+def _room(jobs: Sequence[Mapping[str, Curve]]) -> tuple[float, float]:
+    """The same axis for all jobs."""
+    least = min(value for curves in jobs for curve in curves.values() for found in curve.values() for value in found)
     return max(0.0, 10 * ((least - 5) // 10)), 101.0
 
 
