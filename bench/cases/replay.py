@@ -28,11 +28,19 @@ def folder() -> Path:
 
 
 def measure() -> Values:
-    """Tables by the word before the colon: bar, forgotten, job, lost, fields, seeds, rows."""
+    """Tables by the word before the colon: bar, forgotten, job, lost, seen, fields, seeds, rows."""
     out = folder()
     replay.drive(out, Console())
     found = Results.read(out)
-    return {**_bar(found), **_curves(found), **_lost(found), **_fields(found, out), **_seeds(found), **_rows(found)}
+    return {
+        **_bar(found),
+        **_curves(found),
+        **_lost(found),
+        **_seen(found, out),
+        **_fields(found, out),
+        **_seeds(found),
+        **_rows(found),
+    }
 
 
 def percent(share: float) -> str:
@@ -79,6 +87,21 @@ def _lost(found: Results) -> Rows:
             sources = found.lost(runs[0])
             label = f"lost: {SHIFTS[shift].title}, {f'10 % {mode}' if share else 'none'}"
             table[label] = {s: round(mean(found.lost(run)[s] for run in runs), 1) for s in sources}
+    return table
+
+
+def _seen(found: Results, out: Path) -> Rows:
+    """General rows that a run saw, and their share of all labelled tokens."""
+    table: Rows = {}
+    for shift in found.shifts:
+        for mode in MODES:
+            row: dict[str, float | int | str] = {}
+            for share in sorted(SHARES)[1:]:
+                runs = [replay.read(out, run.name)["data"] for run in found.seeds(shift, share, mode)]
+                rows = mean(data["general"]["rows"] for data in runs)
+                tokens = mean(data["general"]["tokens"] / sum(d["tokens"] for d in data.values()) for data in runs)
+                row[percent(share)] = f"{rows:.0f} ({100 * tokens:.1f} %)"
+            table[f"seen: {SHIFTS[shift].title}, {mode}"] = row
     return table
 
 
