@@ -65,10 +65,12 @@ def tarsia(folder: str, rank: int = 16, method: str = "lora", cache: str | None 
     from tarsia.core.method import find
     from tarsia.data import Batch
     from tarsia.train.exact import deterministic
+    from tarsia.train.features import features
     from tarsia.train.heap import kept_heap
     from tarsia.train.lean import lean
     from tarsia.train.optimiser import adamw
     from tarsia.train.step import backward
+    from tarsia.train.store import Store
 
     host = open_base(folder, processor=False)
     options: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank} if method == "lora" else {}
@@ -88,6 +90,8 @@ def tarsia(folder: str, rank: int = 16, method: str = "lora", cache: str | None 
     whole = Batch(inputs, labels, (1,) * rows, ("bench",) * rows, tuple(range(rows)))
     optimiser = adamw([named], [RATE], (0.9, 0.999), 0.0)
     host.model.train()
+    if cache is not None:
+        _forever(features(host, Store(Path(cache), 2**30)))
     _forever(lean(host.model))
     _forever(kept_heap())
 

@@ -175,6 +175,7 @@ def table(found: Mapping[str, Result], other: str) -> Values:
             "saved MiB": round(one.saved / MIB, 1),
             "GFLOP": round(one.flops / 1e9, 1),
             "loss differs by": f"{gap:.1e}",
+            "rounds": len(one.seconds),
             "threads": THREADS,
             "allocator": allocator(),
         }
