@@ -322,6 +322,13 @@ def test_the_gate_decides_the_exit_code(tarsia: Any) -> None:
     assert tarsia("forgetting", "base", "--adapter", "weak", *SOURCES, *words)[0] == 1
 
 
+def test_a_source_that_the_base_never_answers_right_can_not_be_a_gate(tarsia: Any) -> None:
+    words = ("--task", "belt.jsonl", "--general", "pets.jsonl", "--max-new-tokens", "4", "--max-forgetting", "2")
+    code, _, err = tarsia("forgetting", "base", "--adapter", "strong", *words)
+    assert code == 2
+    assert "right in no row of pets" in err and "answers cut at 4 tokens" in err and "allow longer answers" in err
+
+
 def test_lines_for_machines_and_a_page(tarsia: Any, tmp_path: Path) -> None:
     file = tmp_path / "out.html"
     code, out, err = tarsia(

@@ -13,6 +13,7 @@ from tarsia.cli import gate, rows
 from tarsia.core.attach import detach
 from tarsia.data import Sample, read
 from tarsia.evaluate import Asking, Baseline, baseline, forgetting
+from tarsia.evaluate.gate import check_known
 from tarsia.evaluate.page import write_page
 from tarsia.train.exact import threads
 from tarsia.train.recipe import Recipe
@@ -42,7 +43,9 @@ class Gated:
         host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
         asking = Asking(batch=recipe.batch, seed=recipe.seed)
         with threads(recipe.threads):
-            return cls(recipe, args, host, task, general, baseline(host, {**task, **general}, asking))
+            measured = baseline(host, {**task, **general}, asking)
+        check_known(measured.report, tuple(general))
+        return cls(recipe, args, host, task, general, measured)
 
     @property
     def pending(self) -> dict[str, Any]:

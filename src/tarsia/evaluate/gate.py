@@ -78,7 +78,8 @@ def gate(
     """Hold what was lost against ``most`` points on the mean of the ``general`` sources and ``each`` points on every
     single one (None: no limit).
 
-    Raises ConfigError where there is no limit at all, one is no number of points, or a source was not measured.
+    Raises ConfigError where there is no limit at all, one is no number of points, a source was not measured, or
+    the base knew nothing of it.
     """
     if most is None and each is None:
         raise ConfigError("A gate needs a limit.", do="give the points that may be lost, 2 for one")
@@ -92,10 +93,23 @@ def gate(
             given=", ".join(unknown) if general else "none",
             allowed=", ".join(changes),
         )
+    check_known(before, general)
     rows = sum(changes[name].n for name in general)
     mean = _lost(None, rows, points_lost(before, after, general), most, judged)
     single = [_lost(n, changes[n].n, changes[n].free_change.scaled(-100), each, judged) for n in general]
     return Verdict(passed=all(x.passed for x in (mean, *single)), judged=judged, mean=mean, each=tuple(single))
+
+
+def check_known(before: Report, general: Sequence[str]) -> None:
+    """Raise ConfigError where the base is right in no row of a general source: nothing of it could be seen to be lost."""
+    for result in before.results:
+        if result.source in general and not any(row.free_score for row in result.rows):
+            cut = sum(row.cut for row in result.rows)
+            raise ConfigError(
+                f"The base is right in no row of {result.source}, so that it forgets can not be seen there.",
+                given=f"{result.n} rows" + (f", {cut} answers cut at {before.max_new_tokens} tokens" if cut else ""),
+                do="allow longer answers" if cut else "give rows that the base answers right, or another metric",
+            )
 
 
 def _lost(source: str | None, rows: int, points: Interval, limit: float | None, judged: Judged) -> Lost:
