@@ -19,6 +19,7 @@ from tarsia.core.method import METHODS
 from tarsia.core.patch import Patch
 from tarsia.core.segments import Route, Segments
 from tarsia.core.slot import Slot
+from tarsia.methods import lora
 from tarsia.methods.full import Full
 from tarsia.methods.lora import LoRA
 
@@ -72,7 +73,14 @@ def b_is_not_zero(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
 @caught_by("any_shape", "")
 @caught_by("forward_is_fold", "differs")
 def forward_ignores_the_scale(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
-    return broken(LoRA, update=lambda self, x: F.linear(F.linear(x, self.A), self.B.to(x.dtype)))
+    return broken(LoRA, forward=lambda self, x, base: base(x) + F.linear(F.linear(x, self.A), self.B.to(x.dtype)))
+
+
+@caught_by("any_shape", "")
+@caught_by("forward_is_fold", "differs")
+def the_one_operation_ignores_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lora.low_rank
+    monkeypatch.setattr(lora, "low_rank", lambda x, w, bias, a, b, scale: real(x, w, bias, a, b, 1.0))
 
 
 @caught_by("merge_restores", "merged: differs")
@@ -207,10 +215,10 @@ def made_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
 
 @caught_by("train_mode", "dropout in eval mode")
 def dropout_never_stops(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
-    def update(self: LoRA, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(F.dropout(x, self.dropout, True), self.A), self.scale * self.B)
+    def forward(self: LoRA, x: torch.Tensor, base: patch.Base) -> torch.Tensor:
+        return base(x) + F.linear(F.linear(F.dropout(x, self.dropout, True), self.A), self.scale * self.B)
 
-    return broken(LoRA, update=update)
+    return broken(LoRA, forward=forward)
 
 
 @caught_by("train_mode", "dropout never drops")
