@@ -101,7 +101,7 @@ def gate(
 
 
 def check_known(before: Report, general: Sequence[str]) -> None:
-    """Raise ConfigError where the base is right in no row of a general source: nothing of it could be seen to be lost."""
+    """Raise ConfigError where the base is right in no row of a general source: no loss could be seen there."""
     for result in before.results:
         if result.source in general and not any(row.free_score for row in result.rows):
             cut = sum(row.cut for row in result.rows)
