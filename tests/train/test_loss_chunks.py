@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from train.test_step import labelled
 
+from tarsia.core.errors import TrainingError
 from tarsia.train import loss as loss_module
 from tarsia.train.loss import followed, head_losses, plain_head, plain_losses
 from tarsia.train.step import IGNORED, token_losses
@@ -41,6 +42,24 @@ def test_values_and_gradients_are_those_of_all_logits(n, width, vocabulary, bias
     room = 2**-5 if dtype == torch.bfloat16 else 1e-5
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() <= room * (1 + theirs.abs().max())
+
+
+@pytest.mark.parametrize("known", [0.1, 0.2, 0.3])
+def test_tokens_that_are_known_are_rounded_no_worse_than_by_all_logits(known):
+    """In half precision, where a probability near 1 has few bits, and so has a factor such as 1/3."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(500, 64, generator=g).bfloat16()
+    targets = torch.randint(500, (40,), generator=g)
+    hidden = (weight[targets] * known + 0.1 * torch.randn(40, 64, generator=g)).bfloat16()
+    weigh = 1 + torch.rand(40, generator=g)
+    away = []
+    half = torch.bfloat16
+    for function, dtype in ((plain_losses, torch.float64), (head_losses, half), (plain_losses, half)):
+        leaf = hidden.to(dtype).requires_grad_()
+        losses = function(leaf, weight.to(dtype), None, targets)
+        away.append(torch.autograd.grad((losses * weigh).sum(), leaf)[0].double())
+    exact, ours, theirs = away
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
 
 
 def test_a_hopeless_token_has_a_finite_loss():
@@ -100,4 +119,41 @@ def test_heads_that_are_trained_or_watched_are_left_alone():
     handle = head.register_forward_hook(lambda *args: None)
     assert not plain_head(model)
     handle.remove()
+    handle = head.register_full_backward_hook(lambda *args: None)
+    assert not plain_head(model)
+    handle.remove()
     assert plain_head(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not plain_head(model)
+    head.weight = torch.nn.Parameter(head.weight.data.as_subclass(type("Coded", (torch.Tensor,), {})), False)
+    assert not plain_head(model), "a weight that may compute something of its own"
+
+
+def changing(model, monkeypatch, change):
+    own = type(model).forward
+
+    def forward(self, *args, **keywords):
+        out = own(self, *args, **keywords)
+        out.logits = change(out.logits)
+        return out
+
+    monkeypatch.setattr(type(model), "forward", forward)
+
+
+def test_logits_that_are_changed_in_place_are_seen(monkeypatch):
+    model, inputs, labels = frozen("llava")
+    wanted = token_losses(model, inputs, labels)
+    other, _, _ = frozen("llava")
+    changing(other, monkeypatch, lambda logits: logits.mul_(3.0))
+    found = token_losses(other, inputs, labels)
+    assert followed(other) is True
+    assert not torch.allclose(found, wanted, rtol=0.01)
+    assert torch.equal(token_losses(other, inputs, labels), found)
+
+
+def test_logits_that_are_changed_only_later_stop_the_run(monkeypatch):
+    model, inputs, labels = frozen("llava")
+    token_losses(model, inputs, labels)
+    changing(model, monkeypatch, lambda logits: 3 * logits)
+    with pytest.raises(TrainingError, match="did not do so at first"):
+        token_losses(model, inputs, labels)

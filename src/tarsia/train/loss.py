@@ -2,7 +2,7 @@
 
 With H [n, d] the hidden states that predict labelled tokens, W [V, d] and b the head's, t the targets:
 
-    Z = H W^T + b        loss_i = log sum_j exp Z_ij - Z_i,t(i)        dH_i = dloss_i (softmax(Z_i) W - W_t(i))
+    Z = H W^T + b        loss_i = log sum_j exp Z_ij - Z_i,t(i)        dH_i = dloss_i (softmax(Z_i) - 1_t(i)) W
 
 As the head is frozen, dH without its factor dloss_i can be made while Z is there, so Z is made once and each
 token may still weigh differently. (The idea is CCE's, arXiv:2411.09009, and Liger's, arXiv:2410.10989.)
@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tarsia.core.errors import TrainingError
 
 ROWS: Final = 128
 """Positions that go through the head at once: enough for the product to be fast, and few bytes (24 MiB at V = 49k)."""
@@ -48,10 +50,11 @@ class HeadLoss(torch.autograd.Function):
             whole = parts.exp_().sum(1, keepdim=True)
             losses[rows] = (whole.log() - hit)[:, 0]
             if gradient is not None:
+                # less the target before anything is rounded: of a token that is known little else is left
+                parts.scatter_add_(1, targets[rows, None], -whole)
                 # divided after the product, where a row has d entries and not V
                 torch.mm(parts.to(hidden.dtype), weight, out=gradient[rows])
-                gradient[rows] /= whole.to(hidden.dtype)
-                gradient[rows] -= weight[targets[rows]]
+                gradient[rows] /= whole
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -60,7 +63,7 @@ class HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None
+        return (gradient * grads[0][:, None]).to(gradient.dtype), None, None, None
 
 
 def head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -92,14 +95,15 @@ def bare_hidden(
 
     None where the head is not a plain frozen one, or where the model gives something else than what its head gave.
     That is found out with the first batch, which then counts for nothing: its random numbers are drawn again.
+    Raises TrainingError where it is so with a later batch only.
     """
     head = _head(model)
     if head is None or _FOLLOWED.get(head):
         return None
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, int]] = []
 
     def hand_on(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
+        seen.append((hidden, _version(hidden)))
         return hidden
 
     before = None if head in _FOLLOWED else _random()
@@ -109,10 +113,17 @@ def bare_hidden(
             given: Tensor = model(**inputs, use_cache=False).logits
     finally:
         del head.__dict__["forward"]
+    same = given is seen[0][0] and _version(given) == seen[0][1]
+    if before is None and not same:
+        raise TrainingError(
+            "The model changes what its head gives, and did not do so at first.",
+            given=type(model).__name__,
+            do="remove what was added to the model or its head since the first step",
+        )
     if before is None:
         return given
-    _FOLLOWED[head] = given is not seen[0]
-    if given is seen[0]:
+    _FOLLOWED[head] = not same
+    if same:
         return given
     torch.set_rng_state(before[0])
     if len(before) > 1:
@@ -124,9 +135,20 @@ def _head(model: nn.Module) -> nn.Linear | None:
     """The model's head where it is a linear layer that is frozen, in memory, and that nobody patches or watches."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    if type(head) is not nn.Linear or "slot" in head._modules or "forward" in head.__dict__ or head._forward_hooks:
+    if type(head) is not nn.Linear or "slot" in head._modules or "forward" in head.__dict__ or _watched(head):
         return None
-    return None if any(p.requires_grad or p.is_meta for p in head.parameters()) else head
+    plain = all(type(p) is nn.Parameter and not p.requires_grad and not p.is_meta for p in head.parameters())
+    return head if plain and not torch.is_autocast_enabled(head.weight.device.type) else None
+
+
+def _watched(module: nn.Module) -> bool:
+    # a hook before the forward is called as ever
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; nothing counts that in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _random() -> list[Tensor]:
