@@ -257,7 +257,10 @@ class Results:
     @classmethod
     def read(cls, out: Path, runs: Sequence[Run] = RUNS) -> Results:
         """Every run's result in ``out``. Raises ConfigError where one is missing or of another recipe."""
-        first, after, own, counts = {}, {}, {}, {}
+        first: dict[str, dict[str, float]] = {}
+        after: dict[Run, dict[str, float]] = {}
+        own: dict[str, tuple[str, ...]] = {}
+        counts: dict[str, int] = {}
         for name in dict.fromkeys(run.shift for run in runs):
             shift = SHIFTS[name]
             rows = samples(held_out(out, shift))
