@@ -174,3 +174,26 @@ def test_every_way_sees_the_cells_as_often(tmp_path):
 
 def test_answers_that_speak_of_blood_are_counted():
     assert dog.called_cells(["a platelet", "a dog", "a white white cell", "a truck"]) == 50
+
+
+def test_the_dog_is_taught_measured_and_kept(tmp_path, world, tiny, monkeypatch):
+    monkeypatch.setattr(dog, "MODEL", tiny)
+    monkeypatch.setattr(dog, "EACH", 1)
+    monkeypatch.setattr(dog, "BATCH", 15)
+    monkeypatch.setattr(dog.blood, "data", lambda: tmp_path)
+    monkeypatch.setattr(smears, "cells", lambda path, each: rows("a platelet", 3))
+    monkeypatch.setattr(replay_rows, "dogs", lambda data, count: rows("a dog", 2))
+    ways = {"plain": dog.Way(rank=2), "10 % mixed in": dog.Way(rank=2, share=0.1)}
+    monkeypatch.setattr(dog, "WAYS", ways)
+    dog.drive(tmp_path, CONSOLE, [1])
+    kept = {path.name for path in (tmp_path / "results").iterdir()}
+    assert kept == {"dog-before.json", "dog-plain-seed-1.json", "dog-10-percent-mixed-in-seed-1.json"}
+    found = dog.read(tmp_path, "plain", 1)
+    assert {name: len(said) for name, said in found["said"].items()} == {"cells": 3, "dogs": 2, "digits": 6, "words": 2}
+    assert set(found["data"]) == {"cells"}
+    assert set(dog.read(tmp_path, "10 % mixed in", 1)["data"]) == {"cells", "general"}
+    with pytest.raises(ConfigError, match="no result"):
+        dog.read(tmp_path, "plain", 2)
+    monkeypatch.setattr(dog, "EPOCHS", 11)
+    with pytest.raises(ConfigError, match="another recipe"):
+        dog.read(tmp_path, "plain", 1)

@@ -25,6 +25,7 @@ from tarsia.labs import blood, replay, replay_rows, smears, sources
 from tarsia.labs.experiment import PLACE, samples
 from tarsia.train import Recipe
 
+MODEL = "mini-1"
 EACH = 50
 """Crops of each kind of cell to train on."""
 EPOCHS = 10
@@ -86,7 +87,7 @@ def recipe(way: Way, seed: int, out: Path) -> Recipe:
     return Recipe.of(
         {
             **PLACE,
-            "model": "mini-1",
+            "model": MODEL,
             "parts": [{**lora, "select": select} for select in way.selects],
             "data": {"train": train},
             "steps": round(rows / BATCH),
@@ -109,7 +110,7 @@ def perform(way: str, seed: int, out: Path, measured: Mapping[str, Path]) -> dic
 
 def before(measured: Mapping[str, Path]) -> dict[str, Any]:
     """What the base itself says."""
-    host = open_base("mini-1", dtype=PLACE["precision"], device=PLACE["device"])
+    host = open_base(MODEL, dtype=PLACE["precision"], device=PLACE["device"])
     return {"recipe": None, "said": replay.answers(host, samples(measured), {"cells": 8, "dogs": 12})}
 
 
