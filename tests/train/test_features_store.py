@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -234,6 +235,17 @@ def test_a_folder_that_is_only_read_serves(tmp_path, monkeypatch):
     store.put(key(2), value(2))
     assert store.get(key(1)) is not None and store.get(key(2)) is None
     assert len(store.told) == 1 and "Read-only" in store.told[0]
+
+
+def test_a_folder_that_is_removed_meanwhile_is_told_and_stops_nothing(tmp_path):
+    store = Store(tmp_path / "kept", WIDE)
+    store.put(key(1), value(1))
+    shutil.rmtree(tmp_path / "kept")
+    assert store.get(key(1)) is None
+    assert store.size() == (0, 0)
+    store.put(key(2), value(2))
+    assert store.unwritten == 1
+    assert len(store.told) == 2 and "can no longer be read" in store.told[0]
 
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path):

@@ -104,8 +104,12 @@ class Store:
             self._give_up(error)
 
     def size(self) -> tuple[int, int]:
-        """Bytes and number of the entries, read from the folder."""
-        total, entries = self._scan()
+        """Bytes and number of the entries, read from the folder; 0 and told where it can no longer be read."""
+        try:
+            total, entries = self._scan()
+        except OSError as error:
+            self._tell_once("features: the folder can no longer be read", f"{self.folder}: {error.strerror or error}")
+            return 0, 0
         return total, len(entries)
 
     def _path(self, key: bytes) -> Path:
