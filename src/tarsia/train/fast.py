@@ -28,5 +28,5 @@ def fast(model: nn.Module) -> Iterator[tuple[str, ...]]:
             lines.append(FOLLOWED)
         else:
             lines.append("loss by chunks through the frozen head")
-        lines.append("freed memory is kept" if kept else "freed memory is not kept: the C library is not glibc")
+        lines.append("freed memory is kept" if kept else "freed memory is not kept: the C library can not be told to")
         yield tuple(lines)

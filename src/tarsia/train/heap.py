@@ -14,20 +14,20 @@ from typing import Final
 
 TRIM, MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 NEVER: Final = -1
-LARGEST: Final = 2**30
-"""Bytes from which a block of its own is mapped while memory is kept."""
+LARGEST: Final = (2**30, 2**25)
+"""Bytes from which a block of its own is mapped while memory is kept; older versions refuse more than the second."""
 USUAL: Final = {MMAP: 2**25, TRIM: 2**26}
 """Where glibc's own thresholds end up in a process that has freed a large block."""
 
 
 @contextmanager
 def kept_heap() -> Iterator[bool]:
-    """Keep freed memory inside. Gives whether the C library is one that can be told so (glibc)."""
+    """Keep freed memory inside. Gives whether the C library is one that can be told so (glibc), and was."""
     if platform.libc_ver()[0] != "glibc":
         yield False
         return
     library = ctypes.CDLL(None)
-    kept = bool(library.mallopt(MMAP, LARGEST)) and bool(library.mallopt(TRIM, NEVER))
+    kept = any(library.mallopt(MMAP, size) for size in LARGEST) and bool(library.mallopt(TRIM, NEVER))
     try:
         yield kept
     finally:
