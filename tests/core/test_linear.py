@@ -98,7 +98,7 @@ def test_what_can_be_made_again_is_not_kept_and_made_once():
     def run(remade):
         x = source.detach() * 2
         if remade:
-            x.remade = Remade(double, (source.detach(),))
+            x.remade = Remade(double, (source.detach(),), x._version)
         y = sum(LowRank.apply(x.requires_grad_(), w, c, a, b, s) for _ in range(3))
         return torch.autograd.grad(y.square().sum(), (a, b))
 
@@ -113,11 +113,32 @@ def test_a_source_that_has_changed_since_is_refused():
     source, w, c, a, b, s = tensors((3,), 4, 5, 2, False)
     source = source.detach()
     x = source * 2
-    x.remade = Remade(lambda t: 2 * t, (source,))
+    x.remade = Remade(lambda t: 2 * t, (source,), x._version)
     y = LowRank.apply(x, w, c, a, b, s)
     source.mul_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_an_input_that_was_written_to_since_is_kept_as_it_is():
+    source, w, c, a, b, s = tensors((3,), 4, 5, 2, False)
+    found = []
+    for function in (LowRank.apply, plain):
+        x = source.detach() * 2
+        x.remade = Remade(lambda t: 2 * t, (source.detach(),), x._version)
+        x.mul_(3)
+        found.append(torch.autograd.grad(function(x, w, c, a, b, s).square().sum(), (a, b)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+def test_a_second_derivative_through_what_is_made_again_is_refused():
+    source, w, c, a, b, s = tensors((3,), 4, 5, 2, False)
+    x = source * 2
+    x.remade = Remade(lambda t: 2 * t, (source.detach(),), x._version)
+    y = LowRank.apply(x, w, c, a, b, s)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.square().sum(), b, create_graph=True)
 
 
 def ground(module, *args):
@@ -136,6 +157,9 @@ def test_where_the_operation_may_stand_in_for_a_base():
     assert Over(patch, ground(frozen)).linear(x) is None, "another patch"
     with torch.autocast("cpu", torch.bfloat16):
         assert ground(frozen).linear(x) is None
+    coded = nn.Linear(5, 7).requires_grad_(False)
+    coded.weight = nn.Parameter(coded.weight.data.as_subclass(type("Coded", (torch.Tensor,), {})), False)
+    assert ground(coded).linear(x) is None, "a weight that may compute something of its own"
     wrapped = nn.Linear(5, 7).requires_grad_(False)
     inner = wrapped.forward
     wrapped.forward = lambda x: 2 * inner(x)

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 import tarsia.methods  # noqa: F401 (registers every method)
 from tarsia.adapter import Host
 from tarsia.core.attach import Part, attach, patches
+from tarsia.core.errors import TrainingError
 from tarsia.core.method import find
 from tarsia.train import lean as lean_module
 from tarsia.train.lean import GELU_TANH, SILU, Gate, Norm, Rotate, lean
@@ -95,6 +96,71 @@ def test_trained_or_patched_norms_are_left_alone():
     with lean(model) as found:
         assert found.taken["LlamaRMSNorm"] == 1, "the last one, which belongs to no layer"
         assert found.taken["LlamaMLP"] == 3
+
+
+def test_a_layer_that_differs_from_others_of_its_class_is_found():
+    model, _ = ready("llava")
+    last = model.model.language_model.layers[2].mlp
+    own = type(last)
+
+    class LlamaMLP(own):
+        def forward(self, x):
+            return own.forward(self, x) * (2 if self.doubled else 1)
+
+    for layer in model.model.language_model.layers:
+        layer.mlp.__class__, layer.mlp.doubled = LlamaMLP, layer.mlp is last
+    with lean(model) as found:
+        assert found.refused == ("LlamaMLP",)
+        assert "forward" not in last.__dict__
+
+
+def test_a_hook_on_an_activation_is_called():
+    model, step = ready("llava")
+    seen = []
+    with lean(model):
+        step()
+        for layer in model.model.language_model.layers:
+            layer.mlp.act_fn.register_forward_hook(lambda *args: seen.append(1))
+        step()
+    assert len(seen) == 3
+
+
+def test_a_norm_that_is_trained_later_has_a_gradient():
+    model, step = ready("llava")
+    weight = model.model.language_model.layers[1].input_layernorm.weight
+    with lean(model):
+        weight.requires_grad_(True)
+        step()
+    assert weight.grad is not None and weight.grad.any()
+
+
+def test_what_was_put_over_a_forward_meanwhile_is_told_and_works_on():
+    model, step = ready("llava")
+    wanted, _ = step()
+    norm = model.model.language_model.layers[1].input_layernorm
+    running = lean(model)
+    running.__enter__()
+    inner = norm.forward
+    norm.forward = lambda x: inner(x)
+    with pytest.raises(TrainingError, match="Something else wraps") as caught:
+        running.__exit__(None, None, None)
+    assert caught.value.given == "LlamaRMSNorm"
+    assert sum("forward" in m.__dict__ for m in model.modules() if type(m).__name__ == "LlamaRMSNorm") == 1
+    assert step()[0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_two_runs_at_once_leave_no_rotation_behind():
+    (a, _), (b, step) = ready("llava"), ready("llava")
+    file = sys.modules[type(a.model.language_model.layers[0]).__module__]
+    own = file.apply_rotary_pos_emb
+    first, second = lean(a), lean(b)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert file.apply_rotary_pos_emb is not own, "the second run counts on it"
+    step()
+    second.__exit__(None, None, None)
+    assert file.apply_rotary_pos_emb is own
 
 
 def test_derivatives():

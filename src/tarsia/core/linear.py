@@ -39,12 +39,15 @@ class Shared:
 
 
 class Remade:
-    """How a tensor is made a second time, as its attribute ``remade``: from ``sources``, which are kept anyway."""
+    """How a tensor is made a second time, as its attribute ``remade``: from ``sources``, which are kept anyway.
 
-    __slots__ = ("shared", "sources")
+    ``version`` is the tensor's when that was said: what was written to since is another tensor.
+    """
 
-    def __init__(self, function: Callable[..., Tensor], sources: tuple[Tensor, ...]) -> None:
-        self.shared, self.sources = Shared(function), sources
+    __slots__ = ("shared", "sources", "version")
+
+    def __init__(self, function: Callable[..., Tensor], sources: tuple[Tensor, ...], version: int) -> None:
+        self.shared, self.sources, self.version = Shared(function), sources, version
 
 
 class LowRank(torch.autograd.Function):
@@ -58,7 +61,7 @@ class LowRank(torch.autograd.Function):
         kept: tuple[Tensor, ...] = (x,)
         ctx.remade = None
         held = getattr(x, "remade", None)
-        if isinstance(held, Remade):
+        if isinstance(held, Remade) and held.version == x._version:
             held.shared.left += 1
             ctx.remade, kept = held.shared, held.sources
         ctx.save_for_backward(weight, a, b, *kept)
@@ -69,6 +72,8 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, a, b, *kept = ctx.saved_tensors
         dx = da = db = None
+        if ctx.remade is not None and torch.is_grad_enabled():
+            raise RuntimeError("an input that is made a second time has no second derivative")
         x = kept[0] if ctx.remade is None else ctx.remade(kept)
         rows = x.reshape(-1, x.shape[-1])
         dy = grads[0].reshape(-1, weight.shape[0])

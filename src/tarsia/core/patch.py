@@ -118,7 +118,10 @@ class Ground:
             return None
         weight, bias = self.module.weight, self.module.bias
         own = (weight,) if bias is None else (weight, bias)
-        plain = all(not t.is_meta and not t.requires_grad and t.dtype == x.dtype for t in own)
+        plain = all(
+            type(t) in (Tensor, nn.Parameter) and not t.is_meta and not t.requires_grad and t.dtype == x.dtype
+            for t in own
+        )
         return (weight, bias) if plain and not torch.is_autocast_enabled(x.device.type) else None
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tarsia.core.errors import TrainingError
 from tarsia.core.linear import Remade
 
 CLOSE: Final = 1e-5
@@ -119,14 +120,14 @@ class Rotate(torch.autograd.Function):
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """A frozen norm whose output can be made again from its input."""
     y, inverse = Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    y.remade = Remade(scaled, (x.detach(), weight, inverse))
+    y.remade = Remade(scaled, (x.detach(), weight, inverse), y._version)
     return y  # type: ignore[no-any-return]
 
 
 def gate(given: Tensor, up: Tensor, act: Act) -> Tensor:
     """The product inside a gated MLP, which can be made again from its factors."""
     y = Gate.apply(given, up, act)  # type: ignore[no-untyped-call]
-    y.remade = Remade(lambda a, b: gated(a, b, act), (given.detach(), up.detach()))
+    y.remade = Remade(lambda a, b: gated(a, b, act), (given.detach(), up.detach()), y._version)
     return y  # type: ignore[no-any-return]
 
 
@@ -152,7 +153,8 @@ def _norm_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
     def forward(hidden_states: Tensor) -> Tensor:
         held: Any = module.weight
-        if hidden_states.dtype != torch.float32 or held.dtype != torch.float32 or not hidden_states.requires_grad:
+        plain = hidden_states.dtype == held.dtype == torch.float32 and not held.requires_grad
+        if not plain or not hidden_states.requires_grad:
             return own(hidden_states)  # type: ignore[no-any-return]
         return norm(hidden_states, held + shift if shift else held, eps)
 
@@ -170,10 +172,17 @@ def _mlp_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
     def forward(x: Tensor) -> Tensor:
         given, up = held.gate_proj(x), held.up_proj(x)
-        both = given.requires_grad and up.requires_grad and given.dtype == torch.float32
+        both = given.requires_grad and up.requires_grad and given.dtype == up.dtype == torch.float32
+        both = both and not _seen(held.act_fn)
         return held.down_proj(gate(given, up, act) if both else held.act_fn(given) * up)  # type: ignore[no-any-return]
 
     return forward
+
+
+def _seen(module: nn.Module) -> bool:
+    """Whether somebody would notice that a module is not called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _rotary_of(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,14 +214,16 @@ def lean(model: nn.Module) -> Iterator[Lean]:
 
     A module whose forward is not its class's own, or whose own tensors are trained or patched, is left alone.
     Rotations belong to a file of Transformers: other models of the family see them too while it lasts.
+    Raises TrainingError at the end where something else has since been put over a module's forward.
     """
     taken: Counter[str] = Counter()
     refused: set[str] = set()
-    undo: list[Callable[[], Any]] = []
+    undo: list[Callable[[], str | None]] = []
     files: dict[str, ModuleType] = {}
     try:
         for module in model.modules():
-            files[type(module).__module__] = sys.modules[type(module).__module__]
+            if type(module).__module__ in sys.modules:
+                files[type(module).__module__] = sys.modules[type(module).__module__]
             name = type(module).__name__
             if "forward" in module.__dict__ or "slot" in module._modules or name in refused:
                 continue
@@ -223,27 +234,62 @@ def lean(model: nn.Module) -> Iterator[Lean]:
             forward = _norm_of(module) or _mlp_of(module)
             if forward is None:
                 continue
-            if name not in taken and not agree(module, module.forward, forward):
+            # each one: two layers of a class may differ by a number that only its own code reads
+            if not agree(module, module.forward, forward):
                 refused.add(name)
                 continue
             module.__dict__["forward"] = forward
-            undo.append(partial(module.__dict__.pop, "forward", None))
+            undo.append(partial(_take_out, module, forward))
             taken[name] += 1
         for file in files.values():
-            own = file.__dict__.get(ROTARY)
-            if own is None or not file.__name__.startswith("transformers."):
+            if ROTARY not in file.__dict__ or not file.__name__.startswith("transformers."):
                 continue
-            rotary = _rotary_of(own)
-            if not rotations_agree(own, rotary):
+            if not _turn(file):
                 refused.add(f"{file.__name__}.{ROTARY}")
                 continue
-            file.__dict__[ROTARY] = rotary
-            undo.append(partial(setattr, file, ROTARY, own))
+            undo.append(partial(_turn_back, file))
             taken[ROTARY] += 1
         yield Lean(dict(taken), tuple(sorted(refused)))
     finally:
-        for back in undo:
-            back()
+        wrapped = [over for back in undo if (over := back())]
+        if wrapped:
+            raise TrainingError(
+                "Something else wraps modules that were computed in one pass now.",
+                given=", ".join(sorted(set(wrapped))),
+                do="take out what was put in while the run lasted, before it ends",
+            )
+
+
+def _take_out(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> str | None:
+    """Give a module its own forward back; its class's name where something stands over ours, which still works."""
+    if module.__dict__.get("forward") is not forward:
+        return type(module).__name__
+    del module.__dict__["forward"]
+    return None
+
+
+_TURNED: Final[dict[ModuleType, tuple[Callable[..., Any], int]]] = {}
+"""Files whose rotation is a lean one now: their own, and how many runs count on it."""
+
+
+def _turn(file: ModuleType) -> bool:
+    """Put the lean rotation into a file, where it gives the same. It stays for as long as any run counts on it."""
+    own, users = _TURNED.get(file, (file.__dict__[ROTARY], 0))
+    rotary = _rotary_of(own)
+    if not users and not rotations_agree(own, rotary):
+        return False
+    if not users:
+        file.__dict__[ROTARY] = rotary
+    _TURNED[file] = (own, users + 1)
+    return True
+
+
+def _turn_back(file: ModuleType) -> None:
+    own, users = _TURNED.pop(file)
+    if users > 1:
+        _TURNED[file] = (own, users - 1)
+    else:
+        file.__dict__[ROTARY] = own
 
 
 def agree(module: nn.Module, own: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> bool:
