@@ -255,3 +255,34 @@ def test_a_missing_picture_is_found_when_it_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 1 of a is missing") as error:
         sample.pictures[0].load()
     assert str(tmp_path / "0.png") in str(error.value)
+
+
+def test_a_column_is_never_taken_for_one_that_is_there(tmp_path: Path) -> None:
+    """Both would be called `answer`, and which one is learnt would hang on their order."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"question": "q", "answer": "long", "short": "s"}, {"short": "s", "question": "q", "answer": "long"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    for i in range(2):
+        with pytest.raises(DataError, match=f"Row {i} of a: .*`columns`.*already") as caught:
+            read(Source(path=str(path), columns={"answer": "short"}))[i]
+        assert caught.value.given == "answer"
+    kept = read(Source(path=str(path), columns={"answer": "short"}, ignore=("answer",)))
+    assert [row.messages[1].text for row in kept] == ["s", "s"]
+    swapped = read(Source(path=str(path), columns={"answer": "question", "question": "answer"}, ignore=("short",)))
+    assert [row.messages[1].text for row in swapped] == ["q", "q"]
+
+
+def test_a_digest_looks_at_the_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each picture, which would take hours for a folder of a hundred thousand."""
+    rows = read(Source(path=jsonl(tmp_path)))
+    walks = []
+
+    class Counted(list[Path]):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            walks.append(1)
+            return super().__iter__()
+
+    files, plain = Counted(rows._files()), rows.digest()
+    monkeypatch.setattr(rows, "_files", lambda: files)
+    assert rows.digest() == plain
+    assert len(rows._pictures()) == 2 and len(walks) == 2

@@ -106,6 +106,12 @@ class Rows(Sequence[Sample]):
                 allowed=", ".join(map(str, row)),
             )
         ours = {theirs: name for name, theirs in self.source.columns.items()}
+        if taken := sorted({*ours.values()} & {*row} - {*ours} - {*self.source.ignore}):
+            raise place.error(
+                "the source's `columns` gives a column a name that another one has already.",
+                given=", ".join(taken),
+                do="name the other one in the source's `ignore`",
+            )
         row = {ours.get(key, key): value for key, value in row.items() if key not in self.source.ignore}
         if taken := sorted(set(row) & set(self.source.fill)):
             raise place.error("the source's `fill` names columns that are there.", given=", ".join(taken))
@@ -126,7 +132,8 @@ class Rows(Sequence[Sample]):
             whole = _hash(files, self._folder)
         except OSError as error:
             raise DataError(f"The files of {self.source.title} can not be read.", given=str(error)) from None
-        outside = {path: shown for path, shown in self._pictures().items() if path not in set(files)}
+        hashed = set(files)
+        outside = {path: shown for path, shown in self._pictures().items() if path not in hashed}
         return _with_pictures(whole, outside) if outside else whole
 
     @property
