@@ -125,3 +125,12 @@ def test_real_photographs() -> None:
     assert found(shots) == [[221, 1272]]  # one plane, brighter: a copy that the data set really has
     for edit in EDITS.keys() - {"twice"}:  # JPEG of pictures this small leaves too little
         assert found([*shots[:100], *map(EDITS[edit], shots[:100])]) == [[i, 100 + i] for i in range(100)], edit
+
+
+def test_many_of_one_hash_are_compared_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 of 100,000 frames of one scene beside all of them would else be 80 GB of thumbnails."""
+    rows: list[int] = []
+    plain = near.alike
+    monkeypatch.setattr(near, "alike", lambda a, b: (rows.append(len(a)), plain(a, b))[1])
+    near.near(np.zeros(300, np.uint64), np.tile(np.arange(768).astype(np.uint8), (300, 1)))
+    assert sum(rows) == 64 * 299 and max(rows) <= 4096

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -11,6 +13,7 @@ from data.lint_worlds import EVAL, TRAIN, clean, photograph, png, processor, sho
 from data.processors import FAMILIES, made, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tarsia.data import IGNORED, PICTURE, Encoder, Message, Picture, Sample, Source, read
 from tarsia.data.lint import Findings, Given, Severity, Where, lint
@@ -221,3 +224,36 @@ def test_one_picture_in_many_rows_is_looked_at_once() -> None:
         for i in range(30)
     ]
     assert len(linted(rows).survey.looks) == 1
+
+
+class Drawn(Table):
+    """Rows that are made when they are asked for, and kept by nobody."""
+
+    def __init__(self, pictures: list[weakref.ref[Image.Image]], answer: str = "a cat") -> None:
+        super().__init__([Exception()] * 40)
+        self._pictures, self._answer = pictures, answer
+
+    def __getitem__(self, row: Any) -> Any:
+        made = sample(row, self._answer)
+        self._pictures.append(weakref.ref(made.pictures[0].content))  # type: ignore[arg-type]
+        return made
+
+
+def test_pictures_that_are_gone_are_not_taken_for_later_ones() -> None:
+    found = lint([Given("rows", Drawn([]))], Encoder(processor("chatml"))).survey
+    assert len({found.looks[row.looks[0]].content for row in found.sources[0].rows}) == 40
+
+
+def test_rows_that_fail_are_not_held() -> None:
+    kept: list[weakref.ref[Image.Image]] = []
+    found = lint([Given("rows", Drawn(kept, "<|im_end|>"))], Encoder(processor("chatml")))
+    assert all(row.trouble is not None for row in found.survey.sources[0].rows)
+    gc.collect()
+    errors = [row.trouble.error for row in found.survey.sources[0].rows if row.trouble]
+    assert [error.__traceback__ for error in errors] == [None] * 40
+    assert sum(ref() is not None for ref in kept) == 0
+
+
+@pytest.mark.parametrize("prompt, told", [("concatenate the cat", True), ("concatenate", False), ("a CAT, or?", True)])
+def test_an_answer_may_stand_after_a_word_that_holds_it(prompt: str, told: bool) -> None:
+    assert linted([sample(0, "cat", question=prompt)]).survey.sources[0].rows[0].told is told

@@ -24,7 +24,7 @@ class Kin:
 
 
 def kin(looks: Sequence[Look]) -> Kin:
-    """Compare all pictures with each other; the cost grows with the near pairs, not with the square."""
+    """Compare all pictures with each other, but only those of which some band of the hashes is equal (``near``)."""
     firsts: dict[bytes, int] = {}
     for place, look in enumerate(looks):
         if not look.refusal and not look.empty:

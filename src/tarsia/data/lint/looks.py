@@ -62,7 +62,9 @@ def key(picture: Picture) -> object:
     """What two pictures share that need to be looked at only once."""
     if isinstance(picture.content, bytes):
         return hashlib.blake2b(picture.content, digest_size=16).digest()
-    return picture.content if isinstance(picture.content, Path) else id(picture.content)
+    if isinstance(picture.content, Path):
+        return picture.content
+    return object()  # like no other: the id of a picture in memory is given to another one once it is gone
 
 
 def look(picture: Picture) -> tuple[Look, Image.Image | DataError]:

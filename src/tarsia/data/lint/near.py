@@ -22,6 +22,7 @@ LIKENESS: Final = 0.985
 SIDE: Final = 16
 _FEW: Final = 64  # of many pictures with one hash only so many are compared with the others
 _BLOCK: Final = 1 << 20
+_COMPARED: Final = 1 << 12  # pairs of thumbnails that are held as float64 at a time: 25 MB each side
 
 Hashes = NDArray[np.uint64]
 Pairs = NDArray[np.int64]
@@ -110,5 +111,8 @@ def near(hashes: Hashes, thumbnails: NDArray[np.uint8]) -> Pairs:
 def _proved(few: NDArray[np.int64], others: NDArray[np.int64], thumbnails: NDArray[np.uint8]) -> Pairs:
     i, j = np.repeat(few, len(others)), np.tile(others, len(few))
     i, j = i[i != j], j[i != j]
-    same = alike(thumbnails[i], thumbnails[j]) >= LIKENESS
+    same = np.zeros(len(i), dtype=bool)
+    for start in range(0, len(i), _COMPARED):
+        block = slice(start, start + _COMPARED)
+        same[block] = alike(thumbnails[i[block]], thumbnails[j[block]]) >= LIKENESS
     return np.stack([i[same], j[same]], axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -51,10 +52,19 @@ class Aim:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why a row can not be trained on, and where that showed."""
+    """Why a row can not be trained on, and where that showed.
+
+    The error's traceback is dropped: its frames would hold the row's decoded pictures as long as the survey lives.
+    """
 
     stage: Stage
     error: Exception
+
+    def __post_init__(self) -> None:
+        told: BaseException | None = self.error
+        while told is not None:
+            told.__traceback__ = None
+            told = told.__cause__ or told.__context__
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,11 +332,7 @@ def _asked(parts: Sequence[object]) -> str:
 def _within(answer: str, prompt: str) -> bool:
     """Whether the prompt says the answer, as words of its own."""
     bare = answer.strip().rstrip(".").lower()
-    at = prompt.lower().find(bare) if len(bare) > 2 else -1
-    if at < 0:
-        return False
-    around = prompt[max(0, at - 1) : at], prompt[at + len(bare) : at + len(bare) + 1]
-    return not any(map(str.isalnum, around))
+    return len(bare) > 2 and re.search(rf"(?<![^\W_]){re.escape(bare)}(?![^\W_])", prompt.lower()) is not None
 
 
 def _digest(*values: object) -> bytes:
