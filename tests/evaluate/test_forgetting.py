@@ -17,6 +17,7 @@ from evaluate.test_divergence import adapt
 
 from tarsia.adapter import Adapter, Host, load, open_base, save
 from tarsia.cli import main, rows
+from tarsia.cli.forgetting import _stages as stages_of
 from tarsia.core.attach import Part, activate, attach, detach, patches
 from tarsia.core.errors import ConfigError
 from tarsia.data import Sample
@@ -524,3 +525,13 @@ def test_reports_of_eval_make_a_report_of_transfer(report: ForgettingReport) -> 
 
     again = [Report.from_json(x.json_text()) for x in (report.before, report.after)]
     assert transfer(again, ["pets", "cars"]).matrix[0] == (1.0, 1.0)
+
+
+def test_stages_are_in_the_order_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots name an adapter of the picture's tower first, whichever was learnt first."""
+    acting: list[tuple[str, ...]] = []
+    monkeypatch.setattr("tarsia.core.attach.activate", lambda model, *names: acting.append(names))
+    host: Any = type("Host", (), {"model": None})()
+    assert stages_of(host, ["words", "eyes"], "stacked") == [("words",), ("words", "eyes")]
+    assert stages_of(host, ["words", "eyes"], "alone") == [("words",), ("eyes",)]
+    assert acting == [("eyes",)]

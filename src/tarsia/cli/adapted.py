@@ -46,7 +46,7 @@ def opened(args: argparse.Namespace) -> Host:
     from tarsia.core.attach import activate
 
     output.no_bars()
-    names = _names(args.adapter)
+    names = named(args.adapter)
     variables = _variables(args.variable)
     host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables)
     for name, folder in zip(names, args.adapter, strict=True):
@@ -93,8 +93,8 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
     return {name: text for name, _, text in pairs}
 
 
-def _names(folders: Sequence[str]) -> list[str]:
-    """One name for each adapter, from its folder. Raises ConfigError where two are the same."""
+def named(folders: Sequence[str]) -> list[str]:
+    """One name for each adapter, from its folder, in their order. Raises ConfigError where two are the same."""
     from tarsia.core.errors import ConfigError
 
     names = [re.sub(r"[^A-Za-z0-9_-]+", "-", Path(folder).absolute().name) for folder in folders]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     general = rows.general(args.general, args.model, args.limit)
     host = adapted.opened(args)
     asking = Asking(args.metric, args.max_new_tokens, args.batch)
-    report = forgetting(host, task, general, asking=asking, stages=_stages(host, args.stages))
+    report = forgetting(host, task, general, asking=asking, stages=_stages(host, adapted.named(args.adapter), args.stages))
     if not report.moved:
         print("tarsia: warning: the adapter changes nothing on the general rows", file=sys.stderr)
     verdict = gate.judge(args, report.before, report.after, report.general) if gated else None
@@ -74,16 +75,15 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verdict is None else gate.show(verdict, as_json=args.json)
 
 
-def _stages(host: Host, kind: str | None) -> list[tuple[str, ...]]:
-    """The adapters that act in each stage. Where they stand alone, only the last acts from now on."""
+def _stages(host: Host, names: Sequence[str], kind: str | None) -> list[tuple[str, ...]]:
+    """The adapters that act in each stage; ``names`` are all in the order in which they were learnt, which their
+    sites do not tell. Where they stand alone, only the last acts from now on."""
     from tarsia.core.attach import activate
-    from tarsia.evaluate import active
 
-    names = active(host)
     if kind is None:
         return []
     if kind == "stacked":
-        return [names[: i + 1] for i in range(len(names))]
+        return [tuple(names[: i + 1]) for i in range(len(names))]
     activate(host.model, names[-1])
     return [(name,) for name in names]
 
