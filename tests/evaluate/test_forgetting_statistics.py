@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tarsia.core.errors import ConfigError
 from tarsia.evaluate import Report, Result, Row, Transfer, gate, interval, transfer
-from tarsia.evaluate.bootstrap import mean_of_means, paired, ratio
-from tarsia.evaluate.gate import points_lost
+from tarsia.evaluate.bootstrap import Interval, mean_of_means, paired, ratio
+from tarsia.evaluate.gate import _lost, points_lost
 from tarsia.evaluate.tone import TRAITS, holm, refusals, refuses, sign_flip, tone
 from tarsia.evaluate.vocabulary import Lexicon, vocabulary, words
 
@@ -418,3 +418,15 @@ def test_what_can_be_detected_has_its_power() -> None:
 def test_a_gate_that_makes_no_sense(general: list[str], limits: dict, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         gate(*pair(1, 1), general, limits.pop("most", None), **limits)
+
+
+def test_rows_that_could_tell_are_more_than_these_rows_could_not() -> None:
+    """An interval that reaches further on one side is not judged by its mean width."""
+    lost = _lost(None, 100, Interval(0.0, -1.0, 3.0), 2.5, "estimate")
+    assert lost.needed == 144
+
+
+def test_sources_that_are_lost_wholly_hide_nothing_in_the_others() -> None:
+    """Where a source can only move the other way, the rule of three is of the rest alone."""
+    found = mean_of_means([[-1.0] * 20, [0.0] * 20], span=(-1.0, 1.0))
+    assert found.mean - found.low == pytest.approx((1 - 0.05 ** (1 / 20)) / 2)

@@ -65,7 +65,8 @@ def mean_of_means(
     Groups whose scores are all equal, which no drawing can move, add the rule of three in quadrature. If a share p_s
     of such a group s would score otherwise, the n_s rows of all D of them hide it with the chance
     prod (1 - p_s)^n_s; shares that stay hidden with more than 1 - LEVEL have a mean of at most
-    1 - (1 - LEVEL)^(1 / (D min n_s)), and move the whole by at most that times D / S of the way to the span's ends.
+    1 - (1 - LEVEL)^(1 / (D min n_s)), and move the whole by at most that times D / S of the longest way to a span's end; groups that are at that end
+    are none of the D.
     """
     arrays = [np.asarray(scores, dtype=np.float64) for scores in groups]
     if wrong := [a.shape for a in arrays if a.ndim != 1 or not len(a)] or [()] * (not arrays):
@@ -79,10 +80,18 @@ def mean_of_means(
     found = _bounds(mean, drawn / len(arrays))
     if span is None or not still:
         return found
-    hidden = 1 - (1 - LEVEL) ** (1 / (len(still) * min(map(len, still))))
-    down, up = (hidden * sum(abs(a[0] - end) for a in still) / len(arrays) for end in span)
+    down, up = (_hidden(still, end) / len(arrays) for end in span)
     low, high = min(found.low, mean), max(found.high, mean)  # a drawn mean of equal scores may round
     return Interval(mean, mean - float(np.hypot(mean - low, down)), mean + float(np.hypot(high - mean, up)))
+
+
+def _hidden(still: Sequence[NDArray[np.float64]], end: float) -> float:
+    """How far towards ``end`` rows that were not seen can move the sum of the means of groups of equal scores."""
+    movable = [a for a in still if a[0] != end]  # the others are there
+    if not movable:
+        return 0.0
+    share = 1 - (1 - LEVEL) ** (1 / (len(movable) * min(map(len, movable))))
+    return float(share * len(movable) * max(abs(a[0] - end) for a in movable))
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:

@@ -120,7 +120,8 @@ def _lost(source: str | None, rows: int, points: Interval, limit: float | None, 
     needed = None
     if limit is not None and points.low <= limit < points.high:
         apart = abs(points.mean - limit)
-        needed = math.ceil(rows * (half / apart) ** 2) if apart > _SLACK else None
+        reach = points.high - points.mean if limit > points.mean else points.mean - points.low  # towards the limit
+        needed = math.ceil(rows * (reach / apart) ** 2) if apart > _SLACK else None
     return Lost(
         source=source,
         rows=rows,
