@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     general = rows.general(args.general, args.model, args.limit)
     host = adapted.opened(args)
     asking = Asking(args.metric, args.max_new_tokens, args.batch)
-    report = forgetting(host, task, general, asking=asking, stages=_stages(host, adapted.named(args.adapter), args.stages))
+    report = forgetting(
+        host, task, general, asking=asking, stages=_stages(host, adapted.named(args.adapter), args.stages)
+    )
     if not report.moved:
         print("tarsia: warning: the adapter changes nothing on the general rows", file=sys.stderr)
     verdict = gate.judge(args, report.before, report.after, report.general) if gated else None

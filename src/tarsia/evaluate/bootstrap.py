@@ -65,8 +65,8 @@ def mean_of_means(
     Groups whose scores are all equal, which no drawing can move, add the rule of three in quadrature. If a share p_s
     of such a group s would score otherwise, the n_s rows of all D of them hide it with the chance
     prod (1 - p_s)^n_s; shares that stay hidden with more than 1 - LEVEL have a mean of at most
-    1 - (1 - LEVEL)^(1 / (D min n_s)), and move the whole by at most that times D / S of the longest way to a span's end; groups that are at that end
-    are none of the D.
+    1 - (1 - LEVEL)^(1 / (D min n_s)), and move the whole by at most that times D / S of the longest way to a span's
+    end; groups that are at that end are none of the D.
     """
     arrays = [np.asarray(scores, dtype=np.float64) for scores in groups]
     if wrong := [a.shape for a in arrays if a.ndim != 1 or not len(a)] or [()] * (not arrays):

@@ -57,7 +57,9 @@ class Lexicon:
         Whole words only: "ring" is not in "string".
         """
         text, own = normal(said), set(words(said))
-        held = [a for a in self.answers if a == text or (a in text and re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text))]
+        held = [
+            a for a in self.answers if a == text or (a in text and re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text))
+        ]
         return max((*held, *(own & self.words)), key=lambda found: (len(found), found), default=None)
 
 
