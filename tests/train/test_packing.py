@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import BOS, FAMILIES, FIRST_WORD, PAD, VARIANTS, VIDEO
@@ -13,6 +15,7 @@ from tarsia.anatomy import anatomy_of
 from tarsia.core.errors import AnatomyError, TrainingError
 from tarsia.data import IGNORED, Batch
 from tarsia.data.pack import PADDING, next_fit, pack
+from tarsia.train.packing import prove
 from tarsia.train.step import backward, learnt, token_losses
 
 ALL = FAMILIES | VARIANTS
@@ -188,6 +191,15 @@ def test_lines_are_no_longer_than_the_longest_row(lengths):
     sums = [sum(lengths[row] for row in line) for line in lines]
     assert max(sums) == max(lengths)
     assert all(a + lengths[line[0]] > max(lengths) for a, line in zip(sums, lines[1:], strict=False))
+
+
+def test_a_base_of_double_precision_is_held_to_the_same():
+    family = FAMILIES["llava"]
+    model, config = family.build()
+    model.double()
+    batch = uneven(family, config)
+    batch = replace(batch, inputs=batch.inputs | {"pixel_values": batch.inputs["pixel_values"].double()})
+    prove(model, batch, packed(model, batch))
 
 
 def test_errors_name_the_rows_of_a_packed_batch():

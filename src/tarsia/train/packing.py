@@ -13,7 +13,7 @@ from tarsia.data import Batch
 from tarsia.data.pack import pack
 from tarsia.train.step import named, token_losses
 
-_TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+_TOLERANCE: Final = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """How far packed losses may be from padded ones on average, as a share of their mean (of 0.1 where that is less)."""
 
 
