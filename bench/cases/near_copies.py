@@ -2,8 +2,8 @@
 
 Two sets, read from TARSIA_DATA: the first 2,000 test photographs of CIFAR-10 (32 x 32) and the smears that BCCD
 trains on (640 x 480). Each edit is made of every picture. "found" is the share, in percent, of the copies that are
-paired with their own original; "false pairs" are a copy and another original that are no pair themselves. The rows "as they
-are" count the pairs among the originals alone.
+paired with their own original; "false pairs" are a copy and another original that are no pair themselves. The rows
+"as they are" count the pairs among the originals alone.
 """
 
 from __future__ import annotations
