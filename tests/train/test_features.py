@@ -359,3 +359,17 @@ def test_a_damaged_entry_is_computed_to_the_same_bits(tmp_path):
         assert torch.equal(host.model(**inputs).logits, wanted)
     assert cache.report()["damaged"] == 3
     assert any("damaged" in line for line in cache.news())
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_generated_is_what_is_generated_without_a_cache(name, tmp_path):
+    host, _ = opened(name)
+    host.model.eval()
+    count = 1 if FAMILIES.get(name, KNOWN[name]).max_pictures in (1, None) else 2
+    inputs = batch(KNOWN[name], host.model.config, pictures=(count, count))
+    asked = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = host.model.generate(**inputs, **asked)
+    for _ in range(2):
+        with features(host, Store(tmp_path, WIDE)) as cache:
+            assert host.model.generate(**inputs, **asked).equal(expected)
+    assert cache.found

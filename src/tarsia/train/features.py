@@ -13,6 +13,7 @@ device, threads and versions. So entries never go stale, and runs and bases may 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -128,7 +129,9 @@ class Cache:
             stack.enter_context(_replaced(self._modules[0], "forward", self._tower))
             if self.stage.above is not None:
                 stack.enter_context(_replaced(self._modules[1], "forward", self._projector))
-                stack.enter_context(_replaced(self._owner, "get_image_features", self._whole))
+                # generate() asks for the parameters' names, to know what it hands on
+                whole = functools.wraps(self._features)(lambda *args, **keywords: self._whole(*args, **keywords))
+                stack.enter_context(_replaced(self._owner, "get_image_features", whole))
             self._placed = [module.__dict__["forward"] for module in self._modules]
             yield
 
