@@ -6,7 +6,11 @@ see the same batch, clip the gradient to 1 and step with AdamW.
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -106,20 +110,26 @@ def tarsia(folder: str, rank: int = 16, method: str = "lora", cache: str | None 
     return step
 
 
-def peft(folder: str, rank: int = 16) -> Step:
-    """PEFT over Transformers, whose model computes the loss from labels that it is given."""
+def adapted_by_peft(folder: str, rank: int) -> nn.Module:
+    """The model with PEFT's low-rank updates, at their first values."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    names = "|".join({"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}.get(r, f"{r}_proj") for r in ROLES)
+    names = "|".join(f"{role}_proj" for role in ROLES)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf".*language_model\..*\.({names})")
-    adapted = get_peft_model(model, config)
+    adapted: nn.Module = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_A" in name:
                 site = name.removeprefix("base_model.model.").partition(".lora_A")[0]
-                parameter.copy_(first(tuple(parameter.shape), site))
+                parameter.copy_(first((parameter.shape[0], parameter.shape[1]), site))
+    return adapted
+
+
+def peft(folder: str, rank: int = 16) -> Step:
+    """PEFT over Transformers, whose model computes the loss from labels that it is given."""
+    adapted = adapted_by_peft(folder, rank)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     inputs, labels = batch(Path(folder))
     optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
@@ -134,6 +144,67 @@ def peft(folder: str, rank: int = 16) -> Step:
         return float(loss.detach())
 
     return step
+
+
+def trl(folder: str, rank: int = 16) -> Step:
+    """TRL's SFTTrainer over the same PEFT model: steps of the loop inside ``train()`` and their logged loss.
+
+    The loop runs in a greenlet, on the thread that asks for steps, so that what is counted on a thread is seen.
+    """
+    from transformers import AutoProcessor, TrainerCallback
+
+    library, greenlet = importlib.import_module("trl"), importlib.import_module("greenlet")
+    adapted = adapted_by_peft(folder, rank)
+    inputs, labels = batch(Path(folder))
+    caller = greenlet.getcurrent()
+
+    class Turns(TrainerCallback):  # type: ignore[misc]
+        """Goes back to the caller after each step."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+            caller.switch(float(logs["loss"]))
+
+    scratch = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, scratch)
+    trainer = library.SFTTrainer(
+        model=adapted,
+        args=library.SFTConfig(
+            output_dir=scratch,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=len(labels),
+            max_steps=10**6,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            max_length=None,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=_pictures(len(labels)),
+        data_collator=lambda rows: {**inputs, "labels": labels},
+        processing_class=AutoProcessor.from_pretrained(folder),
+        callbacks=[Turns()],
+    )
+    trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
+    loop = greenlet.greenlet(trainer.train)
+
+    def step() -> float:
+        loss: float = loop.switch()
+        return loss
+
+    return step
+
+
+def _pictures(rows: int) -> Any:
+    """Rows that make TRL take the model for one that sees; what is in them is not read."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"images": [[]] * rows, "prompt": ["?"] * rows, "completion": ["!"] * rows})
 
 
 def loss_layer(kind: str, rows: int = 2048, width: int = 576, vocabulary: int = 49152, labelled: float = 0.3) -> Step:
