@@ -105,3 +105,27 @@ def test_recipes_of_the_demo_are_clean(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for recipe in sorted((tmp_path / "recipes").glob("*.yaml")):
         assert lint(recipe, "--json") == 0, recipe.name
+
+
+def test_a_terminal_is_shown_the_two_ends_of_a_long_row(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "long.jsonl"
+    question = "begun " + "word " * 3000 + "asked"
+    rows.write_text(json.dumps({"question": question, "answer": "a cat"}) + "\n")
+    page = tmp_path / "page.html"
+    lint(recipe, f"data.train.0.path={rows}", "--page", str(page))
+    out = capsys.readouterr().out
+    assert "more tokens …" in out and "begun" in out and "asked" in out and "a cat" in out
+    assert 20 < out.count("word") < 500
+    assert page.read_text().count("word") >= 3000
+
+
+def test_what_is_shown_and_left_out_of_a_row_adds_up() -> None:
+    from tarsia.data.lint.view import Run, What, ends
+
+    row = (Run(What.PICTURE, False, "[picture 1: 900 tokens]", 900), Run(What.TEXT, False, "ab" * 50, 50))
+    assert ends(row, 51) == (row, 0, ())
+    head, left, tail = ends((*row, Run(What.TEXT, True, "yes", 1)), 20)
+    assert [run.tokens for run in (*head, *tail)] == [900, 9, 9, 1] and left == 32
+    assert tail[-1].text == "yes" and len(head[1].text) == len(tail[0].text) == 18

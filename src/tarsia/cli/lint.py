@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 NAME = "lint"
 HELP = "look at a recipe's rows before training on them"
 ROWS: Final = 5000
+SHOWN: Final = 400
+"""Tokens of a row that a terminal is shown; the page shows all."""
 COLOURS: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 BARS: Final = " ▁▂▃▄▅▆▇█"
 COLUMNS: Final = (
@@ -187,14 +189,18 @@ def _style(learnt: bool, what: str = "text", cut: bool = False) -> str:
 def _row(view: View) -> Text:
     from rich.text import Text
 
-    from tarsia.data.lint.view import visible
+    from tarsia.data.lint.view import ends, visible
 
     head = f"\n{visible(str(view.where))}"
     count = f"  {view.tokens} tokens, {view.labelled} learnt" if view.tokens else ""
     text = Text.assemble(
         (head, "bold"), (count, "dim"), ("  " + " ".join(view.codes) if view.codes else "", "red"), "\n"
     )
-    for run in view.runs:
+    beginning, left, end = ends(view.runs, SHOWN)
+    for run in beginning:
+        text.append(visible(run.text), _style(run.learnt, run.what.value, run.cut))
+    text.append(f" … {left:,} more tokens … " if left else "", "bold yellow")
+    for run in end:
         text.append(visible(run.text), _style(run.learnt, run.what.value, run.cut))
     return text.append(visible(view.error), "red") if view.error else text
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import Any
@@ -56,6 +56,35 @@ def runs(batch: Batch, processor: Any, max_length: int | None = None) -> tuple[R
             text = _text(processor.tokenizer, ids, places[0], places[-1] + 1)
         shown.append(Run(kind, learnt, text, len(places), cut))
     return tuple(shown)
+
+
+def ends(shown: Sequence[Run], most: int) -> tuple[tuple[Run, ...], int, tuple[Run, ...]]:
+    """The beginning and the end of a row, ``most`` tokens together, and how many tokens between them are left out.
+
+    A picture counts as one token. A run that is cut keeps its share of characters, so to a token or so.
+    """
+    if sum(map(_cost, shown)) <= most:
+        return tuple(shown), 0, ()
+    head, tail = _first(shown, most // 2, back=False), _first(reversed(shown), most // 2, back=True)
+    left = sum(run.tokens for run in shown) - sum(run.tokens for run in (*head, *tail))
+    return head, left, tail[::-1]
+
+
+def _cost(run: Run) -> int:
+    return 1 if run.what is What.PICTURE else run.tokens
+
+
+def _first(shown: Iterable[Run], most: int, *, back: bool) -> tuple[Run, ...]:
+    taken: list[Run] = []
+    for run in shown:
+        if most < 1:
+            break
+        if _cost(run) > most:
+            size = max(1, len(run.text) * most // run.tokens)
+            run = replace(run, text=run.text[-size:] if back else run.text[:size], tokens=most)
+        taken.append(run)
+        most -= _cost(run)
+    return tuple(taken)
 
 
 def what(token: int, processor: Any) -> What:
