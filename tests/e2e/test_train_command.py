@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 from train import small
 
 import tarsia.cli
+from tarsia.cli.train import Going
+from tarsia.train.events import Event, Step
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,55 @@ def test_an_override_counts(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_second_call_goes_on(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(recipe, "--quiet") == 0
+    assert stopped(recipe, 3, signal.SIGINT, "save_every=2") == 130
     assert train(recipe) == 0
-    assert "goes on after step 4" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "goes on after step 2" in out and "finished already" not in out + err
+
+
+def test_a_finished_run_says_that_it_is(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(recipe, "--quiet") == 0
+    assert "finished already" not in "".join(capsys.readouterr())
+    assert train(recipe, "--quiet") == 0
+    assert "The run was finished already, after step 4" in capsys.readouterr().err
+
+
+def stopped(recipe: Path, step: int, number: int, *arguments: str) -> int:
+    """Train, and send this process a signal after ``step``."""
+    see = Going.see
+
+    def seen(self: Going, event: Event) -> None:
+        see(self, event)
+        if isinstance(event, Step) and event.step == step:
+            signal.raise_signal(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Going, "see", seen)
+        return train(recipe, *arguments)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_says_how_to_go_on(
+    recipe: Path, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert stopped(recipe, 1, number, "--quiet") == code
+    said = "interrupted after step 1: run the same command to go on (it has no checkpoint yet, and begins anew)\n"
+    assert capsys.readouterr() == ("", said)
+    assert stopped(recipe, 3, number, "save_every=2", "--quiet") == code
+    assert "after step 3: run the same command to go on (its checkpoint is of step 2)" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_was_not_begun_does_not_go_on(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tarsia.train.loop.fit", interrupted)
+    assert train(recipe) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_evaluation_during_the_run(recipe: Path, world: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

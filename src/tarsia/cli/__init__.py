@@ -1,7 +1,7 @@
 """The command line: ``tarsia VERB ...``, one file a verb.
 
 Exit codes: 0 done, 1 a check failed, 2 a refusal (its text on stderr), 130 interrupted, 141 nobody
-reads the output any more. Anything else is a defect of Tarsia and keeps its traceback.
+reads the output any more, 143 a run that SIGTERM ended. Anything else is a defect of Tarsia and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from tarsia.cli.parser import parser
 __all__ = ["main"]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as an interruption."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. ``argv`` leaves out the program's name."""
     try:
         args = parser().parse_args(argv)
         code: int = args.run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(error.args[0] if error.args else "interrupted", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
     except BrokenPipeError:
         # The interpreter flushes once more at exit, which would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

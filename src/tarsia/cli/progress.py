@@ -108,7 +108,7 @@ def coverage(event: Started) -> None:
         print(f"trains nothing of: {', '.join(frozen)}")
     for line in event.fast:
         print(f"speed: {line}")
-    if event.resumed:
+    if 0 < event.resumed < event.steps:
         print(f"goes on after step {event.resumed}")
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from tarsia import cli
 from tarsia.cli import gate, rows
 
 if TYPE_CHECKING:
     from tarsia.adapter import Host
+    from tarsia.train.events import Event
     from tarsia.train.loop import Evaluator
     from tarsia.train.recipe import Recipe
 
@@ -51,11 +56,59 @@ def run(args: argparse.Namespace) -> int:
         output.no_bars()
     gated = Gated.before(recipe, args) if limited else None
     show = progress.Lines() if args.json else progress.Quiet() if args.quiet else progress.Screen()
-    with show:
+    going = Going()
+    with stoppable(), going, show:
         host, card = (None, None) if gated is None else (gated.host, gated.pending)
         for event in fit(recipe, evaluator(recipe), host=host, card=card):
+            going.see(event)
             show(event)
     return 0 if gated is None else gated.after()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM ends the run as Ctrl-C does, with 143 in place of 130. (Signals are the main thread's.)"""
+
+    def stop(*_: object) -> NoReturn:
+        raise cli.Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Going:
+    """How far a run is; where one that has begun is interrupted, the interruption says so."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.saved = 0
+
+    def see(self, event: Event) -> None:
+        """Take note of an event."""
+        from tarsia.train.events import Saved, Started, Step
+
+        if isinstance(event, Started):
+            self.step = self.saved = event.resumed
+        elif isinstance(event, Step):
+            self.step = event.step
+        elif isinstance(event, Saved):
+            self.saved = event.step
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt) and self.step is not None:
+            kept = (
+                f"its checkpoint is of step {self.saved}" if self.saved else "it has no checkpoint yet, and begins anew"
+            )
+            error.args = (f"interrupted after step {self.step}: run the same command to go on ({kept})",)
 
 
 def evaluator(recipe: Recipe) -> Evaluator | None:

@@ -120,6 +120,8 @@ def _foreseen(run: Run) -> tuple[str, ...]:
         for name, share in zip(run.digests, run.mixture.shares(rows), strict=True)
         if run.mixture.weights[share.source] and not share.rows
     ]
+    if run.step == run.schedule.steps:
+        unseen.append(f"The run was finished already, after step {run.step}: only the adapter is written again.")
     if not run.encoder.closes:
         unseen.append("When to stop will not be learnt: the chat template writes no control token after an answer.")
     return tuple(unseen)
