@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from data.processors import TEMPLATES
+from data.processors import TEMPLATES, made
 from data.published import PUBLISHED
 
 import tarsia
 from tarsia.core.errors import DataError
 from tarsia.data.bounds import check_bounded
+from tarsia.data.chat import Template
 
 BOMBS = {
     "ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -69,3 +70,20 @@ def test_the_embedded_base_has_a_template_that_ends() -> None:
     assert any(found)
     for template in filter(None, found):
         check_bounded(template)
+
+
+def test_of_named_templates_the_one_that_is_used_is_looked_at() -> None:
+    processor = made("llava", "chatml")
+    good = processor.chat_template
+    processor.chat_template = {"default": good, "other": "{% for a in m %}" * 5 + "{% endfor %}" * 5}
+    assert Template(processor).closing
+    processor.chat_template = {"default": BOMBS["ranges"] + good}
+    with pytest.raises(DataError, match="could run without end"):
+        Template(processor)
+    processor.chat_template = {"default": "{{ strftime_now('%d') }}" + good}
+    with pytest.raises(DataError, match="reads the clock"):
+        Template(processor)
+    assert Template(processor, {"strftime_now": "26 Jul 2024"}).closing
+    processor.chat_template = {"other": good}
+    with pytest.raises(DataError, match="none that is the default"):
+        Template(processor)

@@ -48,12 +48,21 @@ class Template:
                 do="set processor.chat_template to the template that the model was trained with; models that know "
                 "a prefix and a suffix and no turns (PaliGemma, BLIP-2) can not be taught with conversations here",
             )
+        if isinstance(template, Mapping):  # named templates, of which apply_chat_template takes this one
+            if "default" not in template:
+                raise DataError(
+                    f"{type(processor).__name__} has named chat templates and none that is the default.",
+                    given=", ".join(map(str, template)),
+                    do="set processor.chat_template to one of them",
+                )
+            template = template["default"]
         marker = getattr(processor, "image_token", None)
         if not isinstance(marker, str):
             raise DataError(f"{type(processor).__name__} has no image token that a template could write.")
         self.marker: str = marker
-        if isinstance(template, str):
-            check_bounded(template)
+        if not isinstance(template, str):
+            raise DataError("A chat template is a text.", given=type(template).__name__)
+        check_bounded(template)
         self._clock = _clock(template, self._variables)
         self._try()
 
@@ -219,9 +228,9 @@ class Template:
         return text
 
 
-def _clock(template: object, variables: dict[str, object]) -> dict[str, object]:
+def _clock(template: str, variables: dict[str, object]) -> dict[str, object]:
     """The template with a macro in the clock's place: it says the date that is given, or refuses."""
-    if not isinstance(template, str) or "strftime_now" not in template:
+    if "strftime_now" not in template:
         return {}
     said = variables.pop("strftime_now", None)
     body = f"raise_exception({json.dumps(_CLOCK)})" if said is None else json.dumps(str(said))
