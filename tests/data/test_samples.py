@@ -206,3 +206,13 @@ def test_unknown_columns_are_listed_with_those_understood() -> None:
     assert all(
         word in str(error.value) for word in ("instruction, output", "messages", "question", "answer", "columns")
     )
+
+
+@pytest.mark.parametrize("error", [EOFError(), struct.error("short"), zlib.error("bad"), OverflowError("large")])
+def test_whatever_a_decoder_raises_is_told_with_its_row(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> Image.Image:
+        raise error
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(DataError, match=f"row 7 of cells can not be decoded: {str(error) or 'EOFError'}"):
+        load(b"")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -15,6 +17,8 @@ from tarsia.core.errors import DataError
 ROLES: Final = ("system", "user", "assistant", "tool")
 # Modes with more than 8 bits a channel: convert("RGB") clips them to white without a word.
 _DEEP: Final = ("I", "F")
+UNDECODED: Final = (OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error, zlib.error)
+"""What PIL's decoders raise for broken files; SyntaxError for a PNG."""
 
 
 class Placeholder(Enum):
@@ -91,8 +95,10 @@ class Picture:
             raise self.error(f"is too large to be decoded safely ({error})", "scale it down") from None
         except UnidentifiedImageError:
             raise self.error("is not a picture in any format that can be read", "convert it to PNG or JPEG") from None
-        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-            raise self.error(f"can not be decoded: {error}", "replace the file, or take the row out") from None
+        except UNDECODED as error:
+            raise self.error(
+                f"can not be decoded: {str(error) or type(error).__name__}", "replace the file, or take the row out"
+            ) from None
 
     def _open(self) -> Image.Image:
         if isinstance(self.content, Image.Image):
