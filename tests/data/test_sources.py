@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import datasets
 import pyarrow as pa
@@ -16,7 +18,7 @@ from data.processors import picture
 from pydantic import ValidationError
 
 from tarsia.core.errors import DataError
-from tarsia.data import Rows, Sample, Source, read, tables
+from tarsia.data import Rows, Sample, Source, hub, read, tables
 
 ROWS = 7
 
@@ -202,6 +204,26 @@ def test_the_hub_is_asked_for_name_and_split(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(DataError, match="hub: offline"):
         read(Source(path="hub:owner/name", split="none"))
     assert asked == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "none")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_network_is_a_refusal(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    client = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+
+    def offline(*_: object, **__: object) -> None:
+        raise client.ConnectError("no route")
+
+    monkeypatch.setenv("TARSIA_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    with pytest.raises(DataError, match="hub: no route"):
+        read(Source(path="hub:owner/name", streaming=streaming, limit=3))
+    stream = MagicMock(features=None)
+    stream.decode().skip().take().iter.side_effect = offline
+    with pytest.raises(DataError, match="broke off: no route"):
+        next(hub._tables(stream, 0, 3, "hub:owner/name"))
 
 
 def test_parquet_is_read_by_row_group_and_kept_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

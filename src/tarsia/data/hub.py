@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +38,7 @@ def load(path: str, split: str | None, subset: str | None, revision: str | None,
     options |= {"streaming": True} if streaming else {}
     try:
         return datasets.load_dataset(path.removeprefix(HUB), **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *_network()) as error:
         raise DataError(
             f"{path} can not be loaded from the hub: {error}.",
             given=f"split {split or 'train'}",
@@ -84,8 +85,16 @@ def _commit(path: str, revision: str | None) -> str | None:
 
     if not path.startswith(HUB):
         return revision
-    found = huggingface_hub.HfApi().dataset_info(path.removeprefix(HUB), revision=revision)
+    try:
+        found = huggingface_hub.HfApi().dataset_info(path.removeprefix(HUB), revision=revision)
+    except _network() as error:
+        raise DataError(f"{path} can not be found on the hub: {error}.", do="check the name and the network") from None
     return found.sha
+
+
+def _network() -> tuple[type[Exception], ...]:
+    """What huggingface_hub's client raises without a network: httpx's errors, httpx2's from 2.0 on; no OSErrors."""
+    return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
 
 
 def _fill(folder: Path, stream: Any, limit: int, path: str) -> int:
@@ -111,7 +120,10 @@ def _tables(stream: Any, first: int, limit: int, path: str) -> Iterator[pa.Table
             table = pa.Table.from_pydict(batch, schema=schema)
             schema = table.schema
             yield table
-    except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError),
+        *_network(),
+    ) as error:
         raise DataError(
             f"The stream of {path} broke off: {error}.", do="start again: it goes on after the last whole part"
         ) from None
