@@ -54,6 +54,8 @@ def test_it_trains(path, values, tmp_path):
         f"model={values['model']}",
         f"out={tmp_path / 'out'}",
     ]
+    if recipe.features is not None:
+        short.append(f"features.path={tmp_path / 'features'}")
     events = list(fit(Recipe.load(path, [*sources, *short])))
     assert isinstance(events[-1], Finished)
     assert {line.method for line in events[0].coverage} == {part.method for part in recipe.parts}
