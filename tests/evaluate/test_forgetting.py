@@ -315,6 +315,7 @@ def test_the_gate_decides_the_exit_code(tarsia: Any) -> None:
     code, out, err = tarsia("forgetting", "base", "--adapter", "weak", *SOURCES, "--max-forgetting", "2")
     assert (code, err) == (0, "")
     assert "The gate is passed" in out
+    assert "add --judged-by upper" in out
     code, out, _ = tarsia("forgetting", "base", "--adapter", "strong", *SOURCES)
     assert code == 0 and "gate" not in out
     for text in ("no adapter -> strong", "KL on references", "in the task's words", "lost on the mean"):
@@ -412,6 +413,9 @@ REFUSED = {
         ["eval", "base", "--adapter", "weak", "--data", "pets.jsonl", "--max-forgetting", "2"], "comparing", "--before",
     ),
     "missing": (["forgetting", "base", "--adapter", "weak", "--general", "nope.jsonl"], "missing", "nope.jsonl"),
+    "judged by no limit": (
+        ["forgetting", "base", "--adapter", "weak", *SOURCES, "--judged-by", "upper"], "no limit", "--max-forgetting",
+    ),
     "train without a limit": (["train", "recipe.yaml", "--general", "pets.jsonl"], "none is given", "--max-forgetting"),
 }  # fmt: skip
 
@@ -462,7 +466,9 @@ def test_training_that_forgets_exits_with_one_and_marks_the_adapter(tarsia: Any,
 def test_training_that_keeps_exits_with_none(tarsia: Any, place: Path, tmp_path: Path) -> None:
     words = ("--general", "pets.jsonl", "--max-forgetting", "100")
     code, out, _ = tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)
-    assert code == 0 and "The gate is passed" in out
+    assert code == 0 and "The gate is passed" in out and "--judged-by" not in out
+    table, verdict = out.index("->"), out.index("The gate is passed")
+    assert table < verdict and "pets" in out[table:verdict] and "held-out" in out[table:verdict]
     folder = tmp_path / "out" / "adapter"
     assert load(folder).card["gate"]["passed"] is True
     assert load(folder).card["steps"] == 6

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
+
+from rich.console import Console
 
 from tarsia.adapter import Host, load, open_base, prove, put, save
 from tarsia.cli import gate, rows
@@ -51,7 +54,7 @@ class Gated:
     def pending(self) -> dict[str, Any]:
         """What the adapter's card says until it was judged; a run that is killed before that leaves it there."""
         limits = {"max_forgetting": self.args.max_forgetting, "max_forgetting_each": self.args.max_forgetting_each}
-        return {KEY: {"passed": None, **limits, "judged": self.args.judged_by}}
+        return {KEY: {"passed": None, **limits, "judged": gate.judged(self.args)}}
 
     def after(self) -> int:
         """Measure the adapter as its files hold it, write the verdict into its card, and show it; the exit code."""
@@ -70,4 +73,7 @@ class Gated:
         save(replace(adapter, card={**adapter.card, KEY: found}), folder)
         if self.args.page is not None:
             write_page(report, verdict, {**self.task, **self.general}, self.args.page)
+        if not (self.args.json or self.args.quiet):
+            console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+            console.print(report.comparison.table())
         return gate.show(verdict, as_json=self.args.json, quiet=self.args.quiet)
