@@ -67,14 +67,14 @@ def test_a_second_call_goes_on(recipe: Path, capsys: pytest.CaptureFixture[str])
     assert stopped(recipe, 3, signal.SIGINT, "save_every=2") == 130
     assert train(recipe) == 0
     out, err = capsys.readouterr()
-    assert "goes on after step 2" in out and "finished already" not in out + err
+    assert "goes on after step 2" in out and "done already" not in out + err
 
 
 def test_a_finished_run_says_that_it_is(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(recipe, "--quiet") == 0
-    assert "finished already" not in "".join(capsys.readouterr())
+    assert "done already" not in "".join(capsys.readouterr())
     assert train(recipe, "--quiet") == 0
-    assert "The run was finished already, after step 4" in capsys.readouterr().err
+    assert "All 4 steps were done already" in capsys.readouterr().err
 
 
 def stopped(recipe: Path, step: int, number: int, *arguments: str) -> int:

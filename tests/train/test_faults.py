@@ -169,7 +169,7 @@ def test_a_full_disk_for_the_adapter_keeps_the_last_checkpoint(fresh, disk):
         small.drive(fit(small.recipe(fresh)), fill)
     disk["full"] = False
     assert not (Path(fresh["out"]) / "adapter").exists()
-    assert [event.kind for event in small.run(fresh)] == ["started", "finished"]
+    assert [event.kind for event in small.run(fresh)] == ["started", "notice", "finished"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

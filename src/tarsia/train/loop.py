@@ -121,7 +121,7 @@ def _foreseen(run: Run) -> tuple[str, ...]:
         if run.mixture.weights[share.source] and not share.rows
     ]
     if run.step == run.schedule.steps:
-        unseen.append(f"The run was finished already, after step {run.step}: only the adapter is written again.")
+        unseen.append(f"All {run.step} steps were done already: only what comes after them is done again.")
     if not run.encoder.closes:
         unseen.append("When to stop will not be learnt: the chat template writes no control token after an answer.")
     return tuple(unseen)
