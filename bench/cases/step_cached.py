@@ -1,7 +1,7 @@
 """The step of ``step`` with a vision tower as large as the language model, and Tarsia's cache of features on.
 
 135 million parameters in the tower, 144 tokens a picture. The warm-up fills the cache, so that every step that counts
-is one of a second epoch. Beside it Tarsia without the cache. Medians over 9 rounds, single steps in turn.
+is one of a second epoch. Beside it Tarsia without the cache. Medians over 3 rounds, single steps in turn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bench.race import Runner, race, table
 from bench.run import Values
 from bench.smol import folder
 
-ROUNDS = 9
+ROUNDS = 3
 
 
 def measure() -> Values:
