@@ -13,16 +13,20 @@ BELOW = {
     "base": {"core.errors"},
     "anatomy": {"core"},
     "methods": {"core"},
+    "quant": {"core"},
     "data": {"core"},
-    "adapter": {"core", "anatomy", "methods", "data", "base.resolve"},
-    "evaluate": {"core", "anatomy", "methods", "data", "adapter"},
-    "train": {"core", "anatomy", "methods", "data", "adapter"},
-    "labs": {"core", "anatomy", "methods", "data", "adapter", "evaluate", "train", "base"},
-    "cli": {"core", "anatomy", "methods", "data", "adapter", "evaluate", "train", "base", "labs.demo", "labs.sources"},
+    "adapter": {"core", "anatomy", "methods", "quant", "data", "base.resolve"},
+    "evaluate": {"core", "anatomy", "methods", "quant", "data", "adapter"},
+    "train": {"core", "anatomy", "methods", "quant", "data", "adapter"},
+    "labs": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "base"},
+    "cli": {
+        *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "base"),
+        *("labs.demo", "labs.sources", "labs.chapters"),
+    },
 }
 """Folder: what it may import of the others (a folder, or a name in it). Nothing imports cli; only cli imports labs."""
 
-OUTSIDE = {"core": {"torch"}, "methods": {"torch"}}
+OUTSIDE = {"core": {"torch"}, "methods": {"torch"}, "quant": {"torch", "triton"}}
 """Folder: all that it may import besides the standard library and Tarsia."""
 
 

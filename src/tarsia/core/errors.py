@@ -51,6 +51,10 @@ class DataError(TarsiaError):
     """A row, a picture or a template that would spoil training."""
 
 
+class QuantError(TarsiaError):
+    """A weight that can not be quantised, or a quantised one whose parts do not belong together."""
+
+
 class AdapterError(TarsiaError):
     """An adapter's files that are broken, foreign or incomplete."""
 

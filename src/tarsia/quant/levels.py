@@ -1,0 +1,81 @@
+"""The sixteen levels of each 4-bit type, and the 256 of the type that block scales are rounded to."""
+
+from __future__ import annotations
+
+from functools import cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from tarsia.core.errors import ConfigError
+
+OUTERMOST = 0.9677083
+"""The share of N(0, 1) below NF4's outermost level: 1 - (1/32 + 1/30) / 2, as bitsandbytes rounds it.
+
+Half a step in from the end where levels are 1/16 apart, and where they are 1/15 apart: the mean of the two.
+"""
+
+# As written in bitsandbytes' sources, in the order of their bits; a machine's own arithmetic never decides a level.
+_TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    # a sign, two bits of exponent, one of fraction; the smallest is not the half of the next
+    "fp4": tuple(sign * v / 12 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+    # two's complement, of which -8 is not used: as many steps below zero as above
+    "int4": tuple(v / 7 for v in (*range(8), -7, *range(-7, 0))),
+}
+KINDS = tuple(_TABLES)
+
+
+@cache
+def levels(kind: str) -> Tensor:
+    """The table of ``kind``, float32 [16], indexed by a code; the largest magnitude is 1.
+
+    "nf4": arXiv:2305.14314, section 3. "fp4": one bit of sign, two of exponent, one of fraction. "int4": sevenths.
+    Raises ConfigError for another kind.
+    """
+    if kind not in _TABLES:
+        raise ConfigError("There is no such 4-bit type.", given=kind, allowed=", ".join(KINDS))
+    return torch.tensor(_TABLES[kind], dtype=torch.float64).to(torch.float32)
+
+
+def normal_float() -> Tensor:
+    """NF4 derived, float32 [16]: seven quantiles of N(0, 1) below zero, zero, and eight above, over the largest.
+
+    Quantiles are at equal steps of probability from ``OUTERMOST`` to one half, on each side its own step.
+    """
+
+    def half(count: int) -> Tensor:
+        shares = torch.linspace(OUTERMOST, 0.5, count + 1)[:-1]
+        return torch.tensor([NormalDist().inv_cdf(p) for p in shares.tolist()])
+
+    table = torch.cat([-half(7), torch.zeros(1), half(8).flip(0)])
+    return table / table.max()
+
+
+@cache
+def bounds(kind: str) -> tuple[Tensor, Tensor]:
+    """Where rounding changes from one level to the next, float32 [15], and the codes in the order of their levels."""
+    table = levels(kind)
+    order = torch.argsort(table, stable=True)
+    return (table[order[:-1]] + table[order[1:]]) / 2, order
+
+
+@cache
+def scale_levels() -> Tensor:
+    """The 256 levels of a block scale's own 8 bits, float32, ascending: arXiv:1511.04561's dynamic type.
+
+    For each of seven powers of ten the middles of 2^i equal steps of [0.1, 1] with both signs, then 0 and 1.
+    """
+    table = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        # the power of ten multiplies in float32, as there
+        middles = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        table += [*middles, *(-m for m in middles)]
+    return torch.tensor(sorted(table), dtype=torch.float32)
