@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tarsia.adapter import Fingerprint, Host, native_bf16, open_base
+from tarsia.adapter import Fingerprint, Host, native_bf16, open_base, open_outline
 from tarsia.base import NAMES, resolve
 from tarsia.core.attach import Part, attach
 from tarsia.core.errors import AdapterError, AnatomyError, BaseMismatch, ConfigError
@@ -189,6 +189,29 @@ def test_a_broken_configuration(checkpoint):
     (checkpoint / "config.json").write_text("{")
     with pytest.raises(AdapterError, match=r"config\.json"):
         open_base(str(checkpoint))
+
+
+def test_an_outline_has_no_weights_and_a_processor_where_it_is_wanted(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    base = open_outline(str(checkpoint))
+    assert base.processor is not None
+    assert all(p.is_meta for p in base.model.parameters())
+    (checkpoint / "processor_config.json").unlink()
+    assert open_outline(str(checkpoint), processor=False).sites == base.sites
+
+
+@pytest.mark.parametrize("field, value", [("hidden_act", "wave"), ("num_channels", -1)])
+def test_a_configuration_that_no_model_can_be_built_of(checkpoint, field, value):
+    edit(checkpoint / "config.json", lambda fields: fields["vision_config"].update({field: value}))
+    with pytest.raises(AnatomyError, match="can not build a model") as caught:
+        open_outline(str(checkpoint))
+    assert str(checkpoint) in str(caught.value)
+
+
+def test_a_configuration_that_divides_by_nought(checkpoint):
+    edit(checkpoint / "config.json", lambda fields: fields["vision_config"].update(num_attention_heads=0))
+    with pytest.raises(AnatomyError, match="can not read this configuration"):
+        open_outline(str(checkpoint))
 
 
 def test_embedded_names(monkeypatch, tmp_path):

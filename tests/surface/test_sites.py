@@ -51,15 +51,21 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path | str) -> str:
     return err
 
 
-@pytest.mark.parametrize("text", [None, "{}", '{"mod', '{"model_type": "zzz"}'])
-def test_a_folder_that_holds_no_model_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None
-) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text, encoding="utf8")
+def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     err = refused(capsys, tmp_path)
     assert f"given:   {tmp_path}" in err
     assert "mini-1" in err
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("{}", "allowed: llava"), ('{"mod', "config.json can not be read"), ('{"model_type": "zzz"}', "'zzz' is no")],
+)
+def test_a_configuration_of_no_known_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf8")
+    assert said in refused(capsys, tmp_path)
 
 
 def test_a_text_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

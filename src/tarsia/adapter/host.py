@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,8 +19,9 @@ from tarsia.core.site import Site
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
-_WEIGHTS = "*.safetensors"
-_FILES = ("*.json", _WEIGHTS, "*.jinja", "*.txt", "tokenizer.model")
+_CONFIG = ("config.json",)
+_TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_FILES = (*_TEXTS, "*.safetensors")
 _TWICE = ("consolidated*", "*/*.safetensors")  # the same weights in another program's form
 
 
@@ -106,28 +107,33 @@ def open_base(
 class Outline:
     """What can be known of a base without its weights.
 
-    ``context`` is how many tokens it has positions for, None where the configuration does not say.
+    ``model`` is on the meta device; ``context`` is how many tokens it has positions for, None where the
+    configuration does not say.
     """
 
     name: str
     path: Path
+    model: nn.Module
     processor: Any
     anatomy: Anatomy
     sites: tuple[Site, ...]
     context: int | None
 
 
-def open_outline(name: str) -> Outline:
+def open_outline(name: str, *, processor: bool = True) -> Outline:
     """Read a base's configuration and processor, and no weights. Raises as ``open_base`` does."""
-    from transformers import AutoModelForImageTextToText
-
-    folder = _folder(name, weights=False)
+    folder = _folder(name, _TEXTS if processor else _CONFIG)
     anatomy = _anatomy(folder)
-    processor = _processor(folder)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(anatomy.config)
-    context = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
-    return Outline(name, folder, processor, anatomy, tuple(anatomy.sites(model)), context)
+    model = _shapes(folder, anatomy)
+    return Outline(
+        name=name,
+        path=folder,
+        model=model,
+        processor=_processor(folder) if processor else None,
+        anatomy=anatomy,
+        sites=tuple(anatomy.sites(model)),
+        context=getattr(anatomy.config.get_text_config(), "max_position_embeddings", None),
+    )
 
 
 def _dtype(dtype: str, place: torch.device) -> torch.dtype:
@@ -153,14 +159,16 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _folder(name: str, *, weights: bool = True) -> Path:
+def _folder(name: str, wanted: Sequence[str] = _FILES) -> Path:
     found = resolve(name)
     folder = Path(found).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             kind = "an adapter" if (folder / "adapter_config.json").is_file() else "no model"
             raise ConfigError(
-                f"This folder is {kind}.", given=name, do="give the folder of a base model, with its config.json"
+                f"This folder is {kind}.",
+                given=name,
+                do="give the folder of a base model, with its config.json, or an embedded model: mini-1",
             )
         return folder
     if found.count("/") != 1 or found.startswith((".", "/", "~")):
@@ -175,8 +183,7 @@ def _folder(name: str, *, weights: bool = True) -> Path:
 
     try:
         # what is not understood is refused before its weights are fetched
-        _anatomy(Path(snapshot_download(found, allow_patterns=["config.json"])))
-        wanted = _FILES if weights else tuple(pattern for pattern in _FILES if pattern != _WEIGHTS)
+        _anatomy(Path(snapshot_download(found, allow_patterns=list(_CONFIG))))
         return Path(snapshot_download(found, allow_patterns=list(wanted), ignore_patterns=list(_TWICE)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -189,6 +196,22 @@ def _folder(name: str, *, weights: bool = True) -> Path:
 
 def _anatomy(folder: Path) -> Anatomy:
     return anatomy_of(read_json(folder / "config.json"))
+
+
+def _shapes(folder: Path, anatomy: Anatomy) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForImageTextToText.from_config(anatomy.config)
+    except (ImportError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AnatomyError(
+            "Transformers can not build a model of this configuration.",
+            given=f"{folder}: {first}",
+            do="correct its config.json, or fetch it again",
+        ) from error
+    return model
 
 
 def _model(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -65,7 +65,7 @@ def _read(fields: dict[str, Any]) -> Config:
 
     try:
         return AutoConfig.for_model(**fields)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise AnatomyError(
             f"Transformers can not read this configuration of {fields['model_type']}.",
             given=" ".join(str(error).split())[:300],

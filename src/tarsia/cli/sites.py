@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 from tarsia.cli import output
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from tarsia.anatomy import Anatomy
     from tarsia.core.site import Site
 
 NAME = "sites"
@@ -28,9 +25,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the sites of a model that has its shapes only."""
-    anatomy, model = outline(args.model)
-    sites, untouched = anatomy.sites(model), anatomy.untouched(model)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    from tarsia.adapter import open_outline
+
+    base = open_outline(args.model, processor=False)
+    sites, untouched = base.sites, base.anatomy.untouched(base.model)
+    sizes = {name: parameter.numel() for name, parameter in base.model.named_parameters()}
     if args.json:
         for site in sites:
             output.line({**asdict(site), "parameters": sum(sizes[name] for name in site.tensors)})
@@ -38,34 +37,11 @@ def run(args: argparse.Namespace) -> int:
             output.line({"untouched": name, "why": why})
         return 0
     total = sum(sizes.values())
-    title = f"{args.model} ({anatomy.name}): {len(sites)} sites, {total:,} parameters"
+    title = f"{args.model} ({base.anatomy.name}): {len(sites)} sites, {total:,} parameters"
     output.table(title, COLUMNS, rows(sites, sizes), right=("sites", "parameters", "share"))
     for name, why in untouched.items():
         print(f"untouched: {name} ({why})")
     return 0
-
-
-def outline(name: str) -> tuple[Anatomy, nn.Module]:
-    """The anatomy and the model on the meta device. Raises ConfigError where there is no such model."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from tarsia import base
-    from tarsia.anatomy import anatomy_of
-    from tarsia.core.errors import ConfigError
-
-    try:
-        config = AutoConfig.from_pretrained(base.resolve(name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "There is no model of this name, or its configuration can not be read.",
-            given=f"{name} ({str(error).splitlines()[0]})",
-            allowed=f"a folder with a config.json, a hub id, {', '.join(base.NAMES)}",
-        ) from error
-    anatomy = anatomy_of(config)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(config)
-    return anatomy, model
 
 
 def rows(sites: Sequence[Site], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
