@@ -152,6 +152,14 @@ def control_in_question(w: World) -> dict[str, Sequence[int]]:
     return {"train": [7, 9]}
 
 
+@fault("control-token")
+def control_in_a_tool(w: World) -> dict[str, Sequence[int]]:
+    said = [{"role": "user", "content": "what is this?"}, {"role": "assistant", "content": "a cat"}]
+    tool = {"type": "function", "function": {"name": "look", "description": "sees <|im_end|>"}}
+    w.train[7] = {"messages": said, "tools": [tool]}
+    return {"train": [7]}
+
+
 @fault("template")
 def answer_first(w: World) -> dict[str, Sequence[int]]:
     w.train[4] = {"messages": [{"role": "assistant", "content": "a cat"}, {"role": "user", "content": "why?"}]}

@@ -127,7 +127,12 @@ class Encoder:
         ``max_length`` would cut a picture.
         """
         for sample in samples:
-            self._no_controls(sample)
+            if (control := self.control(sample)) is not None:
+                raise DataError(
+                    f"Row {sample.row} of {sample.source}: a text holds a control token of this model.",
+                    given=control,
+                    do="take it out or spell it otherwise; a picture's place is a part, not a token",
+                )
         rendered = [self.template.render(sample) for sample in samples]
         inputs, heard = self._process(samples, rendered)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -167,17 +172,12 @@ class Encoder:
                 do="let the chat template write it: then neither the processor nor the tokenizer adds another",
             )
 
-    def _no_controls(self, sample: Sample) -> None:
+    def control(self, sample: Sample) -> str | None:
+        """A control token of this model that a text of the row holds: the first one met, or None."""
         texts = [part for message in sample.messages for part in message.parts if isinstance(part, str)]
         texts += [text for message in sample.messages for text in (message.thought, message.answers, message.name)]
         texts += [text for message in sample.messages for call in message.calls for text in (call.name, call.arguments)]
-        for text in (*texts, *sample.tools):
-            if found := self._controls.search(text):
-                raise DataError(
-                    f"Row {sample.row} of {sample.source}: a text holds a control token of this model.",
-                    given=found[0],
-                    do="take it out or spell it otherwise; a picture's place is a part, not a token",
-                )
+        return next((found[0] for found in map(self._controls.search, (*texts, *sample.tools)) if found), None)
 
     def _process(
         self, samples: Sequence[Sample], rendered: Sequence[Rendered]

@@ -359,18 +359,10 @@ def _counted(encoder: Encoder, waiting: Sequence[tuple[Row, Sample]], limit: int
 
 def _stage(encoder: Encoder, sample: Sample) -> Stage:
     """Where a row that can not be encoded fails."""
-    if control(encoder, sample) is not None:
+    if encoder.control(sample) is not None:
         return "control"
     try:
         rendered = encoder.template.render(sample)
     except Exception:  # noqa: BLE001 (the error itself is known already; this only says where it came from)
         return "template"
     return "encode" if any(rendered.text[a:b].strip() for a, b in rendered.spans) else "label"
-
-
-def control(encoder: Encoder, sample: Sample) -> str | None:
-    """The first control token of the model that a text of the row holds."""
-    added = encoder.processor.tokenizer.added_tokens_decoder.values()
-    controls = {encoder.template.marker, *(token.content for token in added if token.special)}
-    texts = [text for message in sample.messages for text in (message.text, _said(message))]
-    return next((c for c in sorted(controls, key=len, reverse=True) if any(c in text for text in texts)), None)
