@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from tarsia.core.errors import AttachError
-from tarsia.core.method import find
+from tarsia.core.method import METHODS, find
+from tarsia.core.packed import Packed
 from tarsia.core.patch import Ground, Patch, Tied
 from tarsia.core.segments import Route, Segments
 from tarsia.core.select import named
@@ -59,6 +60,7 @@ def attach(
     claimed = _choose(sites, parts)
     chosen = [(part, site) for part, site in claimed if site.dead is None]
     _check(model, [site for _, site in chosen], name)
+    _numbers(model, chosen)
     generator = torch.Generator().manual_seed(seed)
     made = []
     for part, site in chosen:
@@ -153,6 +155,18 @@ def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
                     f"{weight} is the same tensor as {', '.join(sorted(others))}, where the patch would not act.",
                     do="name these in the site's `tied`, or choose other sites",
                 )
+
+
+def _numbers(model: nn.Module, chosen: Sequence[tuple[Part, Site]]) -> None:
+    """Raise AttachError where a method would train the numbers of a weight that has other bytes."""
+    for part, site in chosen:
+        if find(part.method).replaces and isinstance(model.get_parameter(site.weight), Packed):
+            raise AttachError(
+                f"{site.path} is quantised: there are no numbers of its own to train.",
+                given=part.method,
+                allowed=", ".join(sorted(name for name, method in METHODS.items() if not method.replaces)),
+                do="choose one of these, or load these sites in 16 bits",
+            )
 
 
 def _free(module: nn.Module) -> None:

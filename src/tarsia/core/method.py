@@ -24,6 +24,7 @@ class Method:
     sites that were selected. ``kinds`` are the kinds of site it patches and ``roles`` those it
     takes where a selection names none (None: all). ``folds``: the patch can be written as a change of
     (W, b). ``identity``: a new patch changes nothing. ``batches``: rows of different adapters share one pass.
+    ``replaces``: it trains numbers in the base's place, so there is none over a weight that is packed.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     roles: frozenset[Role] | None
     folds: bool
     identity: bool
+    replaces: bool = False
 
     @property
     def batches(self) -> bool:
@@ -63,6 +65,7 @@ def method(
     roles: Collection[Role] | None = None,
     folds: bool,
     identity: bool,
+    replaces: bool = False,
 ) -> Callable[[type[Patch]], type[Patch]]:
     """Register a patch class as a method. ``source`` names the paper and the equation."""
 
@@ -70,7 +73,7 @@ def method(
         if name in METHODS:
             raise ValueError(f"two methods are called {name!r}")
         chosen = None if roles is None else frozenset(roles)
-        METHODS[name] = Method(name, patch, config, source, frozenset(kinds), chosen, folds, identity)
+        METHODS[name] = Method(name, patch, config, source, frozenset(kinds), chosen, folds, identity, replaces)
         return patch
 
     return register

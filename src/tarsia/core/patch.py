@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tarsia.core.errors import AttachError
+from tarsia.core.packed import Packed
 from tarsia.core.site import Kind, Site
 
 Forward = Callable[..., Any]
@@ -113,13 +114,15 @@ class Ground:
             return self(x)
 
     def linear(self, x: Any) -> tuple[Tensor, Tensor | None] | None:
-        # a subclass, a wrapped forward, a quantised or half-loaded weight: all of these compute something else
+        # a subclass, a wrapped forward or a half-loaded weight: all of these compute something else
         if type(self.module) is not nn.Linear or getattr(self.below, "__func__", None) is not nn.Linear.forward:
             return None
         weight, bias = self.module.weight, self.module.bias
         own = (weight,) if bias is None else (weight, bias)
         plain = all(
-            type(t) in (Tensor, nn.Parameter) and not t.is_meta and not t.requires_grad and t.dtype == x.dtype
+            (type(t) in (Tensor, nn.Parameter) or isinstance(t, Packed))
+            and not (t.is_meta or t.requires_grad)
+            and t.dtype == x.dtype
             for t in own
         )
         return (weight, bias) if plain and not torch.is_autocast_enabled(x.device.type) else None
@@ -163,7 +166,7 @@ def dense(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
                     allowed="a floating-point parameter, in memory or offloaded by accelerate",
                     do="load the base's weights before a patch that needs them is attached",
                 )
-            found.append(value)
+            found.append(value.dense() if isinstance(value, Packed) else value)
     return found[0], found[1] if len(found) > 1 else None
 
 

@@ -27,6 +27,7 @@ class FullConfig:
     kinds=frozenset(Kind),
     folds=True,
     identity=True,
+    replaces=True,
 )
 class Full(Patch):
     """W' and b' are trained copies; the base's own bytes stay as they are."""

@@ -1,0 +1,177 @@
+"""The weight of a linear layer in 4 bits: a linear layer stays a linear layer, its keys, shape and dtype what they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tarsia.core.errors import QuantError
+from tarsia.core.packed import Packed
+from tarsia.quant import ops
+from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme, encode, scales
+from tarsia.quant.levels import levels
+
+_aten = torch.ops.aten
+
+
+class Weight4(Packed):
+    """A 4-bit weight [out, in], or one for each expert [experts, out, in], that looks like its numbers' tensor.
+
+    No gradient ends in it; those with respect to what it is multiplied with pass through. An operation that is not in
+    the tables below raises QuantError.
+    """
+
+    value: Quantised
+
+    @staticmethod
+    def __new__(cls, value: Quantised) -> Self:
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, value.shape, dtype=value.dtype, device=value.codes.device, requires_grad=False
+        )
+        made.value = value
+        return made  # type: ignore[no-any-return]
+
+    def __init__(self, value: Quantised) -> None:
+        super().__init__()
+
+    @classmethod
+    def of(cls, weight: Tensor, scheme: Scheme) -> Self:
+        """``weight`` rounded to 4 bits. Raises QuantError as ``encode`` does."""
+        return cls(encode(weight, scheme))
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        value = self.value
+        rows = math.prod(value.shape[:-1])
+        flat = torch.ops.tarsia.dequantise4(*arguments(value, rows), dtype or value.dtype)
+        return flat.view(value.shape)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Weight4({tuple(self.shape)}, {self.value.scheme.kind}, for {self.dtype}, {self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = [*self.value.tensors]
+        return names, self.value
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Mapping[str, Tensor], value: Quantised, *_: Any) -> Self:
+        return cls(value.having(inner))
+
+    def __getattr__(self, name: str) -> Tensor:
+        # what __tensor_flatten__ names is looked up on the tensor itself
+        if name in ("codes", "scales", "nested_scales", "offset"):
+            found: Tensor = getattr(self.value, name)
+            return found
+        raise AttributeError(name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in _PRODUCTS:
+            return _PRODUCTS[function](*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        handler = _PLUMBING.get(function)
+        if handler is None:
+            raise QuantError(
+                "This can not be done with a weight in 4 bits.",
+                given=str(function),
+                allowed="linear, y @ weight, detach, clone, to(device or dtype), weight[expert]",
+                do="use weight.dense(), or load this layer in 16 bits",
+            )
+        return handler(*args, **(kwargs or {}))
+
+
+def arguments(value: Quantised, rows: int) -> tuple[Any, ...]:
+    """``value`` as the operators of ``ops`` take a weight of ``rows`` rows."""
+    table = levels(value.scheme.kind).to(value.codes.device)
+    stored = (value.codes, value.scales, value.nested_scales, value.offset)
+    return (*stored, table, value.scheme.block, rows, value.shape[-1])
+
+
+def _matrix(weight: Any, what: str) -> tuple[Any, ...]:
+    if not isinstance(weight, Weight4) or weight.ndim != 2:
+        raise QuantError(
+            f"A weight in 4 bits can not take this place in {what}.",
+            given=f"{type(weight).__name__} {tuple(getattr(weight, 'shape', ()))}",
+            allowed="x @ weight.T as linear(x, weight), y @ weight, with a weight of two dimensions",
+            do="choose an expert by weight[i], or use weight.dense()",
+        )
+    return arguments(weight.value, weight.shape[0])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.tarsia.linear4(x, *_matrix(weight, "linear"), bias)  # type: ignore[no-any-return]
+
+
+def _product(y: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.tarsia.product4(y, *_matrix(weight, "a product"))  # type: ignore[no-any-return]
+
+
+def _keep(weight: Weight4, *_: Any, **__: Any) -> Weight4:
+    return Weight4(weight.value)
+
+
+def _clone(weight: Weight4, **_: Any) -> Weight4:
+    return Weight4(weight.value.having({name: t.clone() for name, t in weight.value.tensors.items()}))
+
+
+def _to(weight: Weight4, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Weight4:
+    """Bytes move to ``device``; ``dtype`` is only what the numbers are made in when nobody says."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise QuantError("A weight in 4 bits stands for floating-point numbers.", given=dtype)
+    moved = {name: t.to(device=device, non_blocking=non_blocking) for name, t in weight.value.tensors.items()}
+    return Weight4(weight.value.having(moved, dtype=dtype or weight.dtype))
+
+
+def _select(weight: Weight4, dim: int, index: int) -> Weight4:
+    """One expert of [experts, out, in], its codes and scales as views: each must fill whole blocks of scales."""
+    value = weight.value
+    size, block = math.prod(value.shape[1:]), value.scheme.block
+    if dim != 0 or weight.ndim != 3 or size % block:
+        raise QuantError(
+            "Only one expert of a weight [experts, out, in] can be taken out, of whole blocks.",
+            given=f"{tuple(weight.shape)}, dimension {dim}, blocks of {block}",
+        )
+    first, last = index % len(weight) * size, (index % len(weight) + 1) * size
+    return Weight4(_part(value, first, last))
+
+
+def _part(value: Quantised, first: int, last: int) -> Quantised:
+    """The numbers ``first`` to ``last`` of the first dimension's one entry; views where the scales' blocks end there."""
+    block = value.scheme.block
+    stored = {"codes": value.codes[first // 2 : last // 2]}
+    if value.nested_scales is not None and first % (block * NESTED_BLOCK) == 0:
+        low, high = first // (block * NESTED_BLOCK), -(-last // (block * NESTED_BLOCK))
+        stored |= {"scales": value.scales[first // block : last // block], "nested_scales": value.nested_scales[low:high]}
+        return value.having(stored, shape=value.shape[1:])
+    flat = scales(value)[first // block : last // block]
+    scheme = replace(value.scheme, nested=False)
+    return value.having(
+        {**stored, "scales": flat}, nested_scales=None, offset=None, scheme=scheme, shape=value.shape[1:]
+    )
+
+
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _product,
+    torch.mm: _product,
+    Tensor.matmul: _product,
+    Tensor.mm: _product,
+    Tensor.__matmul__: _product,
+}
+_PLUMBING: dict[Any, Callable[..., Any]] = {
+    _aten.detach.default: _keep,
+    _aten.alias.default: _keep,
+    _aten.clone.default: _clone,
+    _aten._to_copy.default: _to,
+    _aten.select.int: _select,
+}
