@@ -335,7 +335,7 @@ def test_rows_without_an_answer_or_with_a_strange_one_are_refused() -> None:
     encoder = Encoder(made("llava"))
     user, says = MIXED[0].messages
     for messages, words in (
-        ((user,), "nothing that the assistant says"),
+        ((user,), "the assistant says nothing that can be learnt"),
         ((says, user), "starts the row"),
         ((user, Message("assistant", (PICTURE,))), "holds a picture"),
     ):

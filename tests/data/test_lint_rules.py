@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,23 @@ def test_a_planted_fault_raises_no_other_error(code: str, plant: Plant) -> None:
         if world.template == "vicuna"
         else others <= ALONG.get(code, set())
     )
+
+
+def said(code: str, plant: Plant) -> str:
+    (found,) = (f for f in planted(plant)[0].findings if f.code == code)
+    return f"{found.what} {found.do}"
+
+
+def test_a_row_without_an_answer_is_not_told_of_max_length() -> None:
+    without, cut = said("no-label", FAULTS["no-label"][0]), said("no-label", FAULTS["no-label"][1])
+    assert without.startswith("1 of 40 rows (2.5%): the assistant says nothing that can be learnt.")
+    assert "max_length" not in without
+    assert "max_length 64" in cut and "raise max_length above" in cut
+
+
+def test_a_missing_picture_is_named_in_a_sentence() -> None:
+    what = said("missing-picture", FAULTS["missing-picture"][0])
+    assert re.match(r"1 of 40 rows .*: a picture is not there \(the first: \S*gone\.png is missing\)\. put", what)
 
 
 def test_a_source_of_no_weight_has_no_errors() -> None:

@@ -143,10 +143,10 @@ class Encoder:
             if got.tolist() != full[: self.max_length]:
                 raise _error(sample, "the processor's tokens are not those of its text.", f"{len(got)} tokens")
             self._check_first(sample, full)
-            said = [t for span in told.spans for t in self._said(sample, text, span) if t < len(got)]
+            spoken = [t for span in told.spans for t in self._said(sample, text, span)]
+            said = [t for t in spoken if t < len(got)]
             if not said:
-                given = f"{len(full)} tokens, max_length {self.max_length}"
-                raise _error(sample, "nothing that the assistant says is left to be learnt.", given)
+                raise self._silent(sample, len(full), min(spoken, default=None))
             marked = torch.full_like(got, IGNORED)
             marked[said] = got[said]
             labels[i][mask[i]] = marked
@@ -171,6 +171,16 @@ class Encoder:
                 given=self.processor.tokenizer.bos_token,
                 do="let the chat template write it: then neither the processor nor the tokenizer adds another",
             )
+
+    def _silent(self, sample: Sample, tokens: int, first: int | None) -> DataError:
+        """Of ``tokens`` tokens the ``first`` that is learnt (None: there is none) is cut off."""
+        if first is None:
+            return _error(sample, "the assistant says nothing that can be learnt.", f"{tokens} tokens")
+        return DataError(
+            f"Row {sample.row} of {sample.source}: nothing that the assistant says is left to be learnt.",
+            given=f"{tokens} tokens, max_length {self.max_length}",
+            do=f"raise max_length above {first}, shorten the question, or take the row out",
+        )
 
     def control(self, sample: Sample) -> str | None:
         """A control token of this model that a text of the row holds: the first one met, or None."""

@@ -37,7 +37,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A picture's facts. ``refusal`` is why it can not be used ("is missing. Given: a.png"); then the rest is empty.
+    """A picture's facts. ``refusal`` is why it can not be used ("a.png is missing"); then the rest is empty.
 
     ``content`` is a digest of size and decoded pixels, ``phash`` and ``thumbnail`` as in ``near``, ``flat`` the
     share 0..1 of pixels that have the commonest colour.
@@ -75,8 +75,8 @@ def look(picture: Picture) -> tuple[Look, Image.Image | DataError]:
             warnings.simplefilter("ignore")  # PIL's remarks on a file; what matters of them is in the header
             shown = picture.load()
     except DataError as error:
-        why = error.what.removeprefix(f"A picture of row {picture.row} of {picture.source} ")
-        return Look(header, f"{why} Given: {error.given}"), error
+        why = error.what.removeprefix(f"A picture of row {picture.row} of {picture.source} ").removesuffix(".")
+        return Look(header, f"{picture.name} {why}"), error
     digest = hashlib.blake2b(f"{shown.width}x{shown.height}".encode(), digest_size=16)
     digest.update(shown.tobytes())
     return Look(

@@ -38,7 +38,7 @@ def missing(survey: Survey) -> Iterator[Hit]:
     yield from _pictures(
         survey,
         lambda look: look.header.missing,
-        "{rows}: a picture is not there (the first {first}).",
+        "{rows}: a picture is not there (the first: {first}).",
         "put the files there (paths start from the source's folder), or take the rows out",
     )
 
@@ -49,7 +49,7 @@ def bombs(survey: Survey) -> Iterator[Hit]:
     yield from _pictures(
         survey,
         lambda look: look.header.bomb,
-        "{rows}: a picture has so many pixels that decoding it is not safe (the first {first}).",
+        "{rows}: a picture has so many pixels that decoding it is not safe (the first: {first}).",
         "scale it down, or take the rows out",
     )
 
@@ -60,7 +60,7 @@ def deep(survey: Survey) -> Iterator[Hit]:
     yield from _pictures(
         survey,
         lambda look: look.refusal and _deep(look) and not look.header.bomb,
-        "{rows}: a picture has more than 8 bits a channel (the first {first}).",
+        "{rows}: a picture has more than 8 bits a channel (the first: {first}).",
         "convert them to 8 bits with a scaling that you choose",
     )
 
@@ -75,7 +75,7 @@ def unreadable(survey: Survey) -> Iterator[Hit]:
     yield from _pictures(
         survey,
         lambda look: look.refusal and not (look.header.missing or look.header.bomb or _deep(look)),
-        "{rows}: a picture can not be read (the first {first}).",
+        "{rows}: a picture can not be read (the first: {first}).",
         "replace the files, or take the rows out",
     )
 

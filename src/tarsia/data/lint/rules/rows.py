@@ -22,11 +22,9 @@ def _failing(survey: Survey, stage: Stage, do: str) -> Iterator[Hit]:
             error = rows[0].trouble.error if rows[0].trouble else None
             given = getattr(error, "given", None)
             what = reason(error) + (f" Given: {given}." if given is not None else "")
-            yield Hit(_several(rows) + what, getattr(error, "do", None) or do, source.where(rows), source.name)
-
-
-def _several(rows: Sequence[Row]) -> str:
-    return "" if len(rows) == 1 else f"{len(rows):,} rows, the first: "
+            first = "" if len(rows) == 1 else " the first:"
+            what = f"{source.some(rows)}:{first} {what}"
+            yield Hit(what, getattr(error, "do", None) or do, source.where(rows), source.name)
 
 
 def reason(error: object) -> str:
@@ -62,7 +60,7 @@ def encoding(survey: Survey) -> Iterator[Hit]:
 @rule("no-label", Severity.ERROR)
 def no_label(survey: Survey) -> Iterator[Hit]:
     """Rows of which nothing is learnt: nobody answers, or `max_length` cuts the answer off."""
-    yield from _failing(survey, "label", "give each row an answer, or raise max_length")
+    yield from _failing(survey, "label", "give each row an answer, or take it out")
 
 
 @rule("all-fail", Severity.ERROR)
