@@ -1,0 +1,236 @@
+"""The four operators on the processor: checked, then by the compiled kernel, or by the slow reference.
+
+Products with few rows read the packed weight once and never unpack it to memory. With many, tiles of the weight are
+unpacked into one buffer, which stays in the processor's cache and is used again and again, and are multiplied by torch:
+what is large and new costs more in page faults than its arithmetic does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tarsia.core.errors import QuantError
+from tarsia.quant import codec, native
+from tarsia.quant.levels import KINDS, levels, scale_levels
+
+ARENA = 1 << 20
+"""Bytes of the buffer that a tile of the weight is unpacked into: half of a core's second cache."""
+
+FEW = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
+"""Up to how many rows the product reads the packed weight."""
+
+_local = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Packed4:
+    """A weight [rows, columns] as the operators take it: the tensors of `codec.Quantised`, its levels, its numbers."""
+
+    codes: Tensor
+    scales: Tensor
+    nested_scales: Tensor | None
+    offset: Tensor | None
+    levels: Tensor
+    block: int
+    rows: int
+    columns: int
+
+    def check(self) -> None:
+        """Raise QuantError where the parts do not belong together: the kernel reads where they say."""
+        count = self.rows * self.columns
+        if self.rows < 1 or self.columns < 1 or self.block < 2 or self.block % 2:
+            raise QuantError("No weight has such numbers.", given=f"{self.rows}x{self.columns}, blocks of {self.block}")
+        blocks = -(-count // self.block)
+        _expect("codes", self.codes, torch.uint8, -(-count // 2))
+        _expect("levels", self.levels, torch.float32, 16)
+        if self.nested_scales is None:
+            _expect("scales", self.scales, torch.float32, blocks)
+            return
+        if self.offset is None:
+            raise QuantError("Scales that are nested have an offset.", do="give both, or neither")
+        _expect("scales", self.scales, torch.uint8, blocks)
+        _expect("nested_scales", self.nested_scales, torch.float32, -(-blocks // codec.NESTED_BLOCK))
+        _expect("offset", self.offset, torch.float32, 1)
+
+    def packed(self) -> bytes:
+        """For the kernel; holds addresses, so the tensors are to outlive it. Raises QuantError as `check` does."""
+        self.check()
+        shape = (self.rows, self.columns, self.block)
+        if self.nested_scales is None or self.offset is None:
+            scales = (self.scales.data_ptr(), 0, 0, 0, 0.0)
+        else:
+            scales = (0, self.scales.data_ptr(), _scale_levels(), self.nested_scales.data_ptr(), self.offset.item())
+        return native.pack(self.codes.data_ptr(), self.levels.data_ptr(), scales, shape)
+
+    def value(self, dtype: torch.dtype) -> codec.Quantised:
+        """For the reference, which knows levels by their name."""
+        self.check()
+        scheme = codec.Scheme(kind_of(self.levels), self.nested_scales is not None, self.block)
+        parts = (self.codes, self.scales, self.nested_scales, self.offset)
+        return codec.Quantised(*parts, scheme, (self.rows, self.columns), dtype)
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    if tensor.dtype is not dtype or tensor.numel() != count or not tensor.is_contiguous():
+        given = (
+            f"{name}: {tensor.dtype}, {tensor.numel()} numbers{'' if tensor.is_contiguous() else ', not contiguous'}"
+        )
+        raise QuantError("The parts of a 4-bit weight do not fit.", given=given, allowed=f"{dtype}, {count} numbers")
+
+
+@cache
+def _scale_levels() -> int:
+    return scale_levels().data_ptr()  # the table itself is cached, so the address stays
+
+
+def kind_of(table: Tensor) -> str:
+    """The name of these 16 levels. Raises QuantError for levels that have none."""
+    for kind in KINDS:
+        if torch.equal(levels(kind), table.cpu()):
+            return kind
+    raise QuantError("The reference knows no type with these levels.", given=table.tolist(), allowed=", ".join(KINDS))
+
+
+def quantise4(w: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 [ceil(n / 2), 1], and scales, float32 [ceil(n / block)], of the n numbers of ``w``."""
+    check_weight(w, levels, block)
+    kernel = native.library()
+    if kernel is None:
+        return codec.quantise(w, codec.Scheme(kind_of(levels), nested=False, block=block))
+    w, n = w.contiguous(), w.numel()
+    codes = torch.empty((-(-n // 2), 1), dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block), dtype=torch.float32)
+    done = kernel.quantise(w.data_ptr(), w.dtype, n, block, levels.data_ptr(), codes.data_ptr(), absmax.data_ptr())
+    if done == native.NOT_FINITE:
+        given = f"{int((~w.isfinite()).sum())} of {n}"
+        do = "fetch the checkpoint again, or leave this layer in 16 bits"
+        raise QuantError("The weight holds numbers that are not finite.", given=given, do=do)
+    _demand(done)
+    return codes, absmax
+
+
+def check_weight(w: Tensor, levels: Tensor, block: int) -> None:
+    """Raise QuantError for what can not be quantised."""
+    if w.dtype not in native.DTYPES or not w.numel():
+        raise QuantError("This is no weight to be quantised.", given=f"{w.dtype}, {tuple(w.shape)}", allowed=_ALLOWED)
+    if block < 2 or block % 2:
+        raise QuantError("Blocks of this size are not made.", given=block, allowed="an even number")
+    _expect("levels", levels, torch.float32, 16)
+
+
+def dequantise4(weight: Packed4, dtype: torch.dtype) -> Tensor:
+    """The whole weight, [rows, columns] in ``dtype``."""
+    _float(dtype, "the weight")
+    kernel = native.library()
+    if kernel is None:
+        return codec.decode(weight.value(dtype))
+    out = torch.empty((weight.rows, weight.columns), dtype=dtype)
+    whole = ((0, weight.rows), (0, weight.columns))
+    _demand(kernel.dequantise(weight.packed(), *whole, out.data_ptr(), dtype, weight.columns))
+    return out
+
+
+def linear4(x: Tensor, weight: Packed4, bias: Tensor | None) -> Tensor:
+    """x W^T + b, [..., rows] in the dtype of x [..., columns]."""
+    fit(x, weight.columns, "x")
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (weight.rows,)):
+        given = f"bias {bias.dtype} {tuple(bias.shape)}"
+        raise QuantError("The bias does not fit.", given=given, allowed=f"{x.dtype} ({weight.rows},)")
+    kernel = native.library()
+    if kernel is None:
+        return codec.linear(x, weight.value(x.dtype), bias)
+    packed = weight.packed()
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], weight.rows), dtype=x.dtype)
+    m = x.numel() // weight.columns
+    if m > FEW[x.dtype]:
+        _many(kernel, packed, x.view(m, -1), bias, y.view(m, -1))
+    elif m:
+        if bias is not None:
+            bias = bias.contiguous()
+        address = None if bias is None else bias.data_ptr()
+        _demand(kernel.rows(packed, x.data_ptr(), x.dtype, m, address, y.data_ptr()))
+    return y
+
+
+def product4(y: Tensor, weight: Packed4) -> Tensor:
+    """y W, [..., columns] in the dtype of y [..., rows]: the way back of `linear4`."""
+    fit(y, weight.rows, "y")
+    kernel = native.library()
+    if kernel is None:
+        return y @ codec.decode(weight.value(y.dtype))
+    packed = weight.packed()
+    x = torch.empty((*y.shape[:-1], weight.columns), dtype=y.dtype)
+    m = y.numel() // weight.rows
+    if m:
+        _back(kernel, packed, y.reshape(m, -1), x.view(m, -1))
+    return x
+
+
+def _many(kernel: native.Kernel, packed: bytes, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = x W^T + b by tiles of whole rows of W."""
+    columns = x.shape[1]
+    for (first, last), tile in _tiles(y.shape[1], columns, x.dtype):
+        unpacked = tile.view(last - first, columns)
+        _demand(kernel.dequantise(packed, (first, last), (0, columns), unpacked.data_ptr(), x.dtype, columns))
+        if bias is None:
+            torch.mm(x, unpacked.t(), out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], x, unpacked.t(), out=y[:, first:last])
+
+
+def _back(kernel: native.Kernel, packed: bytes, y: Tensor, x: Tensor) -> None:
+    """x = y W by tiles of columns of W: each sum is whole, and rounded once."""
+    rows = y.shape[1]
+    for (first, last), tile in _tiles(x.shape[1], rows, x.dtype):
+        unpacked = tile.view(rows, last - first)
+        address = unpacked.data_ptr()
+        _demand(kernel.dequantise(packed, (0, rows), (first, last), address, x.dtype, last - first))
+        torch.mm(y, unpacked, out=x[:, first:last])
+
+
+def _tiles(count: int, size: int, dtype: torch.dtype) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Cut ``count`` lines of ``size`` numbers into tiles that the arena holds: first, behind the last, and room."""
+    arena = _arena()
+    step = max(64, ARENA // (size * dtype.itemsize) // 64 * 64)
+    room = min(step, count) * size * dtype.itemsize
+    if len(arena) < room:
+        arena = _local.arena = torch.empty(room, dtype=torch.uint8)
+    numbers = arena[: len(arena) // dtype.itemsize * dtype.itemsize].view(dtype)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        yield (first, last), numbers[: (last - first) * size]
+
+
+def _arena() -> Tensor:
+    """This thread's buffer."""
+    found: Tensor | None = getattr(_local, "arena", None)
+    if found is None:
+        found = _local.arena = torch.empty(ARENA, dtype=torch.uint8)
+    return found
+
+
+_ALLOWED = "float32, bfloat16 or float16"
+
+
+def _float(dtype: torch.dtype, name: str) -> None:
+    if dtype not in native.DTYPES:
+        raise QuantError(f"There is no 4-bit product in this dtype of {name}.", given=dtype, allowed=_ALLOWED)
+
+
+def fit(x: Tensor, size: int, name: str) -> None:
+    """Raise QuantError where ``x`` (called ``name``) can not be multiplied with a weight of ``size`` numbers a line."""
+    _float(x.dtype, name)
+    if not x.ndim or x.shape[-1] != size:
+        raise QuantError(f"{name} does not fit the 4-bit weight.", given=tuple(x.shape), allowed=f"(..., {size})")
+
+
+def _demand(code: int) -> None:
+    if code:
+        raise QuantError("The kernel refused its arguments.", given=f"code {code}", do="report this: they were checked")
