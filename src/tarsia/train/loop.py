@@ -83,7 +83,7 @@ def _training(run: Run) -> Iterator[tuple[str, ...]]:
         model.train()
         if run.recipe.checkpointing:
             _recompute(model, True)
-        with fast(model) as lines:
+        with fast(model, run.optimiser) as lines:
             yield lines
     finally:
         if run.recipe.checkpointing:
