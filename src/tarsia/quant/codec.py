@@ -1,11 +1,12 @@
 """Four bits a weight: the slow reference that every kernel is held to.
 
-A weight of n numbers is cut into blocks of 64. Each block is divided by its largest magnitude, its scale, and each number
-is rounded to the nearest of 16 levels. That costs 4 bits a number and 32 bits a block. Nested, the scales, less
-their mean, are cut into blocks of 256 and rounded in the same way to 256 levels: 8 bits a block, and 32 bits
-for 256 blocks (arXiv:2305.14314, section 3, "double quantization"). In all 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
+A weight of n numbers is cut into blocks of 64. Each block is divided by its largest magnitude, its scale, and each
+number is rounded to the nearest of 16 levels. That costs 4 bits a number and 32 bits a block. Nested, the scales, less
+their mean, are cut into blocks of 256 and rounded in the same way to 256 levels: 8 bits a block, and 32 bits for 256
+blocks (arXiv:2305.14314, section 3, "double quantization"). In all 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
 
-Codes and scales are bitsandbytes' bit for bit.
+Codes, scales and what they decode to are bitsandbytes' (0.50, on a CPU), bit for bit. The arithmetic is said operation
+by operation below: all of it float32, each result rounded to nearest even, nothing fused, nothing flushed to zero.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tarsia.core.errors import ConfigError, QuantError
-from tarsia.quant.levels import KINDS, bounds, levels, scale_levels
+from tarsia.quant.levels import KINDS, bounds, levels, scale_codes, scale_levels
 
 BLOCK = 64
 NESTED_BLOCK = 256
-_SMALLEST = 1e-38  # what a block of zeros is divided by
+_SMALLEST = 1e-38  # what a block of smaller numbers, or of zeros, is divided by
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ class Quantised:
 
     def having(self, tensors: Mapping[str, Tensor], **fields: Any) -> Quantised:
         """The same with other tensors in place of its own (moved to a device, say)."""
-        return replace(self, **dict(tensors), **fields)
+        parts: dict[str, Any] = {**tensors, **fields}
+        return replace(self, **parts)
 
     @property
     def bits(self) -> float:
@@ -76,7 +78,11 @@ class Quantised:
 def encode(weight: Tensor, scheme: Scheme) -> Quantised:
     """Round ``weight`` (any shape, float32, bfloat16 or float16) to 4 bits.
 
-    Raises QuantError for a weight that is empty, is of another dtype or holds what is no finite number.
+    ``offset`` is torch's mean of the scales: its last bits follow the order in which torch adds, which depends on its
+    threads from some 32,768 scales on (as it does for bitsandbytes).
+
+    Raises QuantError for a weight that is empty, is of another dtype, holds what is no finite number, or numbers so
+    large that the mean of their scales is none.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not weight.numel():
         raise QuantError(
@@ -88,58 +94,81 @@ def encode(weight: Tensor, scheme: Scheme) -> Quantised:
     nested_scales = offset = None
     if scheme.nested:
         offset = scales.mean()
+        if not offset.isfinite():
+            raise QuantError(
+                "The scales of this weight are too large to have a mean in float32.",
+                given=f"scales up to {scales.max():.3g}",
+                do="quantise it without nesting, or look at what the weight holds",
+            )
         scales, nested_scales = nest(scales - offset)
     return Quantised(codes, scales, nested_scales, offset, scheme, tuple(weight.shape), weight.dtype)
 
 
 def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Codes, two a byte, and the float32 scale of each block."""
-    edges, order = bounds(scheme.kind)
+    """Codes, uint8 [ceil(n / 2), 1], and the scale of each block, float32 [blocks], of any weight of n numbers.
+
+    The scale of a block is its largest magnitude. With d = max(scale, 1e-38), a number w of a whole block is scaled to
+    w * (1 / d), both operations rounded; a number of a last, shorter block to w / d, and there d is the scale. Clamped
+    to [-1, 1], it gets the code of its place among ``bounds``: of the first bound that is not below it. A byte that
+    the numbers leave half empty is filled with the code of zero. Raises QuantError for numbers that are not finite.
+    """
+    edges, order = (t.to(weight.device) for t in bounds(scheme.kind))
     numbers = weight.detach().reshape(-1).float()
-    whole = len(numbers) - len(numbers) % scheme.block
-    blocks, rest = numbers[:whole].view(-1, scheme.block), numbers[whole:]
-    scales = blocks.abs().amax(1) if whole else numbers[:0]
-    # a whole block is multiplied by its scale's inverse, a last short one divided by its scale: as bitsandbytes does
-    scaled = [(blocks * (1.0 / scales.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)]
+    blocks, rest = numbers.tensor_split([len(numbers) - len(numbers) % scheme.block])
+    blocks = blocks.view(-1, scheme.block)
+    scales = blocks.abs().amax(1)
+    scaled = (blocks * (1 / scales.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)
     if len(rest):
         last = rest.abs().amax().clamp(min=_SMALLEST)
-        scales = torch.cat([scales, last.view(1)])
-        scaled.append(rest / last)
+        scales, scaled = torch.cat([scales, last.view(1)]), torch.cat([scaled, rest / last])
     if not scales.isfinite().all():
         raise QuantError(
             "The weight holds numbers that are not finite.",
-            given=f"{int((~numbers.isfinite()).sum())} of {len(numbers)}",
+            given=f"{int((~weight.isfinite()).sum())} of {weight.numel()}",
             do="fetch the checkpoint again, or leave this layer in 16 bits",
         )
-    position = torch.bucketize(torch.cat(scaled).clamp(-1, 1), edges.to(weight.device))
-    codes = F.pad(order.to(weight.device)[position], (0, len(numbers) % 2)).to(torch.uint8)
-    if len(numbers) % 2:
-        # the number that fills the last byte is a zero
-        codes[-1] = order[torch.bucketize(torch.zeros(1), edges)].to(codes)
+    scaled = F.pad(scaled.clamp(-1, 1), (0, len(numbers) % 2))
+    codes = order[torch.bucketize(scaled, edges)].to(torch.uint8)
     return (codes[::2] << 4 | codes[1::2]).unsqueeze(1), scales
 
 
 def nest(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales less their mean in 8 bits, uint8 [blocks], and the scale of each 256 of them, float32."""
-    table = scale_levels().to(scales.device)
-    rows = F.pad(scales, (0, -len(scales) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    nested = rows.abs().amax(1)
-    scaled = (rows * (1.0 / nested.clamp(min=_SMALLEST)).unsqueeze(1)).clamp(-1, 1)
-    position = torch.bucketize(scaled.view(-1)[: len(scales)], (table[:-1] + table[1:]) / 2)
-    return position.to(torch.uint8), nested
+    """Scales less their mean in 8 bits, uint8 [blocks], and the scale of each 256 of them, float32 [blocks / 256].
+
+    A nested scale is the largest magnitude a of its 256. A number s is scaled to u = s * (1 / a), both operations
+    rounded, and clamped to [-1, 1]; its place is (u + 1) / 2 * 65535 + 0.5 cut to a whole number (each operation
+    rounded; a fused one has the same places), and its code the one of that place in ``scale_codes``. Code 0 goes to
+    all of a group whose a is zero, and to a zero in a group whose 1 / a overflows.
+
+    This is bitsandbytes' C++ on the processor; its other paths take the level nearest to u, and differ near zero.
+    """
+    groups = F.pad(scales, (0, -len(scales) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested = groups.abs().amax(1)
+    scaled = groups * (1 / nested).unsqueeze(1)  # 0 * inf, no number, is the case of code 0
+    place = ((scaled.clamp(-1, 1) + 1) / 2 * 65535 + 0.5).nan_to_num(0).long()
+    return scale_codes().to(scales.device)[place.view(-1)[: len(scales)]], nested
 
 
 def scales(value: Quantised) -> Tensor:
-    """The float32 scale of each block, [blocks]."""
+    """The scale of each block, float32 [blocks]: as stored, or level * nested scale, rounded, + offset, rounded."""
     if value.nested_scales is None or value.offset is None:
         return value.scales
     fine = scale_levels().to(value.scales.device)[value.scales.long()]
-    # a product, then a sum, each rounded: one fused operation has other bits
-    return fine * value.nested_scales.repeat_interleave(NESTED_BLOCK)[: len(fine)] + value.offset
+    by_group = value.nested_scales.repeat_interleave(NESTED_BLOCK)[: len(fine)]
+    return fine * by_group + value.offset
 
 
 def decode(value: Quantised, dtype: torch.dtype | None = None) -> Tensor:
-    """The numbers that ``value`` stands for, [*shape] in ``dtype`` (None: the one that it stands for)."""
+    """The numbers that ``value`` stands for, [*shape] in ``dtype`` (None: the one that it stands for).
+
+    A number is its level * the scale of its block, a float32 product, rounded once more, to nearest even, to ``dtype``.
+    Block b holds the numbers from b * block on of the weight in row-major order, across the ends of rows.
+
+    So do bitsandbytes' quantiser, CUDA kernels and all but one of its paths on a processor: the AVX-512 one takes a
+    new block at every row, and so wrong scales where a row is a multiple of 16 but no multiple of the block. And where
+    it converts to bfloat16 by the processor's own instruction, numbers below 1.2e-38 become zero; here they do not.
+    FP4's second zero, code 8, is +0 here as in its table; the portable path has -0.
+    """
     count = math.prod(value.shape)
     codes = torch.cat([value.codes >> 4, value.codes & 15], 1).view(-1)[:count]
     numbers = levels(value.scheme.kind).to(codes.device)[codes.long()]
@@ -152,4 +181,16 @@ def linear(x: Tensor, value: Quantised, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, decode(value, x.dtype), bias)
 
 
-__all__ = ["BLOCK", "KINDS", "NESTED_BLOCK", "Quantised", "Scheme", "decode", "encode", "linear", "quantise", "scales"]
+__all__ = [
+    "BLOCK",
+    "KINDS",
+    "NESTED_BLOCK",
+    "Quantised",
+    "Scheme",
+    "decode",
+    "encode",
+    "linear",
+    "nest",
+    "quantise",
+    "scales",
+]

@@ -24,17 +24,17 @@ _TABLES: dict[str, tuple[float, ...]] = {
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
-    # a sign, two bits of exponent, one of fraction; the smallest is not the half of the next
-    "fp4": tuple(sign * v / 12 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
-    # two's complement, of which -8 is not used: as many steps below zero as above
-    "int4": tuple(v / 7 for v in (*range(8), -7, *range(-7, 0))),
+    # a sign, two bits of exponent, one of fraction; the smallest is not the half of the next, and zero is there twice
+    "fp4": tuple(sign * v / 12 + 0.0 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+    # two's complement, of which -8 is never the nearest: as many steps below zero as above
+    "int4": tuple(v / 7 for v in (*range(8), *range(-8, 0))),
 }
 KINDS = tuple(_TABLES)
 
 
 @cache
 def levels(kind: str) -> Tensor:
-    """The table of ``kind``, float32 [16], indexed by a code; the largest magnitude is 1.
+    """The table of ``kind``, float32 [16], indexed by a code; the largest magnitude that is ever chosen is 1.
 
     "nf4": arXiv:2305.14314, section 3. "fp4": one bit of sign, two of exponent, one of fraction. "int4": sevenths.
     Raises ConfigError for another kind.
@@ -44,23 +44,27 @@ def levels(kind: str) -> Tensor:
     return torch.tensor(_TABLES[kind], dtype=torch.float64).to(torch.float32)
 
 
-def normal_float() -> Tensor:
+def normal_float(outermost: float = OUTERMOST, dtype: torch.dtype = torch.float32) -> Tensor:
     """NF4 derived, float32 [16]: seven quantiles of N(0, 1) below zero, zero, and eight above, over the largest.
 
-    Quantiles are at equal steps of probability from ``OUTERMOST`` to one half, on each side its own step.
+    Quantiles are at equal steps of probability from ``outermost`` to one half, on each side its own step, in ``dtype``.
     """
 
     def half(count: int) -> Tensor:
-        shares = torch.linspace(OUTERMOST, 0.5, count + 1)[:-1]
-        return torch.tensor([NormalDist().inv_cdf(p) for p in shares.tolist()])
+        shares = torch.linspace(outermost, 0.5, count + 1, dtype=dtype)[:-1]
+        return torch.tensor([NormalDist().inv_cdf(p) for p in shares.tolist()], dtype=dtype)
 
-    table = torch.cat([-half(7), torch.zeros(1), half(8).flip(0)])
-    return table / table.max()
+    table = torch.cat([-half(7), torch.zeros(1, dtype=dtype), half(8).flip(0)])
+    return (table / table.max()).float()
 
 
 @cache
 def bounds(kind: str) -> tuple[Tensor, Tensor]:
-    """Where rounding changes from one level to the next, float32 [15], and the codes in the order of their levels."""
+    """Where rounding changes from one level to the next, float32 [15], and the codes in the order of their levels.
+
+    A bound is the float32 sum of its two levels, halved; a number that lies on it belongs to the level below.
+    Of two equal levels (the zeros of FP4) the smaller code comes first.
+    """
     table = levels(kind)
     order = torch.argsort(table, stable=True)
     return (table[order[:-1]] + table[order[1:]]) / 2, order
@@ -70,12 +74,33 @@ def bounds(kind: str) -> tuple[Tensor, Tensor]:
 def scale_levels() -> Tensor:
     """The 256 levels of a block scale's own 8 bits, float32, ascending: arXiv:1511.04561's dynamic type.
 
-    For each of seven powers of ten the middles of 2^i equal steps of [0.1, 1] with both signs, then 0 and 1.
+    For each of seven powers of ten the middles of 2^i equal steps of [0.1, 1] with both signs, then 0 and 1. An edge
+    is an end plus a multiple of the step, rounded once. (bitsandbytes asks ``torch.linspace``, which rounds twice
+    where it was built without a fused multiplication: its table differs by up to two last places between machines.)
     """
-    table = [0.0, 1.0]
+
+    def edges(count: int) -> Tensor:
+        first, last = torch.tensor([0.1, 1.0])
+        step = ((last - first) / count).double()
+        index = torch.arange(count + 1, dtype=torch.float64)
+        halves = torch.where(index < (count + 1) // 2, first + step * index, last - step * (count - index))
+        return halves.float()
+
+    table = [torch.tensor([0.0, 1.0])]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        # the power of ten multiplies in float32, as there
-        middles = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-        table += [*middles, *(-m for m in middles)]
-    return torch.tensor(sorted(table), dtype=torch.float32)
+        e = edges(2**i)
+        middles = (e[:-1] + e[1:]) / 2 * torch.tensor(10.0 ** (i - 6))
+        table += [middles, -middles]
+    return torch.cat(table).sort().values
+
+
+@cache
+def scale_codes() -> Tensor:
+    """The code of a scale by where it lies in [-1, 1], uint8 [65536]: bitsandbytes' short cut to the nearest level.
+
+    Place i stands for the number -1 + 2 i / 65535 and has the level that is nearest to it, the one below on a tie.
+    Near zero, where levels lie closer than places, that is not the nearest to every number of the place.
+    """
+    table = scale_levels()
+    place = torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1
+    return torch.bucketize(place, (table[:-1] + table[1:]) / 2).to(torch.uint8)
