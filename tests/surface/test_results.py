@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ LINE = {
 def test_documents_show_the_last_results(page: Path) -> None:
     text = page.read_text(encoding="utf8")
     assert text == render.render(text), "run `python -m bench.render`"
+
+
+@pytest.mark.parametrize("name", ["blood-cells", "forgetting", "mini-1", "replay", "speed"])
+def test_no_measured_number_stands_outside_of_a_result(name: str) -> None:
+    text = (render.ROOT / "docs" / f"{name}.md").read_text(encoding="utf8")
+    assert not re.findall(r".*\d\.\d.*", render.BLOCK.sub("", text))
 
 
 def test_a_number_changed_by_hand_is_seen(tmp_path: Path) -> None:
