@@ -126,7 +126,7 @@ def check_weight(w: Tensor, levels: Tensor, block: int) -> None:
 
 def dequantise4(weight: Packed4, dtype: torch.dtype) -> Tensor:
     """The whole weight, [rows, columns] in ``dtype``."""
-    _float(dtype, "the weight")
+    check_dtype(dtype, "the weight")
     kernel = native.library()
     if kernel is None:
         return codec.decode(weight.value(dtype))
@@ -139,9 +139,7 @@ def dequantise4(weight: Packed4, dtype: torch.dtype) -> Tensor:
 def linear4(x: Tensor, weight: Packed4, bias: Tensor | None) -> Tensor:
     """x W^T + b, [..., rows] in the dtype of x [..., columns]."""
     fit(x, weight.columns, "x")
-    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (weight.rows,)):
-        given = f"bias {bias.dtype} {tuple(bias.shape)}"
-        raise QuantError("The bias does not fit.", given=given, allowed=f"{x.dtype} ({weight.rows},)")
+    fit_bias(bias, x.dtype, weight.rows)
     kernel = native.library()
     if kernel is None:
         return codec.linear(x, weight.value(x.dtype), bias)
@@ -219,16 +217,24 @@ def _arena() -> Tensor:
 _ALLOWED = "float32, bfloat16 or float16"
 
 
-def _float(dtype: torch.dtype, name: str) -> None:
+def check_dtype(dtype: torch.dtype, name: str) -> None:
+    """Raise QuantError for a dtype, that of ``name``, in which there is no 4-bit product."""
     if dtype not in native.DTYPES:
         raise QuantError(f"There is no 4-bit product in this dtype of {name}.", given=dtype, allowed=_ALLOWED)
 
 
 def fit(x: Tensor, size: int, name: str) -> None:
     """Raise QuantError where ``x`` (called ``name``) can not be multiplied with a weight of ``size`` numbers a line."""
-    _float(x.dtype, name)
+    check_dtype(x.dtype, name)
     if not x.ndim or x.shape[-1] != size:
         raise QuantError(f"{name} does not fit the 4-bit weight.", given=tuple(x.shape), allowed=f"(..., {size})")
+
+
+def fit_bias(bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
+    """Raise QuantError where ``bias`` can not be added to a product of ``rows`` numbers a line."""
+    if bias is not None and (bias.dtype is not dtype or bias.shape != (rows,)):
+        given = f"bias {bias.dtype} {tuple(bias.shape)}"
+        raise QuantError("The bias does not fit.", given=given, allowed=f"{dtype} ({rows},)")
 
 
 def _demand(code: int) -> None:
