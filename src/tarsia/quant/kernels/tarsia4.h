@@ -46,6 +46,10 @@ typedef struct {
     int threads;
 } tarsia4_team;
 
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
 int tarsia4_abi(void);
 
 /* 1 when the instruction set is compiled in and this processor and system run it, else 0. */
@@ -64,5 +68,9 @@ int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int6
  * few rows: every 16 of them read the weight once. */
 int tarsia4_rows(int isa, const tarsia4_weight *weight, const void *x, int dtype, int64_t m, const void *bias, void *out,
                  const tarsia4_team *team);
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 
 #endif

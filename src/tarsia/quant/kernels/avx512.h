@@ -1,0 +1,19 @@
+/* Shared by the two AVX-512 sources. */
+#ifndef TARSIA4_AVX512_H
+#define TARSIA4_AVX512_H
+
+#include "kernel.h"
+
+/* Of `kernel`, what does not multiply: the bits are fixed, so the BF16 instructions have no part in it. */
+void tarsia4_avx512_decode(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
+                           int dtype);
+int tarsia4_avx512_encode(const void *w, int dtype, int64_t blocks, const tarsia4_grid *grid, uint8_t *codes,
+                          float *absmax);
+void tarsia4_avx512_dot(const float *w, const float *x, int64_t stride, int64_t n, int64_t m, float *sums);
+
+/* Packed products take two blocks, 64 bytes, at a time. */
+enum { PAIR = 2 * VECTOR_BLOCK };
+
+static inline int64_t pairs_of(int64_t columns) { return (columns + PAIR - 1) / PAIR; }
+
+#endif

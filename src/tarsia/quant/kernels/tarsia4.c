@@ -1,0 +1,257 @@
+/* The public functions: arguments are checked, a kernel is taken, work is cut into ranges and spread over the team. */
+#include "tarsia4.h"
+
+#include "kernel.h"
+#include "team.h"
+
+#include <stdlib.h>
+
+enum { SCALES_AT_ONCE = 128, PIECE = 64 * VECTOR_BLOCK };
+
+int tarsia4_abi(void) { return TARSIA4_ABI; }
+
+/* The build says by TARSIA4_HAVE_... which sources it has compiled in. */
+static const tarsia4_kernel *kernel_of(int isa) {
+    switch (isa) {
+    case TARSIA4_PORTABLE: return &tarsia4_kernel_portable;
+#if defined(TARSIA4_HAVE_AVX2)
+    case TARSIA4_AVX2: return &tarsia4_kernel_avx2;
+#endif
+#if defined(TARSIA4_HAVE_AVX512)
+    case TARSIA4_AVX512: return &tarsia4_kernel_avx512;
+#endif
+#if defined(TARSIA4_HAVE_AVX512_BF16)
+    case TARSIA4_AVX512_BF16: return &tarsia4_kernel_avx512_bf16;
+#endif
+#if defined(TARSIA4_HAVE_NEON)
+    case TARSIA4_NEON: return &tarsia4_kernel_neon;
+#endif
+    default: return NULL;
+    }
+}
+
+static int executes(int isa) {
+#if defined(__x86_64__)
+    if (isa == TARSIA4_AVX2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == TARSIA4_AVX512)
+        return executes(TARSIA4_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (isa == TARSIA4_AVX512_BF16) return executes(TARSIA4_AVX512) && __builtin_cpu_supports("avx512bf16");
+#endif
+    return isa == TARSIA4_PORTABLE || isa == TARSIA4_NEON; /* every 64-bit ARM processor has NEON */
+}
+
+int tarsia4_supported(int isa) { return kernel_of(isa) && executes(isa); }
+
+static int known_dtype(int dtype) { return dtype >= TARSIA4_FLOAT32 && dtype <= TARSIA4_FLOAT16; }
+
+static int sound(const tarsia4_weight *w) {
+    if (!w || w->rows < 0 || w->columns < 0 || w->block <= 0 || w->block % 2) return 0;
+    if (w->rows && w->columns > INT64_MAX / 4 / w->rows) return 0;
+    if (w->rows * w->columns == 0) return 1;
+    return w->codes && w->levels && (w->absmax || (w->scale_codes && w->scale_levels && w->scale_absmax));
+}
+
+/* ---- quantise ---- */
+
+typedef struct {
+    const tarsia4_kernel *kernel;
+    const void *w;
+    int dtype, result;
+    int64_t n, block;
+    tarsia4_grid grid;
+    uint8_t *codes;
+    float *absmax;
+} encoding;
+
+static tarsia4_grid grid_of(const float *levels) {
+    tarsia4_grid grid;
+    for (int k = 0; k < 16; k++) {
+        int at = k;
+        for (; at > 0 && levels[grid.order[at - 1]] > levels[k]; at--) grid.order[at] = grid.order[at - 1];
+        grid.order[at] = (uint8_t)k;
+    }
+    for (int k = 0; k < 15; k++) grid.bounds[k] = (levels[grid.order[k]] + levels[grid.order[k + 1]]) / 2.0f;
+    grid.bounds[15] = bits_float(0x7f800000u);
+    return grid;
+}
+
+static void encode_blocks(void *data, int64_t first, int64_t last) {
+    encoding *job = data;
+    int64_t whole = job->n / job->block, vector = last < whole ? last : whole;
+    int result = TARSIA4_OK;
+    if (job->block == VECTOR_BLOCK && vector > first) {
+        result = job->kernel->encode(number_at(job->w, job->dtype, first * VECTOR_BLOCK), job->dtype, vector - first,
+                                     &job->grid, job->codes + first * VECTOR_BLOCK / 2, job->absmax + first);
+        first = vector;
+    }
+    for (int64_t b = first; b < last && result == TARSIA4_OK; b++) {
+        int64_t at = b * job->block, n = job->n - at < job->block ? job->n - at : job->block;
+        result = tarsia4_encode_block(job->w, job->dtype, at, n, n == job->block, &job->grid, job->codes + at / 2,
+                                      job->absmax + b);
+    }
+    if (result != TARSIA4_OK) __atomic_store_n(&job->result, result, __ATOMIC_RELAXED);
+}
+
+int tarsia4_quantise(int isa, const void *w, int dtype, int64_t n, int64_t block, const float *levels, uint8_t *codes,
+                     float *absmax, const tarsia4_team *team) {
+    if (!kernel_of(isa)) return TARSIA4_BAD_ISA;
+    if (!known_dtype(dtype) || n < 0 || block <= 0 || block % 2 || n > INT64_MAX - block) return TARSIA4_BAD_ARGUMENT;
+    if (n == 0) return TARSIA4_OK;
+    if (!w || !levels || !codes || !absmax) return TARSIA4_BAD_ARGUMENT;
+    encoding job = {kernel_of(isa), w, dtype, TARSIA4_OK, n, block, grid_of(levels), codes, absmax};
+    tarsia4_spread(team, (n + block - 1) / block, block, encode_blocks, &job);
+    return job.result;
+}
+
+/* ---- dequantise ---- */
+
+/* The scales of `count` whole 64-blocks from the one at number `first`; a block of 128, 192, ... lends its scale to each
+ * of them. */
+static const float *scales_of(const tarsia4_weight *weight, int64_t first, int64_t count, float *room) {
+    if (weight->absmax && weight->block == VECTOR_BLOCK) return weight->absmax + first / VECTOR_BLOCK;
+    for (int64_t k = 0; k < count; k++) room[k] = block_scale(weight, (first + k * VECTOR_BLOCK) / weight->block);
+    return room;
+}
+
+/* Numbers first..last-1 of the weight: whole 64-blocks by the kernel, the ends in plain C. */
+static void decode_range(const tarsia4_kernel *kernel, const tarsia4_weight *weight, int64_t first, int64_t last,
+                         void *out, int dtype) {
+    float room[SCALES_AT_ONCE];
+    int64_t size = number_size(dtype), at = (first + VECTOR_BLOCK - 1) / VECTOR_BLOCK * VECTOR_BLOCK;
+    if (weight->block % VECTOR_BLOCK || at + VECTOR_BLOCK > last) {
+        tarsia4_decode_span(weight, first, last, out, dtype);
+        return;
+    }
+    tarsia4_decode_span(weight, first, at, out, dtype);
+    while (at + VECTOR_BLOCK <= last) {
+        int64_t blocks = (last - at) / VECTOR_BLOCK;
+        if (blocks > SCALES_AT_ONCE) blocks = SCALES_AT_ONCE;
+        kernel->decode(weight->codes + at / 2, scales_of(weight, at, blocks, room), blocks, weight->levels,
+                       (char *)out + (at - first) * size, dtype);
+        at += blocks * VECTOR_BLOCK;
+    }
+    tarsia4_decode_span(weight, at, last, (char *)out + (at - first) * size, dtype);
+}
+
+/* Range i is `width` numbers from start + i * pitch, cut off at `limit`, and goes to out + i * stride. */
+typedef struct {
+    const tarsia4_kernel *kernel;
+    const tarsia4_weight *weight;
+    int64_t start, pitch, width, limit, stride;
+    char *out;
+    int dtype;
+} decoding;
+
+static void decode_ranges(void *data, int64_t first, int64_t last) {
+    const decoding *job = data;
+    for (int64_t i = first; i < last; i++) {
+        int64_t at = job->start + i * job->pitch, end = at + job->width;
+        decode_range(job->kernel, job->weight, at, end < job->limit ? end : job->limit,
+                     job->out + i * job->stride * number_size(job->dtype), job->dtype);
+    }
+}
+
+int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
+                       void *out, int dtype, int64_t stride, const tarsia4_team *team) {
+    if (!kernel_of(isa)) return TARSIA4_BAD_ISA;
+    if (!known_dtype(dtype) || !sound(weight)) return TARSIA4_BAD_ARGUMENT;
+    if (row0 < 0 || row1 < row0 || row1 > weight->rows) return TARSIA4_BAD_ARGUMENT;
+    if (col0 < 0 || col1 < col0 || col1 > weight->columns || stride < col1 - col0) return TARSIA4_BAD_ARGUMENT;
+    int64_t rows = row1 - row0, columns = weight->columns, width = col1 - col0, limit = row1 * columns;
+    if (rows == 0 || width == 0) return TARSIA4_OK;
+    if (!out) return TARSIA4_BAD_ARGUMENT;
+    decoding job = {kernel_of(isa), weight, row0 * columns + col0, columns, width, limit, stride, out, dtype};
+    if (width == columns && stride == columns) {
+        /* One long range: cut where it suits the kernel, so that a single long row is shared out too. */
+        job.pitch = job.width = job.stride = PIECE;
+        rows = (rows * columns + PIECE - 1) / PIECE;
+    }
+    tarsia4_spread(team, rows, job.width, decode_ranges, &job);
+    return TARSIA4_OK;
+}
+
+/* ---- few rows ---- */
+
+typedef struct {
+    const tarsia4_kernel *kernel;
+    const tarsia4_weight *weight;
+    const char *x; /* arranged, or plain float32 */
+    int64_t stride, m; /* bytes from row to row of x */
+    const void *bias;
+    void *out;
+    int dtype, packed;
+} product;
+
+static void packed_row(const product *job, int64_t row, int64_t i, int64_t m, float *sums) {
+    const tarsia4_weight *weight = job->weight;
+    float room[SCALES_AT_ONCE];
+    int64_t start = row * weight->columns, total = weight->columns / VECTOR_BLOCK;
+    for (int64_t done = 0; done < total; done += SCALES_AT_ONCE) {
+        int64_t blocks = total - done < SCALES_AT_ONCE ? total - done : SCALES_AT_ONCE;
+        int64_t at = start + done * VECTOR_BLOCK;
+        job->kernel->multiply(weight->codes + at / 2, scales_of(weight, at, blocks, room), blocks, weight->levels,
+                              job->x + i * job->stride + job->kernel->arranged(done * VECTOR_BLOCK), job->stride, m,
+                              sums);
+    }
+}
+
+static void decoded_row(const product *job, int64_t row, int64_t i, int64_t m, float *sums) {
+    float piece[1024];
+    int64_t columns = job->weight->columns, start = row * columns, stride = job->stride / (int64_t)sizeof(float);
+    const float *x = (const float *)job->x + i * stride;
+    for (int64_t at = 0; at < columns; at += 1024) {
+        int64_t n = columns - at < 1024 ? columns - at : 1024;
+        decode_range(job->kernel, job->weight, start + at, start + at + n, piece, TARSIA4_FLOAT32);
+        job->kernel->dot(piece, x + at, stride, n, m, sums);
+    }
+}
+
+static void product_rows(void *data, int64_t first, int64_t last) {
+    const product *job = data;
+    for (int64_t row = first; row < last; row++) {
+        float bias = job->bias ? load_number(job->bias, job->dtype, row) : 0.0f;
+        for (int64_t i = 0; i < job->m; i += ROWS_AT_ONCE) {
+            int64_t m = job->m - i < ROWS_AT_ONCE ? job->m - i : ROWS_AT_ONCE;
+            float sums[ROWS_AT_ONCE] = {0};
+            (job->packed ? packed_row : decoded_row)(job, row, i, m, sums);
+            for (int64_t k = 0; k < m; k++)
+                store_number(job->out, job->dtype, (i + k) * job->weight->rows + row, sums[k] + bias);
+        }
+    }
+}
+
+/* x once per call into the form that the kernel reads it in; NULL without memory. */
+static char *prepared(product *job, const void *x) {
+    int64_t columns = job->weight->columns;
+    job->stride = job->packed ? job->kernel->arranged(columns) : columns * (int64_t)sizeof(float);
+    job->stride = (job->stride + 63) / 64 * 64;
+    char *room = aligned_alloc(64, (size_t)(job->stride * job->m));
+    for (int64_t i = 0; room && i < job->m; i++) {
+        const void *from = number_at(x, job->dtype, i * columns);
+        char *to = room + i * job->stride;
+        if (job->packed) job->kernel->arrange(from, job->dtype, columns, to);
+        else
+            for (int64_t k = 0; k < columns; k++) ((float *)to)[k] = load_number(from, job->dtype, k);
+    }
+    return room;
+}
+
+int tarsia4_rows(int isa, const tarsia4_weight *weight, const void *x, int dtype, int64_t m, const void *bias, void *out,
+                 const tarsia4_team *team) {
+    if (!kernel_of(isa)) return TARSIA4_BAD_ISA;
+    if (!known_dtype(dtype) || !sound(weight) || m < 0) return TARSIA4_BAD_ARGUMENT;
+    if (m == 0 || weight->rows == 0) return TARSIA4_OK;
+    if (!out || (!x && weight->columns)) return TARSIA4_BAD_ARGUMENT;
+    /* The BF16 instruction multiplies bfloat16 alone. */
+    if (isa == TARSIA4_AVX512_BF16 && dtype != TARSIA4_BFLOAT16) isa = TARSIA4_AVX512;
+    product job = {.kernel = kernel_of(isa), .weight = weight, .m = m, .bias = bias, .out = out, .dtype = dtype};
+    job.packed = job.kernel->multiply && weight->columns % VECTOR_BLOCK == 0 && weight->block % VECTOR_BLOCK == 0;
+    char *room = prepared(&job, x);
+    if (!room && weight->columns) return TARSIA4_NO_MEMORY;
+    job.x = room;
+    tarsia4_spread(team, weight->rows, weight->columns * m, product_rows, &job);
+    free(room);
+    return TARSIA4_OK;
+}
