@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.run import RESULTS
+from tarsia.labs.frame.tables import Rows, markdown, part_of
 
 ROOT = RESULTS.parents[1]
 BLOCK = re.compile(r"(<!-- result: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -20,24 +21,11 @@ BLOCK = re.compile(r"(<!-- result: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re
 
 def table(line: dict[str, Any], part: str | None = None) -> str:
     """One line of results as Markdown: its values, then where they come from. Raises KeyError for an unknown part."""
-    values: dict[str, dict[str, float | str]] = line["values"]
-    if part is not None:
-        values = {name.removeprefix(f"{part}: "): row for name, row in values.items() if name.startswith(f"{part}: ")}
-        if not values:
-            raise KeyError(part)
-    columns = list(dict.fromkeys(column for row in values.values() for column in row))
-    head = f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}\n"
-    body = "".join(f"| {name} | {' | '.join(_cell(row, c) for c in columns)} |\n" for name, row in values.items())
+    values: Rows = line["values"]
+    shown = markdown(values if part is None else part_of(values, part))
     where = f"{line['processor']}, {line['cores']} cores, torch {line['versions']['torch']}"
     where += "".join(f", {name} {digest[:12]}" for name, digest in line.get("base", {}).items())
-    return (
-        f"{head}{body}\n<sub>bench/results/{line['case']}.jsonl: {line['at'][:10]}, {line['commit']}, {where}</sub>\n"
-    )
-
-
-def _cell(row: dict[str, float | str], column: str) -> str:
-    value = row.get(column, "")
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{shown}\n<sub>bench/results/{line['case']}.jsonl: {line['at'][:10]}, {line['commit']}, {where}</sub>\n"
 
 
 def render(text: str, results: Path = RESULTS) -> str:

@@ -21,7 +21,7 @@ BELOW = {
     "labs": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "base"},
     "cli": {
         *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "base"),
-        *("labs.demo", "labs.sources", "labs.chapters"),
+        *("labs.demo", "labs.sources", "labs.chapters", "labs.frame"),
     },
 }
 """Folder: what it may import of the others (a folder, or a name in it). Nothing imports cli; only cli imports labs."""
