@@ -24,7 +24,9 @@ from tarsia.core.errors import ConfigError, QuantError
 from tarsia.quant.levels import KINDS, bounds, levels, scale_codes, scale_levels
 
 BLOCK = 64
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST = 1e-38  # what a block of smaller numbers, or of zeros, is divided by
 
 
@@ -38,8 +40,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         levels(self.kind)
-        if self.block not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-            raise ConfigError("Blocks of this size are not made.", given=self.block, allowed="32, 64, 128, ... 4096")
+        if self.block not in BLOCKS:
+            allowed = ", ".join(map(str, BLOCKS))
+            raise ConfigError("Blocks of this size are not made.", given=self.block, allowed=allowed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +87,7 @@ def encode(weight: Tensor, scheme: Scheme) -> Quantised:
     Raises QuantError for a weight that is empty, is of another dtype, holds what is no finite number, or numbers so
     large that the mean of their scales is none.
     """
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not weight.numel():
+    if weight.dtype not in DTYPES or not weight.numel():
         raise QuantError(
             "This is no weight to be quantised.",
             given=f"{weight.dtype} {tuple(weight.shape)}",
@@ -149,11 +152,14 @@ def nest(scales: Tensor) -> tuple[Tensor, Tensor]:
     return scale_codes().to(scales.device)[place.view(-1)[: len(scales)]], nested
 
 
-def scales(value: Quantised) -> Tensor:
-    """The scale of each block, float32 [blocks]: as stored, or level * nested scale, rounded, + offset, rounded."""
+def scales(value: Quantised, table: Tensor | None = None) -> Tensor:
+    """The scale of each block, float32 [blocks]: as stored, or level * nested scale, rounded, + offset, rounded.
+
+    ``table``: 256 levels in place of the usual ones.
+    """
     if value.nested_scales is None or value.offset is None:
         return value.scales
-    fine = scale_levels().to(value.scales.device)[value.scales.long()]
+    fine = (scale_levels() if table is None else table).to(value.scales.device)[value.scales.long()]
     by_group = value.nested_scales.repeat_interleave(NESTED_BLOCK)[: len(fine)]
     return fine * by_group + value.offset
 
@@ -183,6 +189,8 @@ def linear(x: Tensor, value: Quantised, bias: Tensor | None = None) -> Tensor:
 
 __all__ = [
     "BLOCK",
+    "BLOCKS",
+    "DTYPES",
     "KINDS",
     "NESTED_BLOCK",
     "Quantised",
