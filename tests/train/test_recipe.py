@@ -45,7 +45,19 @@ REFUSED = {
     "steps and epochs": ({"epochs": 2}, "either steps or epochs", "epochs 2"),
     "neither": ({"steps": None}, "either steps or epochs", "neither"),
     "half a step of warm-up": ({"warmup": 2.5}, "warm-up", "2.5"),
-    "a decay that is none": ({"decay": "cosin"}, "'decay'", "'cosine'"),
+    "a decay that is none": ({"decay": "cosin"}, "'decay'", "did you mean cosine?"),
+    "a decay like no other": ({"decay": 3}, "'decay'", "allowed: cosine, linear, constant"),
+    "a scaling that is none": (lora(scaling="alpha/rr"), "'scaling'", "did you mean alpha/r?"),
+    "a word for a table": ({"features": "yes"}, "'features'", "write its keys below it: path, limit"),
+    "a size below 0": ({"features": {"path": "x", "limit": -5}}, "'features.limit'", "give more than 0"),
+    "a part without keys": ({"parts": ["lora"]}, "'parts.0'", "write its keys below it: method, select, lr"),
+    "one part, no list": ({"parts": "lora"}, "'parts'", "to do:   write a list"),
+    "a source of no rows": ({"data": {"train": [{"path": "a", "limit": 0}]}}, "'data.train.0.limit'", "more than 0"),
+    "a stream without an end": (
+        {"data": {"train": [{"path": "a", "streaming": True}]}},
+        "can not be used: streaming is for",
+        "limit",
+    ),
     "beta 1": ({"betas": [0.9, 1]}, "betas", "less than 1"),
     "no rate": ({"parts": [{"method": "lora", "select": "language", "lr": 0}]}, "lr", "greater than 0"),
     "no number at all": (
@@ -62,6 +74,25 @@ def test_refusals_name_the_key_and_help(change, names, helps):
         Recipe.of(VALUES | change)
     assert names in str(caught.value)
     assert helps in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, values, do",
+    [
+        ("batch", (True, "8", 2.5), "write a whole number, without quotes"), ("batch", (0, -3), "give more than 0"),
+        ("clip", ("much", [1]), "write a number, without quotes"), ("seed", (-1,), "give 0 or more"),
+        ("checkpointing", ("yes", 1), "write true or false"), ("variables", ("x",), "a table of keys and values"),
+        ("betas", ([0.9, 1],), "give less than 1"), ("betas", ([0.9] * 3,), "no more than 2"),
+        ("model", (3,), "write a text"), ("out", ("",), "not empty"),
+        ("data", (3,), "below it: train, eval, mix"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_or_range_says_what_to_write(key, values, do):
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            Recipe.of(VALUES | {key: value})
+        assert key in caught.value.what
+        assert do in (caught.value.do or ""), value
 
 
 def test_a_missing_key_is_named():

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from tarsia.core.errors import ConfigError
 from tarsia.data.mixture import allot
 from tarsia.data.sources import Source
+from tarsia.train.advice import advice
 from tarsia.train.reading import parse_value, read_yaml
 
 RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "full": 2e-5}
@@ -57,9 +58,12 @@ class PartRecipe(BaseModel):
             TypeAdapter(found.config).validate_json(json.dumps(self.options), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
+            where, (allowed, do) = _dotted(first["loc"]), advice(first)
             raise ConfigError(
-                f"The option {_dotted(first['loc'])!r} of the method {self.method!r} can not be used: {first['msg']}.",
+                f"The option {where!r} of the method {self.method!r} can not be used: {first['msg']}.",
                 given=repr(first["input"]),
+                allowed=allowed,
+                do=do,
             ) from None
         return found.configure(self.options)
 
@@ -261,7 +265,7 @@ class Recipe(BaseModel):
             # JSON mode takes a list for a tuple and still no string for a number
             return cls.model_validate_json(json.dumps(plain), strict=True)
         except ValidationError as error:
-            raise _refusal(error, cls) from None
+            raise _refusal(error, cls, plain) from None
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -378,19 +382,37 @@ def _dotted(location: Sequence[int | str]) -> str:
     return ".".join(map(str, location))
 
 
-def _refusal(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+def _place(location: Sequence[int | str], values: Any) -> tuple[int | str, ...]:
+    """``location`` without what pydantic adds to it: which type of several refused a value."""
+    place = []
+    for key in location:
+        if not isinstance(values, Mapping | list):
+            break
+        place.append(key)
+        values = (values if isinstance(values, Mapping) else dict(enumerate(values))).get(key)
+    return tuple(place)
+
+
+def _refusal(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> ConfigError:
     """The first thing that is wrong, with the nearest key where one is unknown or missing."""
     # a misspelt key is also a missing one: the misspelling is what helps
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    where, kind = _dotted(first["loc"]), first["type"]
+    place, kind = _place(first["loc"], values), first["type"]
+    where = _dotted(place)
     if kind == "extra_forbidden":
-        allowed = sorted(_fields(model, first["loc"][:-1]))
-        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, 1, 0.3)
+        known = sorted(_fields(model, place[:-1]))
+        near = difflib.get_close_matches(str(place[-1]), known, 1, 0.3)
         do = f"did you mean {near[0]}?" if near else "remove it"
-        return ConfigError(f"A recipe has no key {where!r}.", given=where, allowed=", ".join(allowed), do=do)
+        return ConfigError(f"A recipe has no key {where!r}.", given=where, allowed=", ".join(known), do=do)
     if kind == "missing":
         return ConfigError(f"The recipe's {where!r} is missing.", do=f"add {where}")
-    return ConfigError(f"The recipe's {where!r} can not be used: {first['msg']}.", given=repr(first["input"]))
+    allowed, way = advice(first)
+    if kind == "model_type":
+        way = f"write its keys below it: {', '.join(_fields(model, place))}"
+    what = first["msg"].removeprefix("Value error, ")
+    return ConfigError(
+        f"The recipe's {where!r} can not be used: {what}.", given=repr(first["input"]), allowed=allowed, do=way
+    )
 
 
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> Iterator[str]:
