@@ -15,7 +15,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from laws.worlds import Case, Inputs, logits, move
+from laws.worlds import Case, Inputs, logits, move, unpacked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +24,7 @@ from tarsia.core.errors import AttachError, RouteError
 from tarsia.core.patch import Patch
 from tarsia.core.segments import Segments
 from tarsia.core.site import Component, Kind, Role, Site
+from tarsia.quant.tensor import Weight4
 
 EXACT, CLOSE = 0.0, 1e-5
 
@@ -39,6 +40,8 @@ def check_close(given: Tensor, wanted: Tensor, tolerance: float, what: str) -> N
 
 
 def digest(tensor: Tensor) -> str:
+    if isinstance(tensor, Weight4):
+        return " ".join(digest(stored) for stored in tensor.value.tensors.values())
     return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -86,7 +89,7 @@ def outputs(model: nn.Module, sites: list[Site]) -> Iterator[dict[str, Tensor]]:
 
 def folded(case: Case, model: nn.Module, *names: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A bare model whose weights are those that the adapters fold into, in this order: the specification."""
-    bare = case.world.model().to(dtype)
+    bare = unpacked(case.world.model()).to(dtype)
     own = dict(bare.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name in names:
@@ -348,7 +351,7 @@ def law_offload(case: Case) -> None:
     """Offloaded by accelerate before or after, to memory or disk, patches act and go as ever."""
     live = case.moved()
     wanted, bare = logits(live, case.world.inputs), logits(case.world.model(), case.world.inputs)
-    for where in ("cpu", "disk"):
+    for where in ("cpu", "disk") if case.world.disk else ("cpu",):
         with tempfile.TemporaryDirectory() as folder:
             first = case.world.model()
             _offload(first, where, folder)

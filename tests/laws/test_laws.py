@@ -18,9 +18,9 @@ TEXT_ONLY = {"law_model_compiles"}  # a whole vision-language model has graph br
 CASES = [
     pytest.param(law, world, method, id=f"{name.removeprefix('law_')}-{world}-{method}")
     for name, law in laws.LAWS.items()
-    for world in ("text", "pictures", "experts")
+    for world in ("text", "packed", "pictures", "experts")
     for method in sorted(METHODS)
-    if world == "text" or name not in TEXT_ONLY
+    if world in ("text", "packed") or name not in TEXT_ONLY
 ]
 
 

@@ -16,8 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tarsia.anatomy import anatomy_of
 from tarsia.core.attach import Part, attach, patches
 from tarsia.core.method import METHODS, Method
+from tarsia.core.packed import Packed
 from tarsia.core.segments import Segments
 from tarsia.core.site import Component, Kind, Role, Site
+from tarsia.quant.codec import Scheme
+from tarsia.quant.tensor import Weight4
 
 Inputs = dict[str, Tensor]
 ROLES = {
@@ -37,9 +40,14 @@ class World:
     segments: Segments
     pictures: tuple[int, ...] = (0, 0, 0)
     mixture: bool = False
+    disk: bool = True
+    """Whether accelerate can write it to the disk: a tensor of several parts it can not."""
 
     def model(self) -> nn.Module:
         return deepcopy(_made(self)[0])
+
+    def parameter(self, name: str) -> Tensor:
+        return _made(self)[0].get_parameter(name)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -67,7 +75,8 @@ def worlds() -> dict[str, World]:
     text = World(
         "text", tied_llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Segments({"rows": (1, 1, 1)})
     )
-    return {"text": text, "pictures": _family("llava"), "experts": _family("qwen3_vl_moe")}
+    four = replace(text, name="packed", make=packed_llama, disk=False)
+    return {"text": text, "packed": four, "pictures": _family("llava"), "experts": _family("qwen3_vl_moe")}
 
 
 _CACHE: dict[str, tuple[nn.Module, tuple[Site, ...]]] = {}
@@ -114,6 +123,25 @@ def tied_llama() -> tuple[nn.Module, tuple[Site, ...]]:
     return _llama(tie_word_embeddings=True)
 
 
+def packed_llama() -> tuple[nn.Module, tuple[Site, ...]]:
+    """The same with its linear layers in 4 bits."""
+    model, sites = tied_llama()
+    for site in sites:
+        if site.kind is Kind.WEIGHT:
+            module = model.get_submodule(site.module)
+            module.weight = nn.Parameter(Weight4.of(module.weight, Scheme()), requires_grad=False)
+    return model, sites
+
+
+def unpacked(model: nn.Module) -> nn.Module:
+    """The model with every packed weight as its numbers."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if isinstance(value, Packed):
+                module._parameters[name] = nn.Parameter(value.dense(), requires_grad=False)
+    return model
+
+
 def _family(name: str) -> World:
     pictures = (0, 1, 3)
     family = FAMILIES[name]
@@ -143,6 +171,10 @@ class Case:
         config = replace(self.config or self.method.config(), **options)
         roles = self.method.roles
         live = [s for s in sites or self.world.sites if s.dead is None and s.kind in self.method.kinds]
+        if self.method.replaces:
+            live = [s for s in live if not isinstance(self.world.parameter(s.weight), Packed)]
+        if self.method.replaces:  # no word of a selection says which sites are packed
+            return [Part(self.name, "; ".join(f"@{s.path}" for s in live), config)]
         components = {s.component for s in live if roles is None or s.role in roles}
         return [Part(self.name, str(component), config) for component in sorted(components)]
 

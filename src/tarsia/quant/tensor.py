@@ -15,7 +15,7 @@ from tarsia.core.errors import QuantError
 from tarsia.core.packed import Packed
 from tarsia.quant import ops
 from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme, encode, scales
-from tarsia.quant.levels import levels
+from tarsia.quant.levels import levels as table
 
 _aten = torch.ops.aten
 
@@ -28,16 +28,25 @@ class Weight4(Packed):
     """
 
     value: Quantised
+    levels: Tensor
 
     @staticmethod
-    def __new__(cls, value: Quantised) -> Self:
+    def __new__(cls, value: Quantised | Weight4, levels: Tensor | None = None, *, requires_grad: bool = False) -> Self:
+        # accelerate makes a parameter anew by its class, from a tensor of that class
+        if again := isinstance(value, Weight4):
+            levels, value = value.levels, value.value
+        if requires_grad:
+            raise QuantError("A weight in 4 bits has no gradient.", do="train a method on it, or load it in 16 bits")
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, value.shape, dtype=value.dtype, device=value.codes.device, requires_grad=False
         )
         made.value = value
+        made.levels = table(value.scheme.kind).to(made.device) if levels is None else levels
+        if again:
+            made._is_param = True
         return made  # type: ignore[no-any-return]
 
-    def __init__(self, value: Quantised) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
     @classmethod
@@ -48,19 +57,21 @@ class Weight4(Packed):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         value = self.value
         rows = math.prod(value.shape[:-1])
-        flat = torch.ops.tarsia.dequantise4(*arguments(value, rows), dtype or value.dtype)
+        flat = torch.ops.tarsia.dequantise4(*arguments(self, rows), dtype or value.dtype)
         return flat.view(value.shape)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Weight4({tuple(self.shape)}, {self.value.scheme.kind}, for {self.dtype}, {self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = [*self.value.tensors]
-        return names, self.value
+        # the levels too: a compiled graph takes no tensor from elsewhere
+        value = self.value
+        return [*value.tensors, "levels"], (value.scheme, value.shape, value.dtype)
 
     @classmethod
-    def __tensor_unflatten__(cls, inner: Mapping[str, Tensor], value: Quantised, *_: Any) -> Self:
-        return cls(value.having(inner))
+    def __tensor_unflatten__(cls, inner: Mapping[str, Tensor], rest: tuple[Any, ...], *_: Any) -> Self:
+        nested = inner.get("nested_scales"), inner.get("offset")
+        return cls(Quantised(inner["codes"], inner["scales"], *nested, *rest), inner["levels"])
 
     def __getattr__(self, name: str) -> Tensor:
         # what __tensor_flatten__ names is looked up on the tensor itself
@@ -90,11 +101,11 @@ class Weight4(Packed):
         return handler(*args, **(kwargs or {}))
 
 
-def arguments(value: Quantised, rows: int) -> tuple[Any, ...]:
-    """``value`` as the operators of ``ops`` take a weight of ``rows`` rows."""
-    table = levels(value.scheme.kind).to(value.codes.device)
+def arguments(weight: Weight4, rows: int) -> tuple[Any, ...]:
+    """``weight`` as the operators of ``ops`` take one of ``rows`` rows."""
+    value = weight.value
     stored = (value.codes, value.scales, value.nested_scales, value.offset)
-    return (*stored, table, value.scheme.block, rows, value.shape[-1])
+    return (*stored, weight.levels, value.scheme.block, rows, value.shape[-1])
 
 
 def _matrix(weight: Any, what: str) -> tuple[Any, ...]:
@@ -105,7 +116,7 @@ def _matrix(weight: Any, what: str) -> tuple[Any, ...]:
             allowed="x @ weight.T as linear(x, weight), y @ weight, with a weight of two dimensions",
             do="choose an expert by weight[i], or use weight.dense()",
         )
-    return arguments(weight.value, weight.shape[0])
+    return arguments(weight, weight.shape[0])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,11 +128,11 @@ def _product(y: Tensor, weight: Tensor) -> Tensor:
 
 
 def _keep(weight: Weight4, *_: Any, **__: Any) -> Weight4:
-    return Weight4(weight.value)
+    return Weight4(weight.value, weight.levels)
 
 
 def _clone(weight: Weight4, **_: Any) -> Weight4:
-    return Weight4(weight.value.having({name: t.clone() for name, t in weight.value.tensors.items()}))
+    return Weight4(weight.value.having({name: t.clone() for name, t in weight.value.tensors.items()}), weight.levels)
 
 
 def _to(weight: Weight4, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Weight4:
@@ -151,7 +162,10 @@ def _part(value: Quantised, first: int, last: int) -> Quantised:
     stored = {"codes": value.codes[first // 2 : last // 2]}
     if value.nested_scales is not None and first % (block * NESTED_BLOCK) == 0:
         low, high = first // (block * NESTED_BLOCK), -(-last // (block * NESTED_BLOCK))
-        stored |= {"scales": value.scales[first // block : last // block], "nested_scales": value.nested_scales[low:high]}
+        stored |= {
+            "scales": value.scales[first // block : last // block],
+            "nested_scales": value.nested_scales[low:high],
+        }
         return value.having(stored, shape=value.shape[1:])
     flat = scales(value)[first // block : last // block]
     scheme = replace(value.scheme, nested=False)
