@@ -15,7 +15,7 @@ from torch import nn
 from tarsia.core.errors import AttachError
 from tarsia.core.method import METHODS, find
 from tarsia.core.packed import Packed
-from tarsia.core.patch import Ground, Patch, Tied
+from tarsia.core.patch import Ground, Origin, Patch, Tied
 from tarsia.core.segments import Route, Segments
 from tarsia.core.select import named
 from tarsia.core.site import Component, Kind, Role, Site
@@ -49,11 +49,18 @@ class Covered:
 
 @torch.inference_mode(False)
 def attach(
-    model: nn.Module, sites: Sequence[Site], parts: Sequence[Part], *, name: str = "default", seed: int = 0
+    model: nn.Module,
+    sites: Sequence[Site],
+    parts: Sequence[Part],
+    *,
+    name: str = "default",
+    seed: int = 0,
+    origin: Origin | None = None,
 ) -> tuple[Covered, ...]:
     """Create the patches of ``parts`` and let them act; the base is frozen.
 
-    Returns the coverage. Nothing is changed where a part's selection fails, or two parts claim one site.
+    ``origin`` gives a packed weight as it was, for methods that start from there. Returns the coverage. Nothing is
+    changed where a part's selection fails, or two parts claim one site.
     """
     if not parts:
         raise AttachError("An adapter needs at least one part.", do='for example method "lora" on "language.*.{q,v}"')
@@ -65,7 +72,7 @@ def attach(
     made = []
     for part, site in chosen:
         module = model.get_submodule(site.module)
-        ground = Ground(module, site, module.forward)
+        ground = Ground(module, site, module.forward, source=origin)
         made.append((site, part.method, find(part.method).patch.create(site, part.config, ground, generator)))
     install(model, [(site, patch) for site, _, patch in made], name=name)
     return _coverage(model, made, [(part.method, site) for part, site in claimed if site.dead])
@@ -158,9 +165,17 @@ def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
 
 
 def _numbers(model: nn.Module, chosen: Sequence[tuple[Part, Site]]) -> None:
-    """Raise AttachError where a method would train the numbers of a weight that has other bytes."""
+    """Raise AttachError where a method needs a weight's own numbers and it is packed, or the reverse."""
     for part, site in chosen:
-        if find(part.method).replaces and isinstance(model.get_parameter(site.weight), Packed):
+        packed = isinstance(model.get_parameter(site.weight), Packed)
+        if find(part.method).corrects and not packed:
+            raise AttachError(
+                f"{site.path} is not quantised: there is no error to correct.",
+                given=part.method,
+                allowed=", ".join(sorted(name for name, method in METHODS.items() if not method.corrects)),
+                do="choose one of these, or open the base in 4 bits",
+            )
+        if find(part.method).replaces and packed:
             raise AttachError(
                 f"{site.path} is quantised: there are no numbers of its own to train.",
                 given=part.method,

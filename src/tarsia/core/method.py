@@ -24,7 +24,7 @@ class Method:
     sites that were selected. ``kinds`` are the kinds of site it patches and ``roles`` those it
     takes where a selection names none (None: all). ``folds``: the patch can be written as a change of
     (W, b). ``identity``: a new patch changes nothing. ``batches``: rows of different adapters share one pass.
-    ``replaces``: it trains numbers in the base's place, so there is none over a weight that is packed.
+    What a packed weight is to it, ``replaces`` and ``corrects``, its patch says.
     """
 
     name: str
@@ -35,11 +35,18 @@ class Method:
     roles: frozenset[Role] | None
     folds: bool
     identity: bool
-    replaces: bool = False
 
     @property
     def batches(self) -> bool:
         return hasattr(self.patch, "batched")
+
+    @property
+    def replaces(self) -> bool:
+        return self.patch.replaces
+
+    @property
+    def corrects(self) -> bool:
+        return self.patch.corrects
 
     def configure(self, values: Mapping[str, Any]) -> Any:
         """Build the method's configuration. Raises ConfigError for an unknown or unusable value."""
@@ -65,7 +72,6 @@ def method(
     roles: Collection[Role] | None = None,
     folds: bool,
     identity: bool,
-    replaces: bool = False,
 ) -> Callable[[type[Patch]], type[Patch]]:
     """Register a patch class as a method. ``source`` names the paper and the equation."""
 
@@ -73,7 +79,7 @@ def method(
         if name in METHODS:
             raise ValueError(f"two methods are called {name!r}")
         chosen = None if roles is None else frozenset(roles)
-        METHODS[name] = Method(name, patch, config, source, frozenset(kinds), chosen, folds, identity, replaces)
+        METHODS[name] = Method(name, patch, config, source, frozenset(kinds), chosen, folds, identity)
         return patch
 
     return register

@@ -16,6 +16,8 @@ from tarsia.core.packed import Packed
 from tarsia.core.site import Kind, Site
 
 Forward = Callable[..., Any]
+Origin = Callable[[Site], Tensor]
+"""The weight of a site as it was before it was packed, [out, in], in any dtype and on any device."""
 Keywords = Mapping[str, Any]
 _NONE: Keywords = MappingProxyType({})
 
@@ -29,6 +31,10 @@ class Base(Protocol):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias without this patch, dequantised and brought from the disk if need be."""
+        ...
+
+    def origin(self) -> Tensor:
+        """The weight as it was before it was packed. Raises AttachError where nobody has it."""
         ...
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -46,9 +52,14 @@ class Patch(nn.Module):
     ``fold`` is the specification: how the patch changes (W, b). ``forward`` goes through it unless a
     faster one is written, which must agree. Attributes of type float, int or bool named in ``constants``
     are saved beside the tensors and never derived again (an effective scale, for one).
+
+    A patch that ``replaces`` trains numbers in the base's place: it has no place at a weight that is packed. One that
+    ``corrects`` starts from what packing took away: it goes over a packed weight alone, whose origin can be had.
     """
 
     constants: tuple[str, ...] = ()
+    replaces: bool = False
+    corrects: bool = False
 
     @classmethod
     def create(cls, site: Site, config: Any, base: Base, generator: torch.Generator) -> Self:
@@ -94,18 +105,41 @@ class Tied(Patch):
 class Ground:
     """The module itself, as the lowest base of one call with these arguments; ``x`` takes the first's place."""
 
-    __slots__ = ("args", "below", "keywords", "module", "site")
+    __slots__ = ("args", "below", "keywords", "module", "site", "source")
 
     def __init__(
-        self, module: nn.Module, site: Site, below: Forward, args: tuple[Any, ...] = (), keywords: Keywords = _NONE
+        self,
+        module: nn.Module,
+        site: Site,
+        below: Forward,
+        args: tuple[Any, ...] = (),
+        keywords: Keywords = _NONE,
+        source: Origin | None = None,
     ) -> None:
         self.module, self.site, self.below, self.args, self.keywords = module, site, below, args, keywords
+        self.source = source
 
     def __call__(self, x: Any) -> Any:
         return self.below(*((x, *self.args[1:]) if self.args else ()), **self.keywords)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return dense(self.module, self.site)
+
+    def origin(self) -> Tensor:
+        if self.source is None:
+            raise AttachError(
+                f"The weight of {self.site.path} before it was quantised is not at hand.",
+                do="attach(..., origin=host.origin), where the host was opened from 16-bit files",
+            )
+        weight = self.source(self.site)
+        if tuple(weight.shape) != self.site.shape or not weight.is_floating_point():
+            raise AttachError(
+                f"That is not the weight of {self.site.path} before it was quantised.",
+                given=f"{weight.dtype} {tuple(weight.shape)}",
+                allowed=f"floating-point numbers {self.site.shape}",
+                do="read it from the files that the base was quantised from",
+            )
+        return weight
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Any) -> Any:
         if self.site.kind is Kind.WEIGHT:
@@ -142,6 +176,9 @@ class Over:
     def dense(self) -> tuple[Tensor, Tensor | None]:
         with loaded(self.patch):
             return self.patch.fold(*self.base.dense())
+
+    def origin(self) -> Tensor:
+        return self.base.origin()
 
     def apply(self, weight: Tensor, bias: Tensor | None, x: Any) -> Any:
         return self.base.apply(weight, bias, x)

@@ -27,10 +27,11 @@ class FullConfig:
     kinds=frozenset(Kind),
     folds=True,
     identity=True,
-    replaces=True,
 )
 class Full(Patch):
     """W' and b' are trained copies; the base's own bytes stay as they are."""
+
+    replaces = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

@@ -67,6 +67,12 @@ class LoRAConfig:
         return rank, alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
 
 
+def drawn(rank: int, into: int, generator: torch.Generator) -> Tensor:
+    """A as LoRA starts it, [rank, into]: uniform within 1 / sqrt(into)."""
+    bound = 1 / math.sqrt(into)
+    return torch.empty(rank, into).uniform_(-bound, bound, generator=generator)
+
+
 def _last(table: Mapping[str, Any], path: str, default: Any) -> Any:
     return next((v for glob, v in reversed(list(table.items())) if fnmatchcase(path, glob)), default)
 
@@ -93,9 +99,7 @@ class LoRA(Patch):
     def create(cls, site: Site, config: LoRAConfig, base: Base, generator: torch.Generator) -> Self:
         rank, scale = config.scale(site)
         out, into = site.shape
-        bound = 1 / math.sqrt(into)
-        a = torch.empty(rank, into).uniform_(-bound, bound, generator=generator)
-        return cls(a, torch.zeros(out, rank), scale, config.dropout)
+        return cls(drawn(rank, into, generator), torch.zeros(out, rank), scale, config.dropout)
 
     @classmethod
     def restore(cls, site: Site, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Any]) -> Self:
@@ -108,21 +112,37 @@ class LoRA(Patch):
             )
         return cls(torch.empty(a), torch.empty(b), **constants)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] of the change scale * B A, in the masters' dtype."""
+        return self.A, self.B
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        a, b = self.factors()
         # in the wider of the two: an adapter of half precision must not round the base
-        wide = torch.promote_types(weight.dtype, self.B.dtype)
-        return (weight.to(wide) + self.scale * (self.B.to(wide) @ self.A.to(wide))).to(weight.dtype), bias
+        wide = torch.promote_types(weight.dtype, b.dtype)
+        return (weight.to(wide) + self.scale * (b.to(wide) @ a.to(wide))).to(weight.dtype), bias
 
     def update(self, x: Tensor) -> Tensor:
         """scale * B A x for x [..., in], in the dtype of x."""
+        a, b = self.factors()
         x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.scale * self.B.to(x.dtype))
+        return F.linear(F.linear(x, a.to(x.dtype)), self.scale * b.to(x.dtype))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         frozen = None if self.dropout and self.training else base.linear(x)
         if frozen is None:
             return base(x) + self.update(x)
-        return low_rank(x, *frozen, self.A, self.B, self.scale)
+        return low_rank(x, *frozen, *self.factors(), self.scale)
+
+    @staticmethod
+    def to_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A [r, in] and B [out, r] with the whole change scale * B A, from which every tensor comes back."""
+        return dict(tensors)
+
+    @staticmethod
+    def from_lora(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The patch's tensors again, to the bit."""
+        return dict(factors)
 
     @staticmethod
     def batched(patches: Sequence[tuple[LoRA, Tensor]], x: Tensor, base: Base) -> Tensor:
