@@ -1,14 +1,10 @@
 """The four operators on the processor: checked, then by the compiled kernel, or by the slow reference.
 
-Products with few rows read the packed weight once and never unpack it to memory. With many, tiles of the weight are
-unpacked into one buffer, which stays in the processor's cache and is used again and again, and are multiplied by torch:
-what is large and new costs more in page faults than its arithmetic does.
+A product with few rows reads the packed weight once and never unpacks it to memory; ``tiles`` has those with many.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,16 +12,11 @@ import torch
 from torch import Tensor
 
 from tarsia.core.errors import QuantError
-from tarsia.quant import codec, native
+from tarsia.quant import codec, native, tiles
 from tarsia.quant.levels import KINDS, levels, scale_levels
 
-ARENA = 1 << 20
-"""Bytes of the buffer that a tile of the weight is unpacked into: half of a core's second cache."""
-
-FEW = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
-"""Up to how many rows the product reads the packed weight."""
-
-_local = threading.local()
+FEW = 24
+"""Up to how many rows a product reads the packed weight: every 16 of them cost as much again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +102,7 @@ def quantise4(w: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tensor]:
         given = f"{int((~w.isfinite()).sum())} of {n}"
         do = "fetch the checkpoint again, or leave this layer in 16 bits"
         raise QuantError("The weight holds numbers that are not finite.", given=given, do=do)
-    _demand(done)
+    tiles.demand(done)
     return codes, absmax
 
 
@@ -132,7 +123,7 @@ def dequantise4(weight: Packed4, dtype: torch.dtype) -> Tensor:
         return codec.decode(weight.value(dtype))
     out = torch.empty((weight.rows, weight.columns), dtype=dtype)
     whole = ((0, weight.rows), (0, weight.columns))
-    _demand(kernel.dequantise(weight.packed(), *whole, out.data_ptr(), dtype, weight.columns))
+    tiles.demand(kernel.dequantise(weight.packed(), *whole, out.data_ptr(), dtype, weight.columns))
     return out
 
 
@@ -147,13 +138,13 @@ def linear4(x: Tensor, weight: Packed4, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], weight.rows), dtype=x.dtype)
     m = x.numel() // weight.columns
-    if m > FEW[x.dtype]:
-        _many(kernel, packed, x.view(m, -1), bias, y.view(m, -1))
+    if m > FEW:
+        tiles.forward(kernel, packed, x.view(m, -1), bias, y.view(m, -1))
     elif m:
         if bias is not None:
             bias = bias.contiguous()
         address = None if bias is None else bias.data_ptr()
-        _demand(kernel.rows(packed, x.data_ptr(), x.dtype, m, address, y.data_ptr()))
+        tiles.demand(kernel.rows(packed, x.data_ptr(), x.dtype, m, address, y.data_ptr()))
     return y
 
 
@@ -167,51 +158,8 @@ def product4(y: Tensor, weight: Packed4) -> Tensor:
     x = torch.empty((*y.shape[:-1], weight.columns), dtype=y.dtype)
     m = y.numel() // weight.rows
     if m:
-        _back(kernel, packed, y.reshape(m, -1), x.view(m, -1))
+        tiles.backward(kernel, packed, y.reshape(m, -1), x.view(m, -1))
     return x
-
-
-def _many(kernel: native.Kernel, packed: bytes, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y = x W^T + b by tiles of whole rows of W."""
-    columns = x.shape[1]
-    for (first, last), tile in _tiles(y.shape[1], columns, x.dtype):
-        unpacked = tile.view(last - first, columns)
-        _demand(kernel.dequantise(packed, (first, last), (0, columns), unpacked.data_ptr(), x.dtype, columns))
-        if bias is None:
-            torch.mm(x, unpacked.t(), out=y[:, first:last])
-        else:
-            torch.addmm(bias[first:last], x, unpacked.t(), out=y[:, first:last])
-
-
-def _back(kernel: native.Kernel, packed: bytes, y: Tensor, x: Tensor) -> None:
-    """x = y W by tiles of columns of W: each sum is whole, and rounded once."""
-    rows = y.shape[1]
-    for (first, last), tile in _tiles(x.shape[1], rows, x.dtype):
-        unpacked = tile.view(rows, last - first)
-        address = unpacked.data_ptr()
-        _demand(kernel.dequantise(packed, (0, rows), (first, last), address, x.dtype, last - first))
-        torch.mm(y, unpacked, out=x[:, first:last])
-
-
-def _tiles(count: int, size: int, dtype: torch.dtype) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Cut ``count`` lines of ``size`` numbers into tiles that the arena holds: first, behind the last, and room."""
-    arena = _arena()
-    step = max(64, ARENA // (size * dtype.itemsize) // 64 * 64)
-    room = min(step, count) * size * dtype.itemsize
-    if len(arena) < room:
-        arena = _local.arena = torch.empty(room, dtype=torch.uint8)
-    numbers = arena[: len(arena) // dtype.itemsize * dtype.itemsize].view(dtype)
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        yield (first, last), numbers[: (last - first) * size]
-
-
-def _arena() -> Tensor:
-    """This thread's buffer."""
-    found: Tensor | None = getattr(_local, "arena", None)
-    if found is None:
-        found = _local.arena = torch.empty(ARENA, dtype=torch.uint8)
-    return found
 
 
 _ALLOWED = "float32, bfloat16 or float16"
@@ -235,8 +183,3 @@ def fit_bias(bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
     if bias is not None and (bias.dtype is not dtype or bias.shape != (rows,)):
         given = f"bias {bias.dtype} {tuple(bias.shape)}"
         raise QuantError("The bias does not fit.", given=given, allowed=f"{dtype} ({rows},)")
-
-
-def _demand(code: int) -> None:
-    if code:
-        raise QuantError("The kernel refused its arguments.", given=f"code {code}", do="report this: they were checked")

@@ -1,0 +1,127 @@
+"""Products with many rows: tiles of the weight, unpacked one after another into one buffer, multiplied by torch.
+
+What is large and new costs more in page faults than its arithmetic does, and what leaves the cache is read from memory
+again. So the buffer, one for each thread of Python, is small and stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tarsia.core.errors import QuantError
+from tarsia.quant.native import Kernel
+
+ARENA = 1 << 20
+"""Bytes of the buffer: half of a core's second cache, or all of an older one's. Measured among 1/4 to 4 MiB."""
+
+GRAIN = 64
+"""Tiles begin at multiples of this many numbers: where blocks of scales do, and products are fast."""
+
+ROUNDINGS = 4
+"""At most so many times a sum of half precision is rounded on its way."""
+
+Span = tuple[int, int]
+"""From the first to behind the last."""
+
+_FLAGS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"}}
+"""What a processor that multiplies in this dtype itself says of itself (Linux)."""
+
+_local = threading.local()
+
+
+@cache
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the products of ``dtype`` are made: its own, or float32 where the processor only emulates it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text(encoding="utf8").split()) if cpuinfo.exists() else set()
+    return dtype if flags & _FLAGS.get(dtype, flags) else torch.float32
+
+
+def forward(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y [m, rows] = x [m, columns] W^T + bias, all of one dtype."""
+    work = working_dtype(x.dtype)
+    if work is not x.dtype:
+        wide = torch.empty(y.shape, dtype=work)
+        forward(kernel, weight, x.to(work), None if bias is None else bias.to(work), wide)
+        y.copy_(wide)
+        return
+    for rows, spans in forward_tiles(y.shape[1], x.shape[1], work):
+        out = y[:, slice(*rows)]
+        for columns in spans:
+            tile = _unpack(kernel, weight, rows, columns, work).t()
+            part = x[:, slice(*columns)]
+            if columns[0]:
+                out.addmm_(part, tile)
+            elif bias is None:
+                torch.mm(part, tile, out=out)
+            else:
+                torch.addmm(bias[slice(*rows)], part, tile, out=out)
+
+
+def backward(kernel: Kernel, weight: bytes, y: Tensor, x: Tensor) -> None:
+    """x [m, columns] = y [m, rows] W, both of one dtype."""
+    work = working_dtype(y.dtype)
+    if work is not y.dtype:
+        wide = torch.empty(x.shape, dtype=work)
+        backward(kernel, weight, y.to(work), wide)
+        x.copy_(wide)
+        return
+    for columns, spans in backward_tiles(y.shape[1], x.shape[1], work):
+        out = x[:, slice(*columns)]
+        for rows in spans:
+            tile = _unpack(kernel, weight, rows, columns, work)
+            part = y[:, slice(*rows)]
+            if rows[0]:
+                out.addmm_(part, tile)
+            else:
+                torch.mm(part, tile, out=out)
+
+
+@lru_cache(maxsize=256)
+def forward_tiles(rows: int, columns: int, dtype: torch.dtype) -> list[tuple[Span, list[Span]]]:
+    """Spans of rows, each with the spans of columns that are summed. In half precision a sum is made whole."""
+    numbers = ARENA // dtype.itemsize
+    spans = _cut(columns, 512 if dtype is torch.float32 else columns)
+    return [(span, spans) for span in _cut(rows, numbers // (spans[0][1] - spans[0][0]))]
+
+
+@lru_cache(maxsize=256)
+def backward_tiles(rows: int, columns: int, dtype: torch.dtype) -> list[tuple[Span, list[Span]]]:
+    """Spans of columns, each with the spans of rows that are summed. In half precision there are few of these."""
+    numbers = ARENA // dtype.itemsize
+    spans = _cut(rows, 128 if dtype is torch.float32 else max(1024, -(-rows // ROUNDINGS)))
+    return [(span, spans) for span in _cut(columns, numbers // (spans[0][1] - spans[0][0]))]
+
+
+def _cut(count: int, most: int) -> list[Span]:
+    """``count`` in pieces of about ``most``, alike but for the last, each beginning at a multiple of the grain."""
+    pieces = -(-count // max(most, GRAIN))
+    step = -(-count // (pieces * GRAIN)) * GRAIN
+    return [(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _unpack(kernel: Kernel, weight: bytes, rows: Span, columns: Span, dtype: torch.dtype) -> Tensor:
+    """The tile rows x columns of the weight, in this thread's buffer: until the next one."""
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    room = _arena(height * width * dtype.itemsize)
+    demand(kernel.dequantise(weight, rows, columns, room.data_ptr(), dtype, width))
+    return room[: height * width * dtype.itemsize].view(dtype).view(height, width)
+
+
+def _arena(room: int) -> Tensor:
+    """This thread's buffer, of ``room`` bytes at least."""
+    found: Tensor | None = getattr(_local, "arena", None)
+    if found is None or len(found) < room:
+        found = _local.arena = torch.empty(max(room, ARENA), dtype=torch.uint8)
+    return found
+
+
+def demand(code: int) -> None:
+    """Raise QuantError for what the kernel does not take."""
+    if code:
+        raise QuantError("The kernel refused its arguments.", given=f"code {code}", do="report this: they were checked")
