@@ -137,6 +137,13 @@ def test_limit_name_columns_and_ignored(tmp_path: Path) -> None:
     assert "promt" in str(error.value) and "prompt, completion" in str(error.value)
 
 
+def test_a_source_without_rows_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(DataError, match="The source a has no rows") as caught:
+        read(Source(path=str(tmp_path / "a.jsonl")))
+    assert caught.value.do == "fill it, or take the source out"
+
+
 def test_a_source_is_a_frozen_description() -> None:
     source = Source(path="hub:owner/name")
     assert source.title == "name"
@@ -204,6 +211,18 @@ def test_the_hub_is_asked_for_name_and_split(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(DataError, match="hub: offline"):
         read(Source(path="hub:owner/name", split="none"))
     assert asked == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "none")]
+
+
+def test_a_picture_of_the_hub_is_not_looked_for_in_the_folder_of_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list(paths(tmp_path)))
+    monkeypatch.chdir(tmp_path)  # where files of these names happen to be
+    rows = read(Source(path="hub:owner/name"))
+    assert not rows[0].pictures
+    with pytest.raises(DataError, match="Row 1 of name: a picture is named by its path") as caught:
+        rows[1]
+    assert caught.value.given == "0.png" and caught.value.do
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -68,12 +68,14 @@ class Source(BaseModel):
 class Rows(Sequence[Sample]):
     """The samples of one source, in the source's order; a row is read when it is asked for."""
 
-    def __init__(self, source: Source, table: Table, folder: Path, entry: Entry | None = None) -> None:
+    def __init__(self, source: Source, table: Table, folder: Path | None, entry: Entry | None = None) -> None:
         self.source, self._table, self._folder, self._entry = source, table, folder, entry
         limit = min(filter(None, (source.limit, entry.limit if entry else None)), default=None)
         self._length = min(len(table), limit or len(table))
         if not self._length:
-            raise DataError(f"The source {source.title} has no rows.", given=source.path)
+            raise DataError(
+                f"The source {source.title} has no rows.", given=source.path, do="fill it, or take the source out"
+            )
 
     def __len__(self) -> int:
         return self._length
@@ -168,12 +170,13 @@ def _with_pictures(whole: str, pictures: Mapping[Path, Picture]) -> str:
     return total.hexdigest()
 
 
-def _hash(files: Iterable[Path], folder: Path) -> str:
+def _hash(files: Iterable[Path], folder: Path | None) -> str:
     contents = [(file, _content(file)) for file in files]
     if len(contents) == 1:
         return contents[0][1]
     lines = (
-        f"{file.relative_to(folder) if folder in file.parents else file.name} {content}\n" for file, content in contents
+        f"{file.relative_to(folder) if folder and folder in file.parents else file.name} {content}\n"
+        for file, content in contents
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -193,8 +196,8 @@ def read(source: Source) -> Rows:
     if path.startswith(hub.HUB):
         if source.streaming and source.limit:
             parts = hub.spool(path, split, subset, source.revision, source.limit)
-            return Rows(source, Parquet(parts, source.title), Path())
-        return Rows(source, Arrow(hub.load(path, split, subset, source.revision)), Path(), entry)
+            return Rows(source, Parquet(parts, source.title), None)
+        return Rows(source, Arrow(hub.load(path, split, subset, source.revision)), None, entry)
     table, folder = _local(source, Path(path), split)
     return Rows(source, table, folder, entry)
 

@@ -71,7 +71,7 @@ def examine(
     for name, members in sources.items():
         rows = tuple(members)
         if not rows:
-            raise DataError(f"The source {name} has no rows.")
+            raise DataError(f"The source {name} has no rows.", do="fill it, or take the source out")
         choice, origin = _choice(name, rows, (answers or {}).get(name), judge)
         heard[name] = say(host, rows, asking.max_new_tokens, asking.batch)
         scored = chances(host, rows, choice, asking.batch)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -87,7 +88,13 @@ def read_picture(value: object, place: Place) -> Picture:
         value = unquote_to_bytes(urlsplit(value).path).decode(errors="replace")
     if "://" in value:
         raise place.error("pictures are not downloaded.", given=value, do="download it, and give its path")
-    path = place.folder / value
+    if place.folder is None and not Path(value).is_absolute():
+        raise place.error(
+            "a picture is named by its path, and rows of the hub have no folder that it could start from.",
+            given=value,
+            do="download the data set with its pictures, and give the path of its file or folder",
+        )
+    path = (place.folder or Path()) / value
     return Picture(path, str(path), place.source, place.row)
 
 

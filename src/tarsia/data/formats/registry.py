@@ -19,14 +19,15 @@ _UNSEEN: Final = ("video", "videos", "audio", "audios")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row stands: its source's name, its number from 0, and the folder that paths start from.
+    """Where a row stands: its source's name, its number from 0, and the folder that paths start from
+    (None: rows of the hub have none).
 
     ``columnar``: its table gives every row all columns and fields, null where a row has none.
     """
 
     source: str
     row: int
-    folder: Path
+    folder: Path | None
     columnar: bool = False
 
     def error(self, what: str, *, given: object = None, allowed: object = None, do: str | None = None) -> DataError:
