@@ -2,6 +2,7 @@
 
 from tarsia.adapter.files import load, save
 from tarsia.adapter.fingerprint import Fingerprint
+from tarsia.adapter.four_bits import FourBits, Quantisation
 from tarsia.adapter.host import Host, Outline, native_bf16, open_base, open_outline
 from tarsia.adapter.proof import Probe, probe, prove
 from tarsia.adapter.value import Adapter, Patched, put
@@ -9,10 +10,12 @@ from tarsia.adapter.value import Adapter, Patched, put
 __all__ = [
     "Adapter",
     "Fingerprint",
+    "FourBits",
     "Host",
     "Outline",
     "Patched",
     "Probe",
+    "Quantisation",
     "load",
     "native_bf16",
     "open_base",

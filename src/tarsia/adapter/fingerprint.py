@@ -17,6 +17,7 @@ from torch import nn
 
 from tarsia.adapter.reading import header, read_json
 from tarsia.core.errors import AdapterError, BaseMismatch, ConfigError
+from tarsia.quant.tensor import Weight4
 
 NONE = "none"
 """The digest of a thing that the base does not have."""
@@ -183,9 +184,18 @@ def _held(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], str]]:
                 given=name,
                 do="load the base with open_base, or take its fingerprint before it is offloaded",
             )
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        entries.append((name, str(value.dtype), tuple(value.shape), hashlib.sha256(raw).hexdigest()))
+        parts: dict[str, Any] = _parts(value) if isinstance(value, Weight4) else {"": value.detach()}
+        for part, tensor in parts.items():
+            raw = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            entries.append((name + part, str(value.dtype), tuple(value.shape), hashlib.sha256(raw).hexdigest()))
     return entries
+
+
+def _parts(weight: Weight4) -> dict[str, torch.Tensor]:
+    """What is stored of a weight in 4 bits, after the scheme that says how to read it."""
+    scheme = weight.value.scheme
+    about = f" {scheme.kind}{scheme.block}"
+    return {f"{about} {key}": tensor for key, tensor in weight.value.tensors.items()}
 
 
 def _processor(folder: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tarsia.adapter.fingerprint import Fingerprint
+from tarsia.adapter.four_bits import FourBits, Quantisation
 from tarsia.adapter.reading import read_json
 from tarsia.anatomy import Anatomy, anatomy_of
 from tarsia.base import resolve
@@ -30,7 +31,8 @@ class Host:
     """A base model, in eval mode, with its processor, anatomy, sites and fingerprint.
 
     ``name`` is as the user wrote it, ``path`` the folder that it was read from (None for a model that was
-    built in memory). ``variables`` are what its chat template leaves open, a date say.
+    built in memory). ``variables`` are what its chat template leaves open, a date say. ``quantisation`` is what
+    was rounded to 4 bits as it was opened, None where nothing was.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Host:
     sites: tuple[Site, ...]
     fingerprint: Fingerprint
     variables: Mapping[str, str] = field(default_factory=dict)
+    quantisation: Quantisation | None = None
 
     @classmethod
     def of(cls, model: nn.Module, *, name: str = "(in memory)", processor: Any = None) -> Self:
@@ -78,19 +81,26 @@ def open_base(
     device: str = "cpu",
     processor: bool = True,
     variables: Mapping[str, str] | None = None,
+    four_bits: FourBits | None = None,
 ) -> Host:
     """Load a base from a folder, a hub id or an embedded name such as "mini-1".
 
     ``dtype`` auto is bfloat16 where the device computes it, ``device`` auto a GPU where there is one.
+    ``four_bits`` rounds weights to 4 bits as they are read, one after the other, from the numbers of the files:
+    the 16-bit model is never in memory, and ``dtype`` is only what is computed in.
     Raises ConfigError for an option or a name that makes no sense, AnatomyError for a model that is not
-    understood, AdapterError for files that are broken or missing.
+    understood, AdapterError for files that are broken or missing, QuantError for weights that are no numbers,
+    SelectionError for a selection of ``four_bits`` that matches nothing.
     """
     place = _device(device)
     chosen = _dtype(dtype, place)
     folder = _folder(name)
     anatomy = _anatomy(folder)
     fingerprint = Fingerprint.of_folder(folder)
-    model = _model(folder, chosen).to(place).eval()
+    model, quantisation = _loaded(folder, anatomy, chosen, four_bits)
+    if quantisation is not None:
+        fingerprint = replace(fingerprint, quantisation=quantisation.mark)
+    model = model.to(place).eval()
     return Host(
         name=name,
         path=folder,
@@ -100,6 +110,7 @@ def open_base(
         sites=tuple(anatomy.sites(model)),
         fingerprint=fingerprint,
         variables=dict(variables or {}),
+        quantisation=quantisation,
     )
 
 
@@ -214,12 +225,44 @@ def _shapes(folder: Path, anatomy: Anatomy) -> nn.Module:
     return model
 
 
-def _model(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _loaded(
+    folder: Path, anatomy: Anatomy, dtype: torch.dtype, form: FourBits | None
+) -> tuple[nn.Module, Quantisation | None]:
+    """The model, and what of it was rounded to ``form`` as it was read."""
+    if form is None:
+        return _model(folder, dtype), None
+    held = read_json(folder / "config.json").get("quantization_config")
+    if held:
+        raise ConfigError(
+            "The base is quantised already.",
+            given=f"{folder}: {held.get('quant_method') if isinstance(held, Mapping) else held}",
+            do="leave four_bits out, or give a base in 16 bits",
+        )
+    from tarsia.adapter.quantiser import Tarsia4Config
+
+    asked = Tarsia4Config(form, anatomy)
+    try:
+        model = _model(folder, dtype, quantization_config=asked)
+    except AdapterError:
+        if asked.refusal is not None:
+            raise asked.refusal from None
+        raise
+    found = asked.found
+    if found is None or found.names != found.losses.keys():
+        raise AdapterError(
+            "Not all that was to be in 4 bits is.",
+            given=", ".join(sorted(found.names - found.losses.keys())[:3]) if found else "nothing was selected",
+            do="use a version of transformers that Tarsia is tested with",
+        )
+    return model, found
+
+
+def _model(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
     try:
         loaded: tuple[nn.Module, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except ImportError as error:
         raise AdapterError(

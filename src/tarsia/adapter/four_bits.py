@@ -1,0 +1,164 @@
+"""Which weights of a base are held in 4 bits, and why the others are not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Self
+
+from torch import nn
+
+from tarsia.core.errors import AdapterError, ConfigError, SelectionError
+from tarsia.core.select import parse, select
+from tarsia.core.site import Component, Kind, Role, Site
+from tarsia.quant.codec import Scheme
+from tarsia.quant.rounding import Loss
+
+PREFIX: Final = "four bits "
+"""What the ``quantisation`` of a fingerprint begins with where the base was quantised as it was opened."""
+
+KINDS: Final = frozenset({Kind.WEIGHT, Kind.EXPERT})
+ROLES: Final = frozenset(
+    {Role.Q, Role.K, Role.V, Role.O, Role.QKV, Role.GATE, Role.UP, Role.DOWN, Role.GATE_UP, Role.PROJ}
+)
+"""What a term of a selection means that names no role: the linear layers inside blocks, and a projector's own."""
+
+_DEFAULT: Final = (Component.LANGUAGE, Component.VISION)
+
+
+@dataclass(frozen=True, slots=True)
+class FourBits:
+    """How a base is quantised as it is opened: the ``kind`` of levels, whether scales are ``nested``, and where.
+
+    ``select`` is a selection (see ``core.select``); None takes the linear layers of the language model's and the
+    vision tower's blocks, experts too, and leaves the head, embeddings, norms, convolutions, tables of positions,
+    routers and the projector as they are.
+    """
+
+    kind: str = "nf4"
+    nested: bool = True
+    select: str | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.scheme
+        if self.select is not None:
+            parse(self.select)
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.kind, self.nested)
+
+    @property
+    def text(self) -> str:
+        """In a few words."""
+        return f"{self.kind}{'' if self.nested else ', scales not nested'}; {self.select or 'language; vision'}"
+
+    def mark(self, names: Collection[str]) -> str:
+        """What a fingerprint says of a base with the parameters ``names`` in this form."""
+        digest = hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()
+        values = {"kind": self.kind, "nested": self.nested, "select": self.select, "weights": digest[:16]}
+        return PREFIX + json.dumps(values, sort_keys=True)
+
+    @classmethod
+    def of(cls, mark: str) -> Self | None:
+        """From what a fingerprint says; None where that base was opened as its files hold it."""
+        if not mark.startswith(PREFIX):
+            return None
+        try:
+            values = json.loads(mark.removeprefix(PREFIX))
+            return cls(kind=values["kind"], nested=values["nested"], select=values["select"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise AdapterError(
+                "What the fingerprint says of the base's quantisation is not understood.", given=f"{mark[:80]}: {error}"
+            ) from None
+
+
+@dataclass(slots=True)
+class Quantisation:
+    """What was quantised as a base was opened: ``losses`` by the parameter's name, ``kept`` why the others were not."""
+
+    form: FourBits
+    sites: tuple[Site, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(site.weight for site in self.sites)
+
+    @property
+    def mark(self) -> str:
+        return self.form.mark(self.names)
+
+    @property
+    def loss(self) -> Loss:
+        """Of all that is in 4 bits together."""
+        first, *rest = self.losses.values()
+        return sum(rest, first)
+
+    def by_role(self) -> dict[tuple[Component, Role], Loss]:
+        """The losses added up for each component and role."""
+        found: dict[tuple[Component, Role], Loss] = {}
+        for site in self.sites:
+            key, loss = (site.component, site.role), self.losses[site.weight]
+            found[key] = found[key] + loss if key in found else loss
+        return found
+
+
+def choose(form: FourBits, model: nn.Module, sites: Sequence[Site]) -> Quantisation:
+    """What ``form`` means on a model that may have its shapes alone.
+
+    Raises SelectionError where its selection matches nothing, or only what no gradient reaches, and ConfigError
+    where it names what can not be in 4 bits.
+    """
+    able = [site for site in sites if _obstacle(site, model, sites) is None]
+    if form.select is None:
+        found = [c for c in _DEFAULT if any(s.component is c and s.role in ROLES and s.dead is None for s in able)]
+        form = replace(form, select="; ".join(found))
+    form = replace(form, select="; ".join(term.text for term in parse(form.select or "")))
+    try:
+        chosen = select(form.select or "", sites, KINDS, ROLES)
+    except SelectionError as error:
+        raise SelectionError(
+            f"What is to be in 4 bits: {error.what[:1].lower()}{error.what[1:]}",
+            given=error.given,
+            allowed=error.allowed,
+            do=error.do,
+        ) from None
+    for site in chosen:
+        if why := _obstacle(site, model, sites):
+            raise ConfigError(
+                f"{site.path} can not be in 4 bits: {why}.", given=form.select, do="leave it out of four_bits' select"
+            )
+    names = {site.weight for site in chosen}
+    kept = {site.weight: _why(site, model, sites) for site in sites if site.weight not in names}
+    return Quantisation(form, chosen, kept)
+
+
+def _why(site: Site, model: nn.Module, sites: Sequence[Site]) -> str:
+    if why := _obstacle(site, model, sites):
+        return why
+    return f"no gradient reaches it: {site.dead}" if site.dead else "not selected"
+
+
+def _obstacle(site: Site, model: nn.Module, sites: Sequence[Site]) -> str | None:
+    """Why a site's weight can not be in 4 bits, or None."""
+    if site.kind not in KINDS:
+        return {Kind.EMBEDDING: "an embedding", Kind.CONV: "a convolution"}.get(site.kind, "no linear layer")
+    if site.tied or site.weight in getattr(model, "all_tied_weights_keys", {}):
+        return "tied to another weight"
+    if site.kind is Kind.EXPERT:
+        size = site.shape[-1] * site.shape[-2]
+        return None if size % Scheme().block == 0 else f"an expert of {size} numbers is no whole number of blocks"
+    return None if isinstance(model.get_submodule(site.module), nn.Linear) else "no linear layer"
+
+
+def described(values: Mapping[str, Any]) -> FourBits:
+    """From plain values. Raises ConfigError for a key that is not known."""
+    known = ("kind", "nested", "select")
+    for key in values:
+        if key not in known:
+            raise ConfigError("There is no such option of four_bits.", given=key, allowed=", ".join(known))
+    return FourBits(**values)
