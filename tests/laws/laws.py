@@ -24,6 +24,7 @@ from tarsia.core.errors import AttachError, RouteError
 from tarsia.core.patch import Patch
 from tarsia.core.segments import Segments
 from tarsia.core.site import Component, Kind, Role, Site
+from tarsia.quant.codec import Scheme
 from tarsia.quant.tensor import Weight4
 
 EXACT, CLOSE = 0.0, 1e-5
@@ -134,13 +135,16 @@ def law_any_shape(case: Case, out: int, into: int, lead: tuple[int, ...], bias: 
     torch.manual_seed(out * 31 + into)
     model = nn.Sequential(nn.Linear(into, out, bias)).to(dtype)
     site = Site("0", Component.LANGUAGE, Role.Q, 0, Kind.WEIGHT, (out, into), "0.weight", "0.bias" if bias else None)
-    case.attach(model, sites=[site])
+    own = model[0].weight.detach()
+    if case.method.corrects:
+        model[0].weight = nn.Parameter(Weight4.of(own, Scheme()), requires_grad=False)
+    case.attach(model, sites=[site], origin=lambda site: own)
     move(model, by=0.3)
     x = torch.randn(*lead, into).to(dtype)
     (patch,) = patches(model, "default").values()
     with torch.no_grad():
         given = model(x)
-        wide = [t if t is None else t.detach().float() for t in (model[0].weight, model[0].bias)]
+        wide = [t if t is None else t.detach().float() for t in (unpacked(model)[0].weight, model[0].bias)]
         weight, shift = patch.fold(*wide)
         wanted = F.linear(x.float(), weight, shift)
     assert given.dtype == dtype

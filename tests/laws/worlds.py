@@ -17,6 +17,7 @@ from tarsia.anatomy import anatomy_of
 from tarsia.core.attach import Part, attach, patches
 from tarsia.core.method import METHODS, Method
 from tarsia.core.packed import Packed
+from tarsia.core.patch import Origin
 from tarsia.core.segments import Segments
 from tarsia.core.site import Component, Kind, Role, Site
 from tarsia.quant.codec import Scheme
@@ -46,8 +47,14 @@ class World:
     def model(self) -> nn.Module:
         return deepcopy(_made(self)[0])
 
-    def parameter(self, name: str) -> Tensor:
-        return _made(self)[0].get_parameter(name)
+    @property
+    def packed(self) -> frozenset[str]:
+        """Names of the weights that are in 4 bits."""
+        return frozenset(name for name, value in _made(self)[0].named_parameters() if isinstance(value, Packed))
+
+    def origin(self, site: Site) -> Tensor:
+        """The weight as it was before it was packed."""
+        return _made(worlds()["text"])[0].get_parameter(site.weight).detach()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -172,7 +179,7 @@ class Case:
         roles = self.method.roles
         live = [s for s in sites or self.world.sites if s.dead is None and s.kind in self.method.kinds]
         if self.method.replaces:
-            live = [s for s in live if not isinstance(self.world.parameter(s.weight), Packed)]
+            live = [s for s in live if s.weight not in self.world.packed]
         if self.method.replaces:  # no word of a selection says which sites are packed
             return [Part(self.name, "; ".join(f"@{s.path}" for s in live), config)]
         components = {s.component for s in live if roles is None or s.role in roles}
@@ -184,10 +191,12 @@ class Case:
         name: str = "default",
         seed: int = 0,
         sites: Sequence[Site] | None = None,
+        origin: Origin | None = None,
         **options: Any,
     ) -> None:
         sites = self.world.sites if sites is None else sites
-        attach(model, sites, self.parts(sites, **options), name=name, seed=seed)
+        origin = origin or (self.world.origin if self.world.packed else None)
+        attach(model, sites, self.parts(sites, **options), name=name, seed=seed, origin=origin)
 
     def attached(self) -> nn.Module:
         """A model whose patches are as they are made."""

@@ -1,4 +1,4 @@
-"""The weight of a linear layer in 4 bits: a linear layer stays a linear layer, its keys, shape and dtype what they were."""
+"""A weight in 4 bits that looks like its numbers: the layer stays what it was, and so do its keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from tarsia.core.errors import QuantError
 from tarsia.core.packed import Packed
-from tarsia.quant import ops
 from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme, encode, scales
 from tarsia.quant.levels import levels as table
+from tarsia.quant.ops import dequantise4, linear4, product4
 
 _aten = torch.ops.aten
 
@@ -31,20 +31,22 @@ class Weight4(Packed):
     levels: Tensor
 
     @staticmethod
-    def __new__(cls, value: Quantised | Weight4, levels: Tensor | None = None, *, requires_grad: bool = False) -> Self:
+    def __new__(
+        cls: type[Self], value: Quantised | Weight4, levels: Tensor | None = None, *, requires_grad: bool = False
+    ) -> Self:
         # accelerate makes a parameter anew by its class, from a tensor of that class
         if again := isinstance(value, Weight4):
             levels, value = value.levels, value.value
         if requires_grad:
             raise QuantError("A weight in 4 bits has no gradient.", do="train a method on it, or load it in 16 bits")
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Self = torch.Tensor._make_wrapper_subclass(
             cls, value.shape, dtype=value.dtype, device=value.codes.device, requires_grad=False
         )
         made.value = value
         made.levels = table(value.scheme.kind).to(made.device) if levels is None else levels
         if again:
             made._is_param = True
-        return made  # type: ignore[no-any-return]
+        return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -57,10 +59,10 @@ class Weight4(Packed):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         value = self.value
         rows = math.prod(value.shape[:-1])
-        flat = torch.ops.tarsia.dequantise4(*arguments(self, rows), dtype or value.dtype)
+        flat: Tensor = dequantise4(*arguments(self, rows), dtype or value.dtype)
         return flat.view(value.shape)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Weight4({tuple(self.shape)}, {self.value.scheme.kind}, for {self.dtype}, {self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -86,10 +88,12 @@ class Weight4(Packed):
     ) -> Any:
         if function in _PRODUCTS:
             return _PRODUCTS[function](*args, **(kwargs or {}))
-        return super().__torch_function__(function, types, args, kwargs)  # type: ignore[misc]
+        return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
         handler = _PLUMBING.get(function)
         if handler is None:
             raise QuantError(
@@ -120,11 +124,11 @@ def _matrix(weight: Any, what: str) -> tuple[Any, ...]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.tarsia.linear4(x, *_matrix(weight, "linear"), bias)  # type: ignore[no-any-return]
+    return linear4(x, *_matrix(weight, "linear"), bias)  # type: ignore[no-any-return]
 
 
 def _product(y: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.tarsia.product4(y, *_matrix(weight, "a product"))  # type: ignore[no-any-return]
+    return product4(y, *_matrix(weight, "a product"))  # type: ignore[no-any-return]
 
 
 def _keep(weight: Weight4, *_: Any, **__: Any) -> Weight4:
@@ -157,7 +161,7 @@ def _select(weight: Weight4, dim: int, index: int) -> Weight4:
 
 
 def _part(value: Quantised, first: int, last: int) -> Quantised:
-    """The numbers ``first`` to ``last`` of the first dimension's one entry; views where the scales' blocks end there."""
+    """The numbers ``first`` to ``last``, one entry of the first dimension: views where nested scales end there."""
     block = value.scheme.block
     stored = {"codes": value.codes[first // 2 : last // 2]}
     if value.nested_scales is not None and first % (block * NESTED_BLOCK) == 0:
