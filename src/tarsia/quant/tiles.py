@@ -25,6 +25,9 @@ GRAIN = 64
 ROUNDINGS = 4
 """At most so many times a sum of half precision is rounded on its way."""
 
+TRANSPOSITION = 8
+"""A number of x or y that is brought to its other place costs as much as so many of the weight gain by it: measured."""
+
 Span = tuple[int, int]
 """From the first to behind the last."""
 
@@ -50,17 +53,40 @@ def forward(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Te
         forward(kernel, weight, x.to(work), None if bias is None else bias.to(work), wide)
         y.copy_(wide)
         return
-    for rows, spans in forward_tiles(y.shape[1], x.shape[1], work):
+    (m, columns), n = x.shape, y.shape[1]
+    if TRANSPOSITION * m * (columns + n) <= columns * n:
+        _transposed(kernel, weight, x, bias, y)
+        return
+    for rows, spans in forward_tiles(n, columns, work, 512):
         out = y[:, slice(*rows)]
-        for columns in spans:
-            tile = _unpack(kernel, weight, rows, columns, work).t()
-            part = x[:, slice(*columns)]
-            if columns[0]:
+        for span in spans:
+            tile = _unpack(kernel, weight, rows, span, work).t()
+            part = x[:, slice(*span)]
+            if span[0]:
                 out.addmm_(part, tile)
             elif bias is None:
                 torch.mm(part, tile, out=out)
             else:
                 torch.addmm(bias[slice(*rows)], part, tile, out=out)
+
+
+def _transposed(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y^T = W x^T: the tile and x^T both run along their rows, which is what products are fastest at."""
+    columnwise = x.t().contiguous()
+    for rows, spans in forward_tiles(y.shape[1], x.shape[1], x.dtype, 2048):
+        out = torch.empty((rows[1] - rows[0], len(x)), dtype=x.dtype)
+        for columns in spans:
+            tile = _unpack(kernel, weight, rows, columns, x.dtype)
+            part = columnwise[slice(*columns)]
+            if columns[0]:
+                out.addmm_(tile, part)
+            else:
+                torch.mm(tile, part, out=out)
+        place = y[:, slice(*rows)]
+        if bias is None:
+            place.copy_(out.t())
+        else:
+            torch.add(out.t(), bias[slice(*rows)], out=place)
 
 
 def backward(kernel: Kernel, weight: bytes, y: Tensor, x: Tensor) -> None:
@@ -83,10 +109,10 @@ def backward(kernel: Kernel, weight: bytes, y: Tensor, x: Tensor) -> None:
 
 
 @lru_cache(maxsize=256)
-def forward_tiles(rows: int, columns: int, dtype: torch.dtype) -> list[tuple[Span, list[Span]]]:
-    """Spans of rows, each with the spans of columns that are summed. In half precision a sum is made whole."""
+def forward_tiles(rows: int, columns: int, dtype: torch.dtype, width: int) -> list[tuple[Span, list[Span]]]:
+    """Spans of rows, each with the spans of columns that are summed, of ``width``: in half precision of all at once."""
     numbers = ARENA // dtype.itemsize
-    spans = _cut(columns, 512 if dtype is torch.float32 else columns)
+    spans = _cut(columns, width if dtype is torch.float32 else columns)
     return [(span, spans) for span in _cut(rows, numbers // (spans[0][1] - spans[0][0]))]
 
 
