@@ -167,43 +167,49 @@ static void dot(const float *w, const float *x, int64_t stride, int64_t n, int64
 
 /* A block is 8 lanes of 8 codes. Shifted down by 4 j, every lane i offers code number 8 i + (j ^ 1) of the 64: x is laid
  * out to match. */
-static int64_t arranged(int64_t columns) { return columns * (int64_t)sizeof(float); }
+enum { X_BLOCK = VECTOR_BLOCK * sizeof(float), X_PAIR = 2 * X_BLOCK, AHEAD = 8192 };
 
-static void arrange(const void *x, int dtype, int64_t columns, void *out) {
-    float *to = out;
-    for (int64_t block = 0; block < columns; block += VECTOR_BLOCK)
-        for (int64_t j = 0; j < 8; j++)
-            for (int64_t i = 0; i < 8; i++) *to++ = load_number(x, dtype, block + 8 * i + (j ^ 1));
+static void arrange(const void *x, int dtype, int64_t columns, void *out, int64_t step) {
+    for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step)
+        for (int64_t j = 0; j < 16; j++)
+            for (int64_t i = 0; i < 8; i++) {
+                int64_t at = first + j / 8 * VECTOR_BLOCK + 8 * i + (j % 8 ^ 1);
+                ((float *)out)[8 * j + i] = at < columns ? load_number(x, dtype, at) : 0.0f;
+            }
 }
 
-INLINE void multiply_rows(const uint8_t *codes, const float *scales, int64_t blocks, table16 levels, const char *x,
-                          int64_t stride, int m, float *sums) {
-    __m256 total[4], part[4];
-    for (int i = 0; i < m; i++) total[i] = _mm256_setzero_ps();
-    for (int64_t b = 0; b < blocks; b++, codes += VECTOR_BLOCK / 2, x += VECTOR_BLOCK * sizeof(float)) {
+/* One row of weights by m rows of x; m is a constant where this is called. */
+INLINE void multiply_row(const tarsia4_strip *strip, int64_t row, int64_t i, int m) {
+    table16 table = {_mm256_loadu_ps(strip->levels), _mm256_loadu_ps(strip->levels + 8)};
+    const uint8_t *codes = strip->codes + row * strip->pitch * (VECTOR_BLOCK / 2);
+    __m256 sums[4], part[4];
+    for (int k = 0; k < m; k++) sums[k] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < strip->blocks; b++, codes += VECTOR_BLOCK / 2) {
+        const char *x = strip->x + b / 2 * strip->step + i * X_PAIR + b % 2 * X_BLOCK;
         __m256i place = _mm256_loadu_si256((const __m256i *)codes);
-        __m256 scale = _mm256_set1_ps(scales[b]);
-        for (int i = 0; i < m; i++) part[i] = _mm256_setzero_ps();
+        __m256 scale = _mm256_set1_ps(strip->scales[row * strip->pitch + b]);
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+        for (int k = 0; k < m; k++) part[k] = _mm256_setzero_ps();
         for (int j = 0; j < 8; j++) {
-            __m256 w = look_up(_mm256_srli_epi32(place, 4 * j), levels);
-            for (int i = 0; i < m; i++)
-                part[i] = _mm256_fmadd_ps(w, _mm256_load_ps((const float *)(x + i * stride) + 8 * j), part[i]);
+            __m256 w = look_up(_mm256_srli_epi32(place, 4 * j), table);
+            for (int k = 0; k < m; k++)
+                part[k] = _mm256_fmadd_ps(w, _mm256_load_ps((const float *)(x + k * X_PAIR) + 8 * j), part[k]);
         }
-        for (int i = 0; i < m; i++) total[i] = _mm256_fmadd_ps(part[i], scale, total[i]);
+        for (int k = 0; k < m; k++) sums[k] = _mm256_fmadd_ps(part[k], scale, sums[k]);
     }
-    for (int i = 0; i < m; i++) sums[i] += sum_of(total[i]);
+    for (int k = 0; k < m; k++) strip->sums[row * ROWS_AT_ONCE + i + k] += sum_of(sums[k]);
 }
 
-static void multiply(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels,
-                     const void *arranged_x, int64_t stride, int64_t m, float *sums) {
-    table16 table = {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)};
-    const char *x = arranged_x;
-    for (; m >= 4; m -= 4, x += 4 * stride, sums += 4) multiply_rows(codes, scales, blocks, table, x, stride, 4, sums);
-    for (; m >= 2; m -= 2, x += 2 * stride, sums += 2) multiply_rows(codes, scales, blocks, table, x, stride, 2, sums);
-    if (m) multiply_rows(codes, scales, blocks, table, x, stride, 1, sums);
+static void multiply(const tarsia4_strip *strip) {
+    for (int64_t row = 0; row < strip->rows; row++) {
+        int64_t i = 0;
+        for (; i + 4 <= strip->m; i += 4) multiply_row(strip, row, i, 4);
+        for (; i + 2 <= strip->m; i += 2) multiply_row(strip, row, i, 2);
+        for (; i < strip->m; i++) multiply_row(strip, row, i, 1);
+    }
 }
 
 const tarsia4_kernel tarsia4_kernel_avx2 = {
-    .decode = decode, .encode = encode, .dot = dot, .arranged = arranged, .arrange = arrange, .multiply = multiply};
+    .decode = decode, .encode = encode, .dot = dot, .pair = X_PAIR, .arrange = arrange, .multiply = multiply};
 
 #endif

@@ -146,64 +146,37 @@ void tarsia4_avx512_dot(const float *w, const float *x, int64_t stride, int64_t 
 }
 
 /* 64 bytes are 16 lanes of 8 codes. Shifted down by 4 j, every lane i offers code number 8 i + (j ^ 1) of the 128: x is
- * laid out to match, 8 registers for a pair of blocks, filled up with zeros. */
-static int64_t arranged(int64_t columns) { return pairs_of(columns) * PAIR * (int64_t)sizeof(float); }
+ * laid out to match, 8 registers for a pair of blocks. */
+typedef __m512 weights;
 
-static void arrange(const void *x, int dtype, int64_t columns, void *out) {
-    float *to = out;
-    for (int64_t pair = 0; pair < pairs_of(columns); pair++)
+enum { QUARTERS = 2, X_PAIR = PAIR * sizeof(float) };
+
+static void arrange(const void *x, int dtype, int64_t columns, void *out, int64_t step) {
+    for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step)
         for (int64_t j = 0; j < 8; j++)
             for (int64_t i = 0; i < 16; i++) {
-                int64_t at = pair * PAIR + 8 * i + (j ^ 1);
-                *to++ = at < columns ? load_number(x, dtype, at) : 0.0f;
+                int64_t at = first + 8 * i + (j ^ 1);
+                ((float *)out)[16 * j + i] = at < columns ? load_number(x, dtype, at) : 0.0f;
             }
 }
 
-INLINE void multiply_pair(__m512i codes, __m512 scale, __m512 levels, const char *x, int64_t stride, int m,
-                          __m512 *sums) {
-    __m512 w[8];
-    for (int j = 0; j < 8; j++) w[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * (unsigned)j), levels);
-    for (int i = 0; i < m; i++) {
-        const float *row = (const float *)(x + i * stride);
-        __m512 even = _mm512_mul_ps(w[0], _mm512_load_ps(row)), odd = _mm512_mul_ps(w[1], _mm512_load_ps(row + 16));
-        for (int j = 2; j < 8; j += 2) {
-            even = _mm512_fmadd_ps(w[j], _mm512_load_ps(row + 16 * j), even);
-            odd = _mm512_fmadd_ps(w[j + 1], _mm512_load_ps(row + 16 * j + 16), odd);
-        }
-        sums[i] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), scale, sums[i]);
-    }
+INLINE __m512 table_of(const float *levels) { return _mm512_loadu_ps(levels); }
+
+INLINE weights unpack(__m512i codes, int j, __m512 levels) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * (unsigned)j), levels);
 }
 
-INLINE void multiply_rows(const uint8_t *codes, const float *scales, int64_t blocks, __m512 levels, const char *x,
-                          int64_t stride, int m, float *sums) {
-    __m512 part[8];
-    for (int i = 0; i < m; i++) part[i] = _mm512_setzero_ps();
-    int64_t b = 0;
-    for (; b + 2 <= blocks; b += 2, codes += PAIR / 2, x += PAIR * sizeof(float)) {
-        __m512 scale = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[b]), 0xff00, _mm_load_ss(scales + b + 1));
-        multiply_pair(_mm512_loadu_si512(codes), scale, levels, x, stride, m, part);
-    }
-    if (b < blocks)
-        multiply_pair(_mm512_maskz_loadu_epi32(0x00ff, codes), _mm512_maskz_broadcastss_ps(0x00ff, _mm_load_ss(scales + b)),
-                      levels, x, stride, m, part);
-    for (int i = 0; i < m; i++) sums[i] += _mm512_reduce_add_ps(part[i]);
-}
+INLINE __m512 first_product(weights w, const char *x) { return _mm512_mul_ps(w, _mm512_load_ps(x)); }
 
-static void multiply(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels,
-                     const void *arranged_x, int64_t stride, int64_t m, float *sums) {
-    __m512 table = _mm512_loadu_ps(levels);
-    const char *x = arranged_x;
-    for (; m >= 8; m -= 8, x += 8 * stride, sums += 8) multiply_rows(codes, scales, blocks, table, x, stride, 8, sums);
-    for (; m >= 4; m -= 4, x += 4 * stride, sums += 4) multiply_rows(codes, scales, blocks, table, x, stride, 4, sums);
-    for (; m >= 2; m -= 2, x += 2 * stride, sums += 2) multiply_rows(codes, scales, blocks, table, x, stride, 2, sums);
-    if (m) multiply_rows(codes, scales, blocks, table, x, stride, 1, sums);
-}
+INLINE __m512 next_product(weights w, const char *x, __m512 sum) { return _mm512_fmadd_ps(w, _mm512_load_ps(x), sum); }
+
+#include "avx512_product.h"
 
 const tarsia4_kernel tarsia4_kernel_avx512 = {
     .decode = tarsia4_avx512_decode,
     .encode = tarsia4_avx512_encode,
     .dot = tarsia4_avx512_dot,
-    .arranged = arranged,
+    .pair = X_PAIR,
     .arrange = arrange,
     .multiply = multiply,
 };

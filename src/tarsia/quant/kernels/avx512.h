@@ -11,9 +11,4 @@ int tarsia4_avx512_encode(const void *w, int dtype, int64_t blocks, const tarsia
                           float *absmax);
 void tarsia4_avx512_dot(const float *w, const float *x, int64_t stride, int64_t n, int64_t m, float *sums);
 
-/* Packed products take two blocks, 64 bytes, at a time. */
-enum { PAIR = 2 * VECTOR_BLOCK };
-
-static inline int64_t pairs_of(int64_t columns) { return (columns + PAIR - 1) / PAIR; }
-
 #endif

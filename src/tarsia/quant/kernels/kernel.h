@@ -6,7 +6,8 @@
 #include "numbers.h"
 #include "tarsia4.h"
 
-enum { VECTOR_BLOCK = 64, ROWS_AT_ONCE = 16 };
+/* Arranged numbers go by pairs of blocks. */
+enum { VECTOR_BLOCK = 64, PAIR = 2 * VECTOR_BLOCK, ROWS_AT_ONCE = 16 };
 
 /* Levels in rising order: the code of a scaled number v is order[number of bounds below v], so that a number on a bound
  * takes the lower level. bounds[15] is an infinity, there to fill a register. */
@@ -14,6 +15,18 @@ typedef struct {
     float bounds[16];
     uint8_t order[16];
 } tarsia4_grid;
+
+/* Rows of weights next to each other, times m <= ROWS_AT_ONCE rows of x. `blocks` whole blocks of each row, from the same
+ * column on; the row below is `pitch` blocks further, in codes as in scales. Row i of x, arranged, starts i * `pair` bytes
+ * behind x. sums[r * ROWS_AT_ONCE + i] += row r . row i of x. Only the end of a row makes `blocks` odd. */
+typedef struct {
+    const uint8_t *codes;
+    const float *scales, *levels;
+    int64_t blocks, pitch, rows;
+    const char *x;
+    int64_t step, m;
+    float *sums;
+} tarsia4_strip;
 
 typedef struct {
     /* `blocks` whole blocks -> 64 * blocks numbers of `dtype`. */
@@ -24,14 +37,12 @@ typedef struct {
     /* sums[i] += w[0..n-1] . x[i * stride + 0..n-1] for i < m <= ROWS_AT_ONCE. */
     void (*dot)(const float *w, const float *x, int64_t stride, int64_t n, int64_t m, float *sums);
 
-    /* The product on packed codes, or NULL everywhere: then rows are decoded piece by piece and given to `dot`.
-     * A row of x is brought into the order in which codes leave a register, `arranged(columns)` bytes of it. */
-    int64_t (*arranged)(int64_t columns);
-    void (*arrange)(const void *x, int dtype, int64_t columns, void *out);
-    /* sums[i] += (`blocks` blocks) . (row i of the arranged x, `stride` bytes apart) for i < m <= ROWS_AT_ONCE;
-     * only the last call for a row of weights may have an odd number of blocks. */
-    void (*multiply)(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels,
-                     const void *arranged, int64_t stride, int64_t m, float *sums);
+    /* The product on packed codes, or NULL in all three: then rows are decoded piece by piece and given to `dot`.
+     * 128 numbers of a row of x, brought into the order in which codes leave a register, take `pair` bytes, and the
+     * next 128 stand `step` bytes on; a last, shorter pair is filled up with zeros. */
+    int64_t pair;
+    void (*arrange)(const void *x, int dtype, int64_t columns, void *out, int64_t step);
+    void (*multiply)(const tarsia4_strip *strip);
 } tarsia4_kernel;
 
 extern const tarsia4_kernel tarsia4_kernel_portable, tarsia4_kernel_avx2, tarsia4_kernel_avx512,

@@ -6,7 +6,7 @@
 
 #include <stdlib.h>
 
-enum { SCALES_AT_ONCE = 128, PIECE = 64 * VECTOR_BLOCK };
+enum { SCALES_AT_ONCE = 1024, PIECE = 64 * VECTOR_BLOCK, STRIP = 32 };
 
 int tarsia4_abi(void) { return TARSIA4_ABI; }
 
@@ -107,11 +107,30 @@ int tarsia4_quantise(int isa, const void *w, int dtype, int64_t n, int64_t block
 
 /* ---- dequantise ---- */
 
-/* The scales of `count` whole 64-blocks from the one at number `first`; a block of 128, 192, ... lends its scale to each
- * of them. */
+/* Nested scales of `count` blocks from `first` on, group by group of 256: one nested scale each. */
+static void expand(const tarsia4_weight *weight, int64_t first, int64_t count, float *room) {
+    const float *levels = weight->scale_levels;
+    for (int64_t k = 0; k < count;) {
+        int64_t group = (first + k) / 256, end = (group + 1) * 256 - first;
+        const uint8_t *codes = weight->scale_codes + first;
+        float scale = weight->scale_absmax[group], offset = weight->offset;
+        if (end > count) end = count;
+        for (; k < end; k++) {
+            /* Two statements, and -ffp-contract=off: bitsandbytes rounds the product and the sum apart. */
+            float product = levels[codes[k]] * scale;
+            room[k] = product + offset;
+        }
+    }
+}
+
+/* The scales of `count` whole 64-blocks from the one at number `first` on; a block of 128, 192, ... lends its scale to
+ * each of them. */
 static const float *scales_of(const tarsia4_weight *weight, int64_t first, int64_t count, float *room) {
-    if (weight->absmax && weight->block == VECTOR_BLOCK) return weight->absmax + first / VECTOR_BLOCK;
-    for (int64_t k = 0; k < count; k++) room[k] = block_scale(weight, (first + k * VECTOR_BLOCK) / weight->block);
+    if (weight->block == VECTOR_BLOCK) {
+        if (weight->absmax) return weight->absmax + first / VECTOR_BLOCK;
+        expand(weight, first / VECTOR_BLOCK, count, room);
+    } else
+        for (int64_t k = 0; k < count; k++) room[k] = block_scale(weight, (first + k * VECTOR_BLOCK) / weight->block);
     return room;
 }
 
@@ -177,63 +196,84 @@ int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int6
 typedef struct {
     const tarsia4_kernel *kernel;
     const tarsia4_weight *weight;
-    const char *x; /* arranged, or plain float32 */
-    int64_t stride, m; /* bytes from row to row of x */
+    const char *x; /* arranged, `step` bytes from pair to pair; or plain float32, `step` bytes from row to row */
+    int64_t step, m;
     const void *bias;
     void *out;
     int dtype, packed;
 } product;
 
-static void packed_row(const product *job, int64_t row, int64_t i, int64_t m, float *sums) {
+/* rows weights of the weight from `row` on, times rows i..i+m-1 of x, added to sums. */
+static void packed_rows(const product *job, int64_t row, int64_t rows, int64_t i, int64_t m, float *sums) {
     const tarsia4_weight *weight = job->weight;
     float room[SCALES_AT_ONCE];
-    int64_t start = row * weight->columns, total = weight->columns / VECTOR_BLOCK;
-    for (int64_t done = 0; done < total; done += SCALES_AT_ONCE) {
-        int64_t blocks = total - done < SCALES_AT_ONCE ? total - done : SCALES_AT_ONCE;
-        int64_t at = start + done * VECTOR_BLOCK;
-        job->kernel->multiply(weight->codes + at / 2, scales_of(weight, at, blocks, room), blocks, weight->levels,
-                              job->x + i * job->stride + job->kernel->arranged(done * VECTOR_BLOCK), job->stride, m,
-                              sums);
+    int64_t pitch = weight->columns / VECTOR_BLOCK;
+    for (int64_t done = 0; done < pitch; done += SCALES_AT_ONCE) {
+        int64_t at = row * weight->columns + done * VECTOR_BLOCK, blocks = pitch - done;
+        if (blocks > SCALES_AT_ONCE) blocks = SCALES_AT_ONCE; /* one row then: see strip_of */
+        tarsia4_strip strip = {
+            .codes = weight->codes + at / 2,
+            .scales = scales_of(weight, at, rows * blocks, room),
+            .levels = weight->levels,
+            .blocks = blocks,
+            .pitch = pitch,
+            .rows = rows,
+            .x = job->x + done / 2 * job->step + i * job->kernel->pair,
+            .step = job->step,
+            .m = m,
+            .sums = sums,
+        };
+        job->kernel->multiply(&strip);
     }
 }
 
-static void decoded_row(const product *job, int64_t row, int64_t i, int64_t m, float *sums) {
+static void decoded_rows(const product *job, int64_t row, int64_t rows, int64_t i, int64_t m, float *sums) {
     float piece[1024];
-    int64_t columns = job->weight->columns, start = row * columns, stride = job->stride / (int64_t)sizeof(float);
+    int64_t columns = job->weight->columns, stride = job->step / (int64_t)sizeof(float);
     const float *x = (const float *)job->x + i * stride;
-    for (int64_t at = 0; at < columns; at += 1024) {
-        int64_t n = columns - at < 1024 ? columns - at : 1024;
-        decode_range(job->kernel, job->weight, start + at, start + at + n, piece, TARSIA4_FLOAT32);
-        job->kernel->dot(piece, x + at, stride, n, m, sums);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t at = 0; at < columns; at += 1024) {
+            int64_t n = columns - at < 1024 ? columns - at : 1024, start = (row + r) * columns + at;
+            decode_range(job->kernel, job->weight, start, start + n, piece, TARSIA4_FLOAT32);
+            job->kernel->dot(piece, x + at, stride, n, m, sums + r * ROWS_AT_ONCE);
+        }
+}
+
+/* How many rows of weights go at once: as many as their scales and sums have room for. */
+static int64_t strip_of(const tarsia4_weight *weight) {
+    int64_t rows = SCALES_AT_ONCE / (weight->columns / VECTOR_BLOCK + 1);
+    return rows < 1 ? 1 : rows < STRIP ? rows : STRIP;
 }
 
 static void product_rows(void *data, int64_t first, int64_t last) {
     const product *job = data;
-    for (int64_t row = first; row < last; row++) {
-        float bias = job->bias ? load_number(job->bias, job->dtype, row) : 0.0f;
+    int64_t all = job->weight->rows, most = strip_of(job->weight);
+    for (int64_t row = first, rows; row < last; row += rows) {
+        rows = last - row < most ? last - row : most;
         for (int64_t i = 0; i < job->m; i += ROWS_AT_ONCE) {
             int64_t m = job->m - i < ROWS_AT_ONCE ? job->m - i : ROWS_AT_ONCE;
-            float sums[ROWS_AT_ONCE] = {0};
-            (job->packed ? packed_row : decoded_row)(job, row, i, m, sums);
-            for (int64_t k = 0; k < m; k++)
-                store_number(job->out, job->dtype, (i + k) * job->weight->rows + row, sums[k] + bias);
+            float sums[STRIP * ROWS_AT_ONCE] = {0};
+            (job->packed ? packed_rows : decoded_rows)(job, row, rows, i, m, sums);
+            for (int64_t r = 0; r < rows; r++) {
+                float bias = job->bias ? load_number(job->bias, job->dtype, row + r) : 0.0f;
+                for (int64_t k = 0; k < m; k++)
+                    store_number(job->out, job->dtype, (i + k) * all + row + r, sums[r * ROWS_AT_ONCE + k] + bias);
+            }
         }
     }
 }
 
 /* x once per call into the form that the kernel reads it in; NULL without memory. */
 static char *prepared(product *job, const void *x) {
-    int64_t columns = job->weight->columns;
-    job->stride = job->packed ? job->kernel->arranged(columns) : columns * (int64_t)sizeof(float);
-    job->stride = (job->stride + 63) / 64 * 64;
-    char *room = aligned_alloc(64, (size_t)(job->stride * job->m));
+    int64_t columns = job->weight->columns, pairs = (columns + PAIR - 1) / PAIR, pair = job->kernel->pair;
+    job->step = job->packed ? job->m * pair : (columns + 15) / 16 * 64;
+    char *room = aligned_alloc(64, (size_t)(job->packed ? pairs * job->step : job->m * job->step));
     for (int64_t i = 0; room && i < job->m; i++) {
         const void *from = number_at(x, job->dtype, i * columns);
-        char *to = room + i * job->stride;
-        if (job->packed) job->kernel->arrange(from, job->dtype, columns, to);
+        if (job->packed) job->kernel->arrange(from, job->dtype, columns, room + i * pair, job->step);
         else
-            for (int64_t k = 0; k < columns; k++) ((float *)to)[k] = load_number(from, job->dtype, k);
+            for (int64_t k = 0; k < columns; k++)
+                ((float *)(room + i * job->step))[k] = load_number(from, job->dtype, k);
     }
     return room;
 }

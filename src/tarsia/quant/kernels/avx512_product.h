@@ -1,0 +1,74 @@
+/* The product on packed codes, included by each AVX-512 source after what differs: `weights`, `table_of`, `unpack`,
+ * `first_product`, `next_product`, X_PAIR (bytes of 128 numbers of x) and QUARTERS (fours of registers in them).
+ *
+ * Every row of x sums in the same order however many there are beside it: its bits do not depend on its neighbours. */
+
+/* Bytes ahead, on the way through the codes, of what is asked for from memory: two pages, so that the translation of
+ * addresses is in time as well. */
+enum { AHEAD = 8192 };
+
+/* The scales of two blocks, each over the eight lanes that its 32 bytes of codes fill. */
+INLINE __m512 two_scales(const float *scales) {
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[0]), 0xff00, _mm_load_ss(scales + 1));
+}
+
+/* One pair of blocks of `rows` rows of weights, times m rows of x. */
+INLINE void multiply_pair(const __m512i *codes, const __m512 *scales, __typeof__(table_of(0)) table, const char *x,
+                          int rows, int m, __m512 *sums) {
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        weights w[4][4];
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++) w[r][j] = unpack(codes[r], 4 * quarter + j, table);
+        for (int i = 0; i < m; i++)
+            for (int r = 0; r < rows; r++) {
+                const char *from = x + i * X_PAIR + 256 * quarter;
+                __m512 part = first_product(w[r][0], from);
+                for (int j = 1; j < 4; j++) part = next_product(w[r][j], from + 64 * j, part);
+                sums[r * m + i] = _mm512_fmadd_ps(part, scales[r], sums[r * m + i]);
+            }
+    }
+}
+
+/* `rows` (at most 4) rows of weights by m rows of x; both are constants where this is called. */
+INLINE void multiply_tile(const tarsia4_strip *strip, int64_t row, int64_t i, int rows, int m) {
+    __typeof__(table_of(0)) table = table_of(strip->levels);
+    const uint8_t *codes = strip->codes + row * strip->pitch * (VECTOR_BLOCK / 2);
+    const float *scales = strip->scales + row * strip->pitch;
+    const char *x = strip->x + i * X_PAIR;
+    int64_t b = 0, down = strip->pitch * (VECTOR_BLOCK / 2);
+    __m512 sums[16], scale[4];
+    __m512i bytes[4];
+    for (int k = 0; k < rows * m; k++) sums[k] = _mm512_setzero_ps();
+    for (; b + 2 <= strip->blocks; b += 2, codes += PAIR / 2, x += strip->step) {
+        for (int r = 0; r < rows; r++) {
+            _mm_prefetch((const char *)codes + r * down + AHEAD, _MM_HINT_T0);
+            bytes[r] = _mm512_loadu_si512(codes + r * down);
+            scale[r] = two_scales(scales + r * strip->pitch + b);
+        }
+        multiply_pair(bytes, scale, table, x, rows, m, sums);
+    }
+    if (b < strip->blocks) {
+        for (int r = 0; r < rows; r++) {
+            bytes[r] = _mm512_maskz_loadu_epi32(0x00ff, codes + r * down);
+            scale[r] = _mm512_maskz_broadcastss_ps(0x00ff, _mm_load_ss(scales + r * strip->pitch + b));
+        }
+        multiply_pair(bytes, scale, table, x, rows, m, sums);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < m; k++)
+            strip->sums[(row + r) * ROWS_AT_ONCE + i + k] += _mm512_reduce_add_ps(sums[r * m + k]);
+}
+
+INLINE void multiply_columns(const tarsia4_strip *strip, int64_t i, int rows, int m) {
+    int64_t row = 0;
+    for (; row + rows <= strip->rows; row += rows) multiply_tile(strip, row, i, rows, m);
+    for (; row < strip->rows; row++) multiply_tile(strip, row, i, 1, m);
+}
+
+static void multiply(const tarsia4_strip *strip) {
+    int64_t i = 0;
+    for (; i + 8 <= strip->m; i += 8) multiply_columns(strip, i, 2, 8);
+    for (; i + 4 <= strip->m; i += 4) multiply_columns(strip, i, 2, 4);
+    for (; i + 2 <= strip->m; i += 2) multiply_columns(strip, i, 2, 2);
+    for (; i < strip->m; i++) multiply_columns(strip, i, 4, 1);
+}
