@@ -17,10 +17,13 @@ from tarsia.data.formats import FORMATS, Place, Row, read_row
 from tarsia.data.samples import Sample
 from tarsia.methods.full import FullConfig
 from tarsia.methods.lora import LoRAConfig
-from tarsia.train.recipe import DataRecipe, FeatureRecipe, PartRecipe, Recipe, TrainSource
+from tarsia.train.recipe import DataRecipe, FeatureRecipe, FourBitsRecipe, PartRecipe, Recipe, TrainSource
 
 PAGE = (source.ROOT / "docs" / "recipes.md").read_text(encoding="utf8")
-MODELS: tuple[type[BaseModel], ...] = (Recipe, PartRecipe, DataRecipe, Source, TrainSource, FeatureRecipe)
+MODELS: tuple[type[BaseModel], ...] = (
+    *(Recipe, PartRecipe, DataRecipe, Source, TrainSource),
+    *(FeatureRecipe, FourBitsRecipe),
+)
 METHODS = (LoRAConfig, FullConfig)
 
 

@@ -77,8 +77,12 @@ class FourBits:
 
 @dataclass(slots=True)
 class Quantisation:
-    """What was quantised as a base was opened: ``losses`` by the parameter's name, ``kept`` why the others were not."""
+    """What was quantised as a base was opened: ``losses`` by the parameter's name, ``kept`` why the others were not.
 
+    ``form`` is what was ``asked`` for with the selection that it came to.
+    """
+
+    asked: FourBits
     form: FourBits
     sites: tuple[Site, ...]
     kept: Mapping[str, str] = field(default_factory=dict)
@@ -113,6 +117,7 @@ def choose(form: FourBits, model: nn.Module, sites: Sequence[Site]) -> Quantisat
     Raises SelectionError where its selection matches nothing, or only what no gradient reaches, and ConfigError
     where it names what can not be in 4 bits.
     """
+    asked = form
     able = [site for site in sites if _obstacle(site, model, sites) is None]
     if form.select is None:
         found = [c for c in _DEFAULT if any(s.component is c and s.role in ROLES and s.dead is None for s in able)]
@@ -134,7 +139,7 @@ def choose(form: FourBits, model: nn.Module, sites: Sequence[Site]) -> Quantisat
             )
     names = {site.weight for site in chosen}
     kept = {site.weight: _why(site, model, sites) for site in sites if site.weight not in names}
-    return Quantisation(form, chosen, kept)
+    return Quantisation(asked, form, chosen, kept)
 
 
 def _why(site: Site, model: nn.Module, sites: Sequence[Site]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tarsia.adapter import Host, load, open_base, prove, put
+from tarsia.adapter import Host, load, prove, put
 from tarsia.data import Sample, Source, read
 from tarsia.evaluate import Comparison, Report, compare, evaluate
 from tarsia.train import Event, Finished, Recipe, fit
@@ -63,7 +63,7 @@ def adapt(name: str, recipe: Recipe, files: Mapping[str, Path], before: Report, 
         share = getattr(event, "share", share)
     assert finished is not None
     show(name, None)
-    host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
+    host = recipe.open()
     adapter = load(finished.folder)
     put(host, adapter, "adapted")
     assert adapter.probe is not None

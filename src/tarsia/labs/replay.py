@@ -137,7 +137,7 @@ def trained(made: Recipe, measured: Mapping[str, Path], longest: Mapping[str, in
         if isinstance(event, Finished):
             finished = event
     assert finished is not None
-    host = open_base(made.model, dtype=made.precision, device=made.device)
+    host = made.open()
     adapter = load(Path(finished.folder))
     put(host, adapter, "adapted")
     assert adapter.probe is not None

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -19,6 +19,9 @@ from tarsia.data.mixture import allot
 from tarsia.data.sources import Source
 from tarsia.train.advice import advice
 from tarsia.train.reading import parse_value, read_yaml
+
+if TYPE_CHECKING:
+    from tarsia.adapter import FourBits, Host
 
 RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "full": 2e-5}
 """Peak learning rates where a part names none: the usual ones for models of billions of parameters."""
@@ -108,6 +111,23 @@ class FeatureRecipe(BaseModel):
         return int(float(found[1]) * (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " ")))
 
 
+class FourBitsRecipe(BaseModel):
+    """How the base is rounded to 4 bits as it is opened (see ``tarsia.adapter.FourBits``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["nf4", "fp4", "int4"] = "nf4"
+    nested: bool = True
+    select: Annotated[str, Field(min_length=1)] | None = None
+
+    @property
+    def form(self) -> FourBits:
+        """As the adapter's side knows it. Raises SelectionError where ``select`` is none."""
+        from tarsia.adapter import FourBits
+
+        return FourBits(self.kind, self.nested, self.select)
+
+
 class DataRecipe(BaseModel):
     """Rows to train on, and rows to evaluate on.
 
@@ -184,7 +204,8 @@ class Recipe(BaseModel):
     frozen base's: patches are float32 always. ``device`` auto is a GPU where there is one. ``checkpointing``
     recomputes activations in the backward pass. ``save_every`` and ``eval_every`` are in steps; the last step
     is always saved. ``variables`` are the chat template's own, a date say.
-    ``features`` keeps the outputs of a frozen vision tower on disk.
+    ``features`` keeps the outputs of a frozen vision tower on disk. ``four_bits`` rounds the base's weights to
+    4 bits as it is opened: it, and nothing that is trained.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -212,6 +233,7 @@ class Recipe(BaseModel):
     variables: Mapping[str, str] = Field(default_factory=dict)
     threads: Positive | None = None
     features: FeatureRecipe | None = None
+    four_bits: FourBitsRecipe | None = None
     out: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -228,6 +250,8 @@ class Recipe(BaseModel):
         self._check_batching()
         if self.features is not None:
             _ = self.features.bytes
+        if self.four_bits is not None:
+            _ = self.four_bits.form
         for part in self.parts:
             part.configure()
             _ = part.rate
@@ -283,11 +307,20 @@ class Recipe(BaseModel):
         Only inside a method's tables (ranks by glob, for one) the order has a meaning and counts.
         """
         values = _computed(self.resolved)
+        if self.four_bits is None:
+            del values["four_bits"]  # a run that began before there was this key goes on
         values["parts"] = [
             {key: list(value.items()) if isinstance(value, Mapping) else value for key, value in part.items()}
             for part in values["parts"]
         ]
         return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
+
+    def open(self) -> Host:
+        """The base, as the recipe says. Raises as ``tarsia.adapter.open_base`` does."""
+        from tarsia.adapter import open_base
+
+        form = None if self.four_bits is None else self.four_bits.form
+        return open_base(self.model, dtype=self.precision, device=self.device, variables=self.variables, four_bits=form)
 
     def steps_for(self, rows: int) -> int:
         """Optimiser steps of the whole run where the sources hold ``rows`` rows together."""
@@ -424,5 +457,6 @@ def _fields(model: type[BaseModel], location: Sequence[int | str]) -> Iterator[s
         ("data", "train"): TrainSource,
         ("data", "eval"): Source,
         ("features",): FeatureRecipe,
+        ("four_bits",): FourBitsRecipe,
     }
     yield from nested[tuple(str(key) for key in location if isinstance(key, str))].model_fields

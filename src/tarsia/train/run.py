@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tarsia.adapter import Fingerprint, Host, open_base
+from tarsia.adapter import Fingerprint, Host
 from tarsia.anatomy import anatomy_of
 from tarsia.core.attach import Covered, Part, attach, patches
 from tarsia.core.errors import ConfigError, TrainingError
@@ -260,7 +260,8 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     steps = recipe.steps_for(sum(map(len, sources)))
     schedule = Schedule(steps, recipe.warmup_steps(steps), recipe.decay)
     if host is None:
-        host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
+        host = recipe.open()
+    _check_form(recipe, host)
     if recipe.batching == "packed":
         anatomy_of(host.model.config).counting()
     encoder = Encoder(host.processor, recipe.max_length, variables=host.variables)
@@ -292,6 +293,19 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
         log=Log(Path(recipe.out) / "events.jsonl"),
         threads=threads,
     )
+
+
+def _check_form(recipe: Recipe, host: Host) -> None:
+    """Raise ConfigError where a base that was opened elsewhere is not in the 4 bits that the recipe says, or is."""
+    asked = None if recipe.four_bits is None else recipe.four_bits.form
+    held = None if host.quantisation is None else host.quantisation.asked
+    if asked != held:
+        raise ConfigError(
+            "The base that is open is not in the form that the recipe says.",
+            given="as its files hold it" if held is None else held.text,
+            allowed="as its files hold it" if asked is None else asked.text,
+            do="open it with recipe.open()",
+        )
 
 
 def _show(sources: Sequence[Rows]) -> bool:
