@@ -113,7 +113,7 @@ def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> Quantised:
     if not nested:
         return value
     fine = _part(name, parts, "nested_absmax", torch.float32, -(-blocks // NESTED_BLOCK))
-    offset = torch.tensor(note["nested_offset"], dtype=torch.float32, device=absmax.device)
+    offset = torch.tensor(float(note["nested_offset"]), dtype=torch.float32, device=absmax.device)
     value = value.having({"nested_scales": fine, "offset": offset})
     return _by_table(name, value, _part(name, parts, "nested_quant_map", torch.float32, 256))
 
@@ -129,7 +129,7 @@ def _parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 allowed="bitsandbytes in 4 bits",
                 do="take the checkpoint in 16 bits and quantise it here",
             )
-    parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    parts = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
     need = {"absmax", "quant_map"}
     if any(part.startswith("nested_") for part in parts):
         need |= {"nested_absmax", "nested_quant_map"}
