@@ -324,6 +324,14 @@ def test_the_gate_decides_the_exit_code(tarsia: Any) -> None:
     assert tarsia("forgetting", "base", "--adapter", "weak", *SOURCES, *words)[0] == 1
 
 
+def test_a_limit_that_training_could_not_exceed_is_told_before_it(tarsia: Any, place: Path, tmp_path: Path) -> None:
+    words = ("--general", "pets.jsonl", "--max-forgetting", "90")
+    code, _, err = tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)
+    assert code == 2
+    assert "This limit can not be exceeded" in err and "66.7 right of 100" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["recipe.yaml"]
+
+
 def test_a_source_that_the_base_never_answers_right_can_not_be_a_gate(tarsia: Any) -> None:
     words = ("--task", "belt.jsonl", "--general", "pets.jsonl", "--max-new-tokens", "4", "--max-forgetting", "2")
     code, _, err = tarsia("forgetting", "base", "--adapter", "strong", *words)
@@ -464,9 +472,9 @@ def test_training_that_forgets_exits_with_one_and_marks_the_adapter(tarsia: Any,
 
 
 def test_training_that_keeps_exits_with_none(tarsia: Any, place: Path, tmp_path: Path) -> None:
-    words = ("--general", "pets.jsonl", "--max-forgetting", "100")
+    words = ("--general", "pets.jsonl", "--max-forgetting", "66")
     code, out, _ = tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)
-    assert code == 0 and "The gate is passed" in out and "--judged-by" not in out
+    assert code == 0 and "The gate is passed" in out
     table, verdict = out.index("->"), out.index("The gate is passed")
     assert table < verdict and "pets" in out[table:verdict] and "held-out" in out[table:verdict]
     folder = tmp_path / "out" / "adapter"
@@ -482,7 +490,7 @@ def test_a_run_that_dies_before_its_gate_leaves_an_adapter_that_says_so(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tarsia.cli.gated.Gated.after", dies)
-    words = ("--general", "pets.jsonl", "--max-forgetting", "100", "--quiet")
+    words = ("--general", "pets.jsonl", "--max-forgetting", "66", "--quiet")
     assert tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)[0] == 130
     folder = tmp_path / "out" / "adapter"
     assert load(folder).card["gate"]["passed"] is None
@@ -495,7 +503,7 @@ def test_a_run_that_dies_before_its_gate_leaves_an_adapter_that_says_so(
 
 def test_bad_rows_are_told_before_anything_is_trained(tarsia: Any, place: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"question": "what?", "answer": "x", "images": ["nope.png"]}\n')
-    words = ("--general", str(tmp_path / "bad.jsonl"), "--max-forgetting", "100")
+    words = ("--general", str(tmp_path / "bad.jsonl"), "--max-forgetting", "66")
     code, _, err = tarsia("train", recipe(place, tmp_path / "out", 1e-3), *words)
     assert code == 2 and "missing" in err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["recipe.yaml"]

@@ -11,6 +11,7 @@ from evaluate.test_report import report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tarsia.cli.gate import show
 from tarsia.core.errors import ConfigError
 from tarsia.evaluate import Report, Result, Row, Transfer, gate, interval, transfer
 from tarsia.evaluate.bootstrap import Interval, mean_of_means, paired, ratio
@@ -381,6 +382,14 @@ def test_the_task_is_not_held_against_the_adapter() -> None:
     assert gate(before, worse, ["a", "b"], 0.0).passed
 
 
+@pytest.mark.parametrize("rows, advised", [(100, True), (1000, False)])
+def test_a_verdict_that_is_sure_comes_without_advice(
+    rows: int, advised: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert show(gate(*pair(rows // 100, rows // 100, rows), ["a", "b"], 2.0), as_json=False) == 0
+    assert ("add --judged-by upper" in capsys.readouterr().out) is advised
+
+
 def test_how_many_rows_could_tell() -> None:
     verdict = gate(*pair(3, 3), ["a", "b"], 2.0)
     assert verdict.mean.needed is not None and verdict.mean.needed > 200
@@ -413,11 +422,24 @@ def test_what_can_be_detected_has_its_power() -> None:
         (["a"], {"most": 1.0, "each": 101.0}, "no limit of points"),
         (["a", "c"], {"most": 1.0}, "was not measured"),
         ([], {"most": 1.0}, "no general source"),
+        (["a"], {"most": 100.0}, "can not be exceeded"),
     ],
 )
 def test_a_gate_that_makes_no_sense(general: list[str], limits: dict, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         gate(*pair(1, 1), general, limits.pop("most", None), **limits)
+
+
+@pytest.mark.parametrize("limits", [{"most": 55.0}, {"most": 60.0}, {"each": 10.0}, {"most": 1.0, "each": 40.0}])
+def test_a_limit_that_no_adapter_could_exceed_is_refused(limits: dict) -> None:
+    """Even an adapter that knows nothing any more would pass."""
+    before = report(share("a", 100, 100), share("b", 10, 100))
+    after = report(share("a", 0, 100), share("b", 0, 100), adapters=("new",))
+    most = limits.pop("most", None)
+    with pytest.raises(ConfigError, match="can not be exceeded"):
+        gate(before, after, ["a", "b"], most, **limits)
+    assert not gate(before, after, ["a", "b"], 54.9, each=9.9).passed
+    assert not gate(before, after, ["b"], 10.0, judged="upper").passed, "an upper bound lies above what was measured"
 
 
 def test_rows_that_could_tell_are_more_than_these_rows_could_not() -> None:

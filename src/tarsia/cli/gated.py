@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from tarsia.adapter import Host, load, open_base, prove, put, save
+from tarsia.adapter import Host, load, prove, put, save
 from tarsia.cli import gate, rows
 from tarsia.core.attach import detach
 from tarsia.data import Sample, read
@@ -43,11 +43,12 @@ class Gated:
         """Open the base and measure it, so that whatever is wrong with the rows is told before anything is trained."""
         general = rows.general(args.general, recipe.model, None)
         task = {s.title: read(s) for s in recipe.data.eval if s.title not in general}
-        host = open_base(recipe.model, dtype=recipe.precision, device=recipe.device, variables=recipe.variables)
+        host = recipe.open()
         asking = Asking(batch=recipe.batch, seed=recipe.seed)
         with threads(recipe.threads):
             measured = baseline(host, {**task, **general}, asking)
-        check_known(measured.report, tuple(general))
+        limits = args.max_forgetting, args.max_forgetting_each
+        check_known(measured.report, tuple(general), limits[0], each=limits[1], judged=gate.judged(args))
         return cls(recipe, args, host, task, general, measured)
 
     @property

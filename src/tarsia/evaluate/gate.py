@@ -78,8 +78,8 @@ def gate(
     """Hold what was lost against ``most`` points on the mean of the ``general`` sources and ``each`` points on every
     single one (None: no limit).
 
-    Raises ConfigError where there is no limit at all, one is no number of points, a source was not measured, or
-    the base knew nothing of it.
+    Raises ConfigError where there is no limit at all, one is no number of points or can not be exceeded, a source
+    was not measured, or the base knew nothing of it.
     """
     if most is None and each is None:
         raise ConfigError("A gate needs a limit.", do="give the points that may be lost, 2 for one")
@@ -93,15 +93,26 @@ def gate(
             given=", ".join(unknown) if general else "none",
             allowed=", ".join(changes),
         )
-    check_known(before, general)
+    check_known(before, general, most, each=each, judged=judged)
     rows = sum(changes[name].n for name in general)
     mean = _lost(None, rows, points_lost(before, after, general), most, judged)
     single = [_lost(n, changes[n].n, changes[n].free_change.scaled(-100), each, judged) for n in general]
     return Verdict(passed=all(x.passed for x in (mean, *single)), judged=judged, mean=mean, each=tuple(single))
 
 
-def check_known(before: Report, general: Sequence[str]) -> None:
-    """Raise ConfigError where the base is right in no row of a general source: no loss could be seen there."""
+def check_known(
+    before: Report,
+    general: Sequence[str],
+    most: float | None = None,
+    *,
+    each: float | None = None,
+    judged: Judged = "estimate",
+) -> None:
+    """Raise ConfigError where no loss could be seen or none could exceed its limit, whatever is forgotten.
+
+    That is where the base is right in no row of a general source, or, judged by the estimate, where it has no more
+    than the limit to lose.
+    """
     for result in before.results:
         if result.source in general and not any(row.free_score for row in result.rows):
             cut = sum(row.cut for row in result.rows)
@@ -109,6 +120,17 @@ def check_known(before: Report, general: Sequence[str]) -> None:
                 f"The base is right in no row of {result.source}, so that it forgets can not be seen there.",
                 given=f"{result.n} rows" + (f", {cut} answers cut at {before.max_new_tokens} tokens" if cut else ""),
                 do="allow longer answers" if cut else "give rows that the base answers right, or another metric",
+            )
+    known = {r.source: 100 * r.free.mean for r in before.results if r.source in general}
+    held = [("the mean of the general sources", sum(known.values()) / len(known), most)]
+    held += [(name, points, each) for name, points in known.items()]
+    for where, points, limit in held:
+        if judged == "estimate" and limit is not None and points <= limit + _SLACK:
+            raise ConfigError(
+                "This limit can not be exceeded: the base has no more than that to lose.",
+                given=f"{limit:g} points; of {where} the base has {points:.1f} right of 100",
+                allowed=f"less than {points:.1f}",
+                do="lower the limit, or give rows of which the base answers more right",
             )
 
 
