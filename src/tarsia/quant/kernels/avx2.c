@@ -165,22 +165,49 @@ static void dot(const float *w, const float *x, int64_t stride, int64_t n, int64
     }
 }
 
-/* A block is 8 lanes of 8 codes. Shifted down by 4 j, every lane i offers code number 8 i + (j ^ 1) of the 64: x is laid
- * out to match. */
+/* The 16 levels as four planes of bytes. 32 codes are a byte shuffle of each plane; two rounds of unpacking put the bytes
+ * of a float together. That is 12 shuffles for 32 floats where permutations of floats need 8 and 4 blends, which cost
+ * more: on most processors one port permutes, two shuffle. */
+typedef struct {
+    __m256i plane[4];
+} planes;
+
+INLINE planes planes_of(const float *levels) {
+    uint8_t bytes[4][16];
+    planes table;
+    for (int k = 0; k < 4; k++) {
+        for (int l = 0; l < 16; l++) bytes[k][l] = (uint8_t)(float_bits(levels[l]) >> 8 * k);
+        table.plane[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes[k]));
+    }
+    return table;
+}
+
+/* 32 codes in bytes (0..15 each) -> 32 floats: lane i < 4 of w[v] is code 4 v + i, lane i >= 4 code 12 + 4 v + i. */
+INLINE void look_up_bytes(__m256i places, planes table, __m256 *w) {
+    __m256i byte[4];
+    for (int k = 0; k < 4; k++) byte[k] = _mm256_shuffle_epi8(table.plane[k], places);
+    __m256i low = _mm256_unpacklo_epi8(byte[0], byte[1]), high = _mm256_unpacklo_epi8(byte[2], byte[3]);
+    w[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
+    w[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
+    low = _mm256_unpackhi_epi8(byte[0], byte[1]), high = _mm256_unpackhi_epi8(byte[2], byte[3]);
+    w[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
+    w[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
+}
+
+/* x is laid out to match: the first numbers of the 32 bytes of a block, then the second ones. */
 enum { X_BLOCK = VECTOR_BLOCK * sizeof(float), X_PAIR = 2 * X_BLOCK, AHEAD = 8192 };
 
 static void arrange(const void *x, int dtype, int64_t columns, void *out, int64_t step) {
     for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step)
-        for (int64_t j = 0; j < 16; j++)
-            for (int64_t i = 0; i < 8; i++) {
-                int64_t at = first + j / 8 * VECTOR_BLOCK + 8 * i + (j % 8 ^ 1);
-                ((float *)out)[8 * j + i] = at < columns ? load_number(x, dtype, at) : 0.0f;
-            }
+        for (int64_t k = 0; k < PAIR; k++) {
+            int64_t half = k / 32 % 2, v = k / 8 % 4, i = k % 8, byte = 4 * v + (i < 4 ? i : 12 + i);
+            int64_t at = first + k / VECTOR_BLOCK * VECTOR_BLOCK + 2 * byte + half;
+            ((float *)out)[k] = at < columns ? load_number(x, dtype, at) : 0.0f;
+        }
 }
 
 /* One row of weights by m rows of x; m is a constant where this is called. */
-INLINE void multiply_row(const tarsia4_strip *strip, int64_t row, int64_t i, int m) {
-    table16 table = {_mm256_loadu_ps(strip->levels), _mm256_loadu_ps(strip->levels + 8)};
+INLINE void multiply_row(const tarsia4_strip *strip, planes table, int64_t row, int64_t i, int m) {
     const uint8_t *codes = strip->codes + row * strip->pitch * (VECTOR_BLOCK / 2);
     __m256 sums[4], part[4];
     for (int k = 0; k < m; k++) sums[k] = _mm256_setzero_ps();
@@ -190,10 +217,15 @@ INLINE void multiply_row(const tarsia4_strip *strip, int64_t row, int64_t i, int
         __m256 scale = _mm256_set1_ps(strip->scales[row * strip->pitch + b]);
         _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
         for (int k = 0; k < m; k++) part[k] = _mm256_setzero_ps();
-        for (int j = 0; j < 8; j++) {
-            __m256 w = look_up(_mm256_srli_epi32(place, 4 * j), table);
+        for (int half = 0; half < 2; half++) {
+            __m256i nibbles = half ? place : _mm256_srli_epi16(place, 4);
+            __m256 w[4];
+            look_up_bytes(_mm256_and_si256(nibbles, _mm256_set1_epi8(15)), table, w);
             for (int k = 0; k < m; k++)
-                part[k] = _mm256_fmadd_ps(w, _mm256_load_ps((const float *)(x + k * X_PAIR) + 8 * j), part[k]);
+                for (int v = 0; v < 4; v++) {
+                    __m256 numbers = _mm256_load_ps((const float *)(x + k * X_PAIR) + 32 * half + 8 * v);
+                    part[k] = _mm256_fmadd_ps(w[v], numbers, part[k]);
+                }
         }
         for (int k = 0; k < m; k++) sums[k] = _mm256_fmadd_ps(part[k], scale, sums[k]);
     }
@@ -201,11 +233,12 @@ INLINE void multiply_row(const tarsia4_strip *strip, int64_t row, int64_t i, int
 }
 
 static void multiply(const tarsia4_strip *strip) {
+    planes table = planes_of(strip->levels);
     for (int64_t row = 0; row < strip->rows; row++) {
         int64_t i = 0;
-        for (; i + 4 <= strip->m; i += 4) multiply_row(strip, row, i, 4);
-        for (; i + 2 <= strip->m; i += 2) multiply_row(strip, row, i, 2);
-        for (; i < strip->m; i++) multiply_row(strip, row, i, 1);
+        for (; i + 4 <= strip->m; i += 4) multiply_row(strip, table, row, i, 4);
+        for (; i + 2 <= strip->m; i += 2) multiply_row(strip, table, row, i, 2);
+        for (; i < strip->m; i++) multiply_row(strip, table, row, i, 1);
     }
 }
 

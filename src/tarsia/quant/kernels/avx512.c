@@ -65,6 +65,17 @@ void tarsia4_avx512_decode(const uint8_t *codes, const float *scales, int64_t bl
         }
 }
 
+void tarsia4_avx512_expand(const uint8_t *codes, int64_t count, const float *levels, float scale, float offset,
+                           float *room) {
+    for (int64_t k = 0; k < count; k += 16) {
+        __mmask16 left = count - k < 16 ? (__mmask16)((1u << (count - k)) - 1) : 0xffff;
+        __m512i place = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(left, codes + k));
+        __m512 level = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), left, place, levels, 4);
+        __m512 product = _mm512_mul_ps(level, _mm512_set1_ps(scale));
+        _mm512_mask_storeu_ps(room + k, left, _mm512_add_ps(product, _mm512_set1_ps(offset)));
+    }
+}
+
 /* ---- encode ---- */
 
 INLINE __m512 load_16(const void *w, int dtype, int64_t i) {
@@ -147,7 +158,7 @@ void tarsia4_avx512_dot(const float *w, const float *x, int64_t stride, int64_t 
 
 /* 64 bytes are 16 lanes of 8 codes. Shifted down by 4 j, every lane i offers code number 8 i + (j ^ 1) of the 128: x is
  * laid out to match, 8 registers for a pair of blocks. */
-typedef __m512 weights;
+typedef __m512 weights, levels_table;
 
 enum { QUARTERS = 2, X_PAIR = PAIR * sizeof(float) };
 
@@ -175,6 +186,7 @@ INLINE __m512 next_product(weights w, const char *x, __m512 sum) { return _mm512
 const tarsia4_kernel tarsia4_kernel_avx512 = {
     .decode = tarsia4_avx512_decode,
     .encode = tarsia4_avx512_encode,
+    .expand = tarsia4_avx512_expand,
     .dot = tarsia4_avx512_dot,
     .pair = X_PAIR,
     .arrange = arrange,

@@ -9,6 +9,8 @@ void tarsia4_avx512_decode(const uint8_t *codes, const float *scales, int64_t bl
                            int dtype);
 int tarsia4_avx512_encode(const void *w, int dtype, int64_t blocks, const tarsia4_grid *grid, uint8_t *codes,
                           float *absmax);
+void tarsia4_avx512_expand(const uint8_t *codes, int64_t count, const float *levels, float scale, float offset,
+                           float *room);
 void tarsia4_avx512_dot(const float *w, const float *x, int64_t stride, int64_t n, int64_t m, float *sums);
 
 #endif

@@ -10,6 +10,7 @@
 /* 64 bytes are 32 words of 4 codes. Shifted down by 4 j, every word k offers code number 4 k + (j ^ 1) of the 128: x is
  * laid out to match, 4 registers for a pair of blocks. */
 typedef __m512bh weights;
+typedef __m512i levels_table;
 
 enum { QUARTERS = 1, X_PAIR = PAIR * sizeof(uint16_t) };
 
@@ -47,6 +48,7 @@ INLINE __m512 next_product(weights w, const char *x, __m512 sum) { return _mm512
 const tarsia4_kernel tarsia4_kernel_avx512_bf16 = {
     .decode = tarsia4_avx512_decode,
     .encode = tarsia4_avx512_encode,
+    .expand = tarsia4_avx512_expand,
     .dot = tarsia4_avx512_dot,
     .pair = X_PAIR,
     .arrange = arrange,

@@ -1,4 +1,4 @@
-/* The product on packed codes, included by each AVX-512 source after what differs: `weights`, `table_of`, `unpack`,
+/* The product on packed codes, included by each AVX-512 source after what differs: `weights`, `levels_table`, `table_of`, `unpack`,
  * `first_product`, `next_product`, X_PAIR (bytes of 128 numbers of x) and QUARTERS (fours of registers in them).
  *
  * Every row of x sums in the same order however many there are beside it: its bits do not depend on its neighbours. */
@@ -13,7 +13,7 @@ INLINE __m512 two_scales(const float *scales) {
 }
 
 /* One pair of blocks of `rows` rows of weights, times m rows of x. */
-INLINE void multiply_pair(const __m512i *codes, const __m512 *scales, __typeof__(table_of(0)) table, const char *x,
+INLINE void multiply_pair(const __m512i *codes, const __m512 *scales, levels_table table, const char *x,
                           int rows, int m, __m512 *sums) {
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
         weights w[4][4];
@@ -30,8 +30,7 @@ INLINE void multiply_pair(const __m512i *codes, const __m512 *scales, __typeof__
 }
 
 /* `rows` (at most 4) rows of weights by m rows of x; both are constants where this is called. */
-INLINE void multiply_tile(const tarsia4_strip *strip, int64_t row, int64_t i, int rows, int m) {
-    __typeof__(table_of(0)) table = table_of(strip->levels);
+INLINE void multiply_tile(const tarsia4_strip *strip, levels_table table, int64_t row, int64_t i, int rows, int m) {
     const uint8_t *codes = strip->codes + row * strip->pitch * (VECTOR_BLOCK / 2);
     const float *scales = strip->scales + row * strip->pitch;
     const char *x = strip->x + i * X_PAIR;
@@ -59,16 +58,17 @@ INLINE void multiply_tile(const tarsia4_strip *strip, int64_t row, int64_t i, in
             strip->sums[(row + r) * ROWS_AT_ONCE + i + k] += _mm512_reduce_add_ps(sums[r * m + k]);
 }
 
-INLINE void multiply_columns(const tarsia4_strip *strip, int64_t i, int rows, int m) {
+INLINE void multiply_columns(const tarsia4_strip *strip, levels_table table, int64_t i, int rows, int m) {
     int64_t row = 0;
-    for (; row + rows <= strip->rows; row += rows) multiply_tile(strip, row, i, rows, m);
-    for (; row < strip->rows; row++) multiply_tile(strip, row, i, 1, m);
+    for (; row + rows <= strip->rows; row += rows) multiply_tile(strip, table, row, i, rows, m);
+    for (; row < strip->rows; row++) multiply_tile(strip, table, row, i, 1, m);
 }
 
 static void multiply(const tarsia4_strip *strip) {
+    levels_table table = table_of(strip->levels);
     int64_t i = 0;
-    for (; i + 8 <= strip->m; i += 8) multiply_columns(strip, i, 2, 8);
-    for (; i + 4 <= strip->m; i += 4) multiply_columns(strip, i, 2, 4);
-    for (; i + 2 <= strip->m; i += 2) multiply_columns(strip, i, 2, 2);
-    for (; i < strip->m; i++) multiply_columns(strip, i, 4, 1);
+    for (; i + 8 <= strip->m; i += 8) multiply_columns(strip, table, i, 2, 8);
+    for (; i + 4 <= strip->m; i += 4) multiply_columns(strip, table, i, 2, 4);
+    for (; i + 2 <= strip->m; i += 2) multiply_columns(strip, table, i, 2, 2);
+    for (; i < strip->m; i++) multiply_columns(strip, table, i, 4, 1);
 }

@@ -34,6 +34,8 @@ typedef struct {
                    int dtype);
     /* The way back; 0, or TARSIA4_NOT_FINITE. */
     int (*encode)(const void *w, int dtype, int64_t blocks, const tarsia4_grid *grid, uint8_t *codes, float *absmax);
+    /* room[k] = levels[codes[k]] * scale + offset, rounded twice; NULL: tarsia4.c's own. */
+    void (*expand)(const uint8_t *codes, int64_t count, const float *levels, float scale, float offset, float *room);
     /* sums[i] += w[0..n-1] . x[i * stride + 0..n-1] for i < m <= ROWS_AT_ONCE. */
     void (*dot)(const float *w, const float *x, int64_t stride, int64_t n, int64_t m, float *sums);
 

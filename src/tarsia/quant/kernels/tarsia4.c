@@ -107,29 +107,32 @@ int tarsia4_quantise(int isa, const void *w, int dtype, int64_t n, int64_t block
 
 /* ---- dequantise ---- */
 
+/* Looked up first, as bytes go through: the arithmetic is then the compiler's to do many at a time. */
+static void plain_expand(const uint8_t *codes, int64_t count, const float *levels, float scale, float offset,
+                         float *room) {
+    for (int64_t k = 0; k < count; k++) memcpy(room + k, levels + codes[k], sizeof *room);
+    for (int64_t k = 0; k < count; k++) room[k] = room[k] * scale + offset;
+}
+
 /* Nested scales of `count` blocks from `first` on, group by group of 256: one nested scale each. */
-static void expand(const tarsia4_weight *weight, int64_t first, int64_t count, float *room) {
-    const float *levels = weight->scale_levels;
-    for (int64_t k = 0; k < count;) {
-        int64_t group = (first + k) / 256, end = (group + 1) * 256 - first;
-        const uint8_t *codes = weight->scale_codes + first;
-        float scale = weight->scale_absmax[group], offset = weight->offset;
-        if (end > count) end = count;
-        for (; k < end; k++) {
-            /* Two statements, and -ffp-contract=off: bitsandbytes rounds the product and the sum apart. */
-            float product = levels[codes[k]] * scale;
-            room[k] = product + offset;
-        }
+static void expand(const tarsia4_kernel *kernel, const tarsia4_weight *weight, int64_t first, int64_t count,
+                   float *room) {
+    while (count > 0) {
+        int64_t n = 256 - first % 256;
+        if (n > count) n = count;
+        (kernel->expand ? kernel->expand : plain_expand)(weight->scale_codes + first, n, weight->scale_levels,
+                                                         weight->scale_absmax[first / 256], weight->offset, room);
+        first += n, room += n, count -= n;
     }
 }
 
 /* The scales of `count` whole 64-blocks from the one at number `first` on; a block of 128, 192, ... lends its scale to
  * each of them. */
-static const float *scales_of(const tarsia4_weight *weight, int64_t first, int64_t count, float *room) {
-    if (weight->block == VECTOR_BLOCK) {
-        if (weight->absmax) return weight->absmax + first / VECTOR_BLOCK;
-        expand(weight, first / VECTOR_BLOCK, count, room);
-    } else
+static const float *scales_of(const tarsia4_kernel *kernel, const tarsia4_weight *weight, int64_t first, int64_t count,
+                              float *room) {
+    if (weight->block == VECTOR_BLOCK && weight->absmax) return weight->absmax + first / VECTOR_BLOCK;
+    if (weight->block == VECTOR_BLOCK) expand(kernel, weight, first / VECTOR_BLOCK, count, room);
+    else
         for (int64_t k = 0; k < count; k++) room[k] = block_scale(weight, (first + k * VECTOR_BLOCK) / weight->block);
     return room;
 }
@@ -147,7 +150,7 @@ static void decode_range(const tarsia4_kernel *kernel, const tarsia4_weight *wei
     while (at + VECTOR_BLOCK <= last) {
         int64_t blocks = (last - at) / VECTOR_BLOCK;
         if (blocks > SCALES_AT_ONCE) blocks = SCALES_AT_ONCE;
-        kernel->decode(weight->codes + at / 2, scales_of(weight, at, blocks, room), blocks, weight->levels,
+        kernel->decode(weight->codes + at / 2, scales_of(kernel, weight, at, blocks, room), blocks, weight->levels,
                        (char *)out + (at - first) * size, dtype);
         at += blocks * VECTOR_BLOCK;
     }
@@ -213,7 +216,7 @@ static void packed_rows(const product *job, int64_t row, int64_t rows, int64_t i
         if (blocks > SCALES_AT_ONCE) blocks = SCALES_AT_ONCE; /* one row then: see strip_of */
         tarsia4_strip strip = {
             .codes = weight->codes + at / 2,
-            .scales = scales_of(weight, at, rows * blocks, room),
+            .scales = scales_of(job->kernel, weight, at, rows * blocks, room),
             .levels = weight->levels,
             .blocks = blocks,
             .pitch = pitch,
