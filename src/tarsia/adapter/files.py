@@ -49,7 +49,7 @@ def save(adapter: Adapter, folder: Path | str) -> None:
     Raises AdapterError where a tensor is not finite, the card is no JSON, or the place can not be written.
     """
     keys = _keys(adapter)
-    tensors = {keys[path][name]: t for path, patched in adapter.patches.items() for name, t in patched.tensors.items()}
+    tensors = {keys[path][name]: t for path in adapter.patches for name, t in _stored(adapter, path).items()}
     check_finite(tensors)
     config = _config(adapter)
     described = _described(adapter, keys)
@@ -83,6 +83,18 @@ def load(folder: Path | str, host: Host | None = None, *, allow: Collection[str]
     return read_foreign(fields, read_tensors(folder / TENSORS), host, allow=allow)
 
 
+def recorded(folder: Path | str) -> Fingerprint | None:
+    """The base that an adapter says it belongs to, None where it says nothing (files that PEFT made).
+
+    Raises AdapterError where tarsia.json is not one.
+    """
+    path = Path(folder) / OURSELVES
+    held = read_json(path).get("fingerprint") if path.is_file() else None
+    if held is not None and not isinstance(held, dict):
+        raise AdapterError("tarsia.json is incomplete, or was edited.", given=f"{path}: fingerprint {held!r}", do=AGAIN)
+    return None if held is None else Fingerprint.read(held)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter, ours or PEFT's."""
     return (folder / OURSELVES).is_file() or (folder / CONFIG).is_file()
@@ -94,11 +106,17 @@ def _keys(adapter: Adapter) -> dict[str, dict[str, str]]:
         return {p: {n: f"{p}.{patched.method}.{n}" for n in patched.tensors} for p, patched in adapter.patches.items()}
     keys = {}
     for path, patched in adapter.patches.items():
-        if patched.method == "lora":
-            keys[path] = {name: f"base_model.model.{path}.lora_{name}.weight" for name in patched.tensors}
+        if path in adapter.layout.targets:
+            keys[path] = {name: f"base_model.model.{path}.lora_{name}.weight" for name in patched.factors}
         else:
             keys[path] = {name: f"base_model.model.{adapter.layout.places[path][name]}" for name in patched.tensors}
     return keys
+
+
+def _stored(adapter: Adapter, path: str) -> Mapping[str, Tensor]:
+    """The tensors of one patch as the file holds them: LoRA's factors where PEFT reads it."""
+    patched = adapter.patches[path]
+    return patched.factors if not adapter.layout.obstacles and path in adapter.layout.targets else patched.tensors
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
@@ -136,10 +154,11 @@ def _read(folder: Path) -> Adapter:
     try:
         for name in (TENSORS, PROBE) if described["probe"] is not None else (TENSORS,):
             _check_digest(folder / name, described["sha256"][name])
+        layout = _layout(described["layout"])
         adapter = Adapter(
             parts=tuple(_part(part) for part in described["parts"]),
-            patches=MappingProxyType(_patches(described["patches"], read_tensors(folder / TENSORS))),
-            layout=_layout(described["layout"]),
+            patches=MappingProxyType(_patches(described["patches"], read_tensors(folder / TENSORS), layout)),
+            layout=layout,
             base=described["base"],
             fingerprint=None if described["fingerprint"] is None else Fingerprint.read(described["fingerprint"]),
             card=MappingProxyType(dict(described["card"])),
@@ -161,7 +180,7 @@ def _layout(values: Mapping[str, Any]) -> Layout:
     return Layout(tuple(values["targets"]), tuple(values["saved"]), values["places"], tuple(values["obstacles"]))
 
 
-def _patches(described: Mapping[str, Any], held: dict[str, Tensor]) -> dict[str, Patched]:
+def _patches(described: Mapping[str, Any], held: dict[str, Tensor], layout: Layout) -> dict[str, Patched]:
     wanted = {key: path for path, patch in described.items() for key in patch["tensors"].values()}
     missing, extra = sorted(wanted.keys() - held.keys()), sorted(held.keys() - wanted.keys())
     if missing or extra:
@@ -170,14 +189,16 @@ def _patches(described: Mapping[str, Any], held: dict[str, Tensor]) -> dict[str,
             given="; ".join(f"{n} {', '.join(k[:3])}" for n, k in (("missing", missing), ("left over", extra)) if k),
             do=AGAIN,
         )
-    return {
-        path: Patched(
-            find(patch["method"]).name,
-            MappingProxyType(_constants(path, patch["constants"])),
-            MappingProxyType({name: held[key] for name, key in patch["tensors"].items()}),
-        )
-        for path, patch in described.items()
-    }
+    patches = {}
+    for path, patch in described.items():
+        method = find(patch["method"])
+        tensors = {name: held[key] for name, key in patch["tensors"].items()}
+        if method.thin and not layout.obstacles:
+            kind: Any = method.patch
+            tensors = kind.from_lora(tensors)
+        constants = MappingProxyType(_constants(path, patch["constants"]))
+        patches[path] = Patched(method.name, constants, MappingProxyType(tensors))
+    return patches
 
 
 def _constants(path: str, values: Mapping[str, Any]) -> dict[str, float | int | bool]:
@@ -198,7 +219,7 @@ def _check_agreement(adapter: Adapter, fields: Mapping[str, Any]) -> None:
             patched = adapter.patches[path]
             scale, given = float(patched.constants["scale"]), config.scale(path)
             found.append((f"target_modules at {path}", config.targets(path), True))
-            found.append((f"the rank at {path}", config.rank(path), patched.tensors["A"].shape[0]))
+            found.append((f"the rank at {path}", config.rank(path), patched.factors["A"].shape[0]))
             found.append((f"the scale at {path}", given, given if abs(given - scale) <= 1e-12 * abs(scale) else scale))
     for what, given_, allowed in found:
         if given_ != allowed:

@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
 
+from tarsia.adapter.four_bits import PREFIX, FourBits
 from tarsia.adapter.reading import header, read_json
 from tarsia.core.errors import AdapterError, BaseMismatch, ConfigError
 from tarsia.quant.tensor import Weight4
@@ -22,7 +23,7 @@ from tarsia.quant.tensor import Weight4
 NONE = "none"
 """The digest of a thing that the base does not have."""
 
-_OPTIONAL = ("processor", "template")
+_OPTIONAL = ("processor", "template", "quantisation")
 _STORAGE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "quantization_config", "architectures"}
 _PROCESSOR_JSON = (
     "preprocessor_config.json",
@@ -43,8 +44,9 @@ class Fingerprint:
 
     ``weights``: every tensor's name, dtype, shape and bytes as they lie in the safetensors files (prefix
     "files:"), or in memory for a model that was built there (prefix "memory:"). ``architecture``: config.json
-    without what says only how it was stored. ``quantisation``: its ``quantization_config``. ``processor``: the
-    files of the tokenizer and the picture processor. ``template``: the chat template.
+    without what says only how it was stored. ``quantisation``: its ``quantization_config``, or, in words, the
+    4 bits that the base was rounded to as it was opened (``FourBits.mark``). ``processor``: the files of the
+    tokenizer and the picture processor. ``template``: the chat template.
     """
 
     weights: str
@@ -91,7 +93,7 @@ class Fingerprint:
     def check(self, other: Fingerprint, *, allow: Collection[str] = ()) -> None:
         """Raise BaseMismatch, naming the parts, where ``other`` (the base at hand) is another base than this.
 
-        ``allow`` may name "processor" and "template": a difference there is then accepted.
+        ``allow`` may name "processor", "template" and "quantisation": a difference there is then accepted.
         """
         for name in allow:
             if name not in _OPTIONAL:
@@ -101,6 +103,8 @@ class Fingerprint:
         if not differing:
             return
         only_optional = all(name in _OPTIONAL for name in differing)
+        if differing == ["quantisation"]:
+            self._refuse_form(other)
         kinds = {digest.weights.partition(":")[0] for digest in (self, other)}
         do = f"open the base that it was trained on, or allow={tuple(differing)!r} if you know why it differs"
         if not only_optional:
@@ -109,10 +113,33 @@ class Fingerprint:
             do = "a model built in memory is never taken for one from files: open both the same way"
         raise BaseMismatch(
             f"The adapter belongs to another base: not the same {' and '.join(differing)}.",
-            given="; ".join(f"{name} {theirs[name][:24]}" for name in differing),
-            allowed="; ".join(f"{name} {mine[name][:24]}" for name in differing),
+            given="; ".join(f"{name} {_shown(theirs[name])}" for name in differing),
+            allowed="; ".join(f"{name} {_shown(mine[name])}" for name in differing),
             do=do,
         )
+
+    def _refuse_form(self, other: Fingerprint) -> NoReturn:
+        mine, theirs = FourBits.of(self.quantisation), FourBits.of(other.quantisation)
+        alike = mine is not None and mine == theirs
+        raise BaseMismatch(
+            "The adapter belongs to this base in another form, whose rounding it learnt to make up for.",
+            given=f"a base {_form(other.quantisation)}",
+            allowed=f"a base {_form(self.quantisation)}",
+            do="use the version of tarsia that it was trained with: this one selects other weights"
+            if alike
+            else "open the base in that form, or, to judge the adapter over this one on purpose, allow `quantisation`",
+        )
+
+
+def _form(quantisation: str) -> str:
+    form = FourBits.of(quantisation)
+    if form is not None:
+        return f"in 4 bits ({form.text})"
+    return "that is not quantised" if quantisation == NONE else f"that its files hold quantised ({quantisation[:12]})"
+
+
+def _shown(value: str) -> str:
+    return _form(value) if value.startswith(PREFIX) else value[:24]
 
 
 def _digest(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
@@ -102,13 +103,41 @@ class Quantisation:
         first, *rest = self.losses.values()
         return sum(rest, first)
 
-    def by_role(self) -> dict[tuple[Component, Role], Loss]:
-        """The losses added up for each component and role."""
-        found: dict[tuple[Component, Role], Loss] = {}
-        for site in self.sites:
-            key, loss = (site.component, site.role), self.losses[site.weight]
-            found[key] = found[key] + loss if key in found else loss
-        return found
+    def report(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """What is in 4 bits of a model of these ``sites``, and what is not and why, as plain values.
+
+        ``bits`` are from the bytes that are held; ``error`` is the 2-norm of what rounding changed as a share of the
+        weights' own, measured. Both are null for a model without weights.
+        """
+        lines: dict[tuple[str, ...], list[Site]] = {}
+        for site in sites:
+            why = "" if site.weight in self.names else self.kept[site.weight]
+            lines.setdefault((site.component, site.role, why), []).append(site)
+        return {
+            "kind": self.form.kind,
+            "nested": self.form.nested,
+            "select": self.form.select,
+            **_figures(list(self.losses.values())),
+            "parameters": sum(map(_size, self.sites)),
+            "share": sum(map(_size, self.sites)) / max(1, sum(map(_size, sites))),
+            "roles": [
+                {"component": component, "role": role, "kept": why or None, "weights": len(members)}
+                | {"parameters": sum(map(_size, members))}
+                | _figures([self.losses[site.weight] for site in members if site.weight in self.losses])
+                for (component, role, why), members in lines.items()
+            ],
+        }
+
+
+def _size(site: Site) -> int:
+    return math.prod(site.shape)
+
+
+def _figures(losses: Sequence[Loss]) -> dict[str, float | None]:
+    if not losses:
+        return {"bits": None, "error": None}
+    whole = sum(losses[1:], losses[0])
+    return {"bits": whole.bits, "error": whole.relative}
 
 
 def choose(form: FourBits, model: nn.Module, sites: Sequence[Site]) -> Quantisation:
@@ -166,4 +195,8 @@ def described(values: Mapping[str, Any]) -> FourBits:
     for key in values:
         if key not in known:
             raise ConfigError("There is no such option of four_bits.", given=key, allowed=", ".join(known))
+    if not isinstance(values.get("nested", True), bool):
+        raise ConfigError("four_bits' nested is true or false.", given=values["nested"])
+    if not all(isinstance(values.get(key) or "", str) for key in ("kind", "select")):
+        raise ConfigError("four_bits' kind and select are texts.", given=dict(values))
     return FourBits(**values)

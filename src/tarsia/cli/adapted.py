@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from tarsia.cli import output
 
 if TYPE_CHECKING:
-    from tarsia.adapter import Adapter, Host
+    from tarsia.adapter import Adapter, FourBits, Host
     from tarsia.data import Sample
+
+AS_TRAINED = "as trained"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +30,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="the base's (default: bfloat16 where the machine computes it)",
+    )
+    parser.add_argument(
+        "--four-bits",
+        metavar="FORM",
+        default=AS_TRAINED,
+        help="the base in 4 bits: nf4, fp4 or int4, or as a recipe has it ('{kind: nf4, nested: false}'); none, to "
+        "judge an adapter over the files' own numbers on purpose (default: as the adapters were trained)",
     )
     parser.add_argument(
         "--variable",
@@ -48,12 +57,13 @@ def opened(args: argparse.Namespace) -> Host:
     output.no_bars()
     names = named(args.adapter)
     variables = _variables(args.variable)
-    host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables)
+    form, chosen = _form(args)
+    host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables, four_bits=form)
     for name, folder in zip(names, args.adapter, strict=True):
         adapter = load(folder, host)
-        put(host, adapter, name)
+        put(host, adapter, name, allow=("quantisation",) if chosen else ())
         _note_gate(name, adapter)
-        if adapter.probe is None:
+        if _other_form(host, name, adapter) or adapter.probe is None:
             continue
         if (why := adapter.probe.provable(host)) is None:
             prove(host, name, adapter.probe)
@@ -61,6 +71,47 @@ def opened(args: argparse.Namespace) -> Host:
             print(f"tarsia: note: the adapter {name} is not proved here: {why}", file=sys.stderr)
     activate(host.model, *names)
     return host
+
+
+def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
+    """The form to open the base in, and whether it was chosen here, whatever the adapters say of themselves."""
+    from tarsia.adapter import FourBits, recorded
+    from tarsia.core.errors import ConfigError
+
+    if args.four_bits == "none":
+        return None, True
+    if args.four_bits != AS_TRAINED:
+        return _described(args.four_bits), True
+    known = {folder: found for folder in args.adapter if (found := recorded(folder)) is not None}
+    forms = {folder: FourBits.of(found.quantisation) for folder, found in known.items()}
+    if len(set(forms.values())) > 1:
+        raise ConfigError(
+            "The adapters were trained over bases in different forms.",
+            given="; ".join(f"{folder}: {'16 bits' if f is None else f.text}" for folder, f in forms.items()),
+            do="choose one for all on purpose: --four-bits none, or --four-bits nf4",
+        )
+    return next(iter(forms.values()), None), False
+
+
+def _described(text: str) -> FourBits:
+    from tarsia.adapter.four_bits import described
+    from tarsia.train.reading import parse_value
+
+    value = parse_value(text)
+    return described(value if isinstance(value, dict) else {"kind": value})
+
+
+def _other_form(host: Host, name: str, adapter: Adapter) -> bool:
+    """Say on stderr where an adapter is judged over another form of its base than it was trained over."""
+    trained = adapter.fingerprint
+    if trained is None or trained.quantisation == host.fingerprint.quantisation:
+        return False
+    print(
+        f"tarsia: warning: the adapter {name} was trained over another form of this base, as asked for: "
+        "its outputs are not those of its training, and are not proved",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _note_gate(name: str, adapter: Adapter) -> None:

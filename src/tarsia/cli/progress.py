@@ -9,7 +9,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from tarsia.cli import output
+from tarsia.cli import output, rounded
 from tarsia.core.site import Component
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, as_json
 
@@ -106,6 +106,8 @@ def coverage(event: Started) -> None:
     frozen = [component for component in Component if all(c.component != component for c in event.coverage)]
     if frozen:
         print(f"trains nothing of: {', '.join(frozen)}")
+    if event.four_bits is not None:
+        rounded.show(event.four_bits)
     for line in event.fast:
         print(f"speed: {line}")
     if 0 < event.resumed < event.steps:

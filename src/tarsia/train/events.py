@@ -34,6 +34,8 @@ class Started:
     """The recipe with every default filled in, and its hash."""
     fast: tuple[str, ...] = ()
     """What is computed in a cheaper way, and what could not be, one line each."""
+    four_bits: Mapping[str, Any] | None = None
+    """What of the base is in 4 bits, and how well (``tarsia.adapter.Quantisation.report``)."""
 
 
 @dataclass(frozen=True, slots=True)

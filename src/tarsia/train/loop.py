@@ -134,7 +134,9 @@ def _events(
     trained = sum(line.trained for line in run.coverage)
     share = sum(line.share for line in run.coverage)
     resolved = {**recipe.resolved, "hash": recipe.hash}
-    yield Started(run.coverage, trained, share, steps, run.step, resolved, run.fast)
+    held = run.host.quantisation
+    four_bits = None if held is None else held.report(run.host.sites)
+    yield Started(run.coverage, trained, share, steps, run.step, resolved, run.fast, four_bits)
     yield from map(Notice, notices)
     # a checkpoint is written before its step is evaluated: what fails there costs no step, and is done again here
     yield from _evaluation(run, evaluator)
