@@ -54,6 +54,21 @@ def test_selections_that_match_not_all_stop_before_step_0(fresh, select, helps):
     assert not (Path(fresh["out"]) / "events.jsonl").exists()
 
 
+def test_a_run_that_can_not_be_built_leaves_a_callers_base_as_it_was(fresh, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    host = open_base(fresh["model"])
+    frozen = [p.requires_grad for p in host.model.parameters()]
+    monkeypatch.setattr(run_module, "adamw", no_memory)
+    with pytest.raises(MemoryError):
+        small.run(fresh, host=host)
+    assert not slots(host.model)
+    assert [p.requires_grad for p in host.model.parameters()] == frozen
+    monkeypatch.undo()
+    small.run(fresh, "steps=3", host=host)
+
+
 def test_two_parts_on_one_site(fresh):
     twice = part("language.*.q")["parts"] + part("language.1.q")["parts"]
     with pytest.raises(Exception, match="Two parts claim") as caught:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tarsia.adapter import Fingerprint, Host
 from tarsia.anatomy import anatomy_of
-from tarsia.core.attach import Covered, Part, attach, patches
+from tarsia.core.attach import Covered, Part, attach, detach, patches
 from tarsia.core.errors import ConfigError, TrainingError
 from tarsia.core.method import find
 from tarsia.core.patch import Patch
@@ -253,7 +253,10 @@ def claim(recipe: Recipe, out: Path) -> None:
 
 
 def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
-    """Open what a recipe names, attach the patches and check that the rows can train them."""
+    """Open what a recipe names, attach the patches and check that the rows can train them.
+
+    Where it fails, ``host`` is left as it was.
+    """
     sources = [read(source) for source in recipe.data.train]
     digests = {rows.source.title: rows.digest() for rows in sources}
     rows = recipe.data.rows_of_step(recipe.batch * recipe.accumulate)
@@ -275,24 +278,28 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
             do="add rows with pictures, or select language sites alone",
         )
     coverage = attach(host.model, host.sites, parts, name=NAME, seed=recipe.seed)
-    made = patches(host.model, NAME)
-    named = [_named(sites, made) for sites in chosen]
-    return Run(
-        recipe=recipe,
-        host=host,
-        parts=parts,
-        coverage=coverage,
-        patches=made,
-        encoder=encoder,
-        mixture=Mixture(sources, [source.weight for source in recipe.data.train], recipe.seed, rows),
-        digests=digests,
-        optimiser=adamw(named, [part.rate for part in recipe.parts], recipe.betas, recipe.weight_decay),
-        schedule=schedule,
-        watch=GradientWatch(made, pictures),
-        random=OwnRandom(recipe.seed, next(host.model.parameters()).device),
-        log=Log(Path(recipe.out) / "events.jsonl"),
-        threads=threads,
-    )
+    try:
+        made = patches(host.model, NAME)
+        named = [_named(sites, made) for sites in chosen]
+        return Run(
+            recipe=recipe,
+            host=host,
+            parts=parts,
+            coverage=coverage,
+            patches=made,
+            encoder=encoder,
+            mixture=Mixture(sources, [source.weight for source in recipe.data.train], recipe.seed, rows),
+            digests=digests,
+            optimiser=adamw(named, [part.rate for part in recipe.parts], recipe.betas, recipe.weight_decay),
+            schedule=schedule,
+            watch=GradientWatch(made, pictures),
+            random=OwnRandom(recipe.seed, next(host.model.parameters()).device),
+            log=Log(Path(recipe.out) / "events.jsonl"),
+            threads=threads,
+        )
+    except BaseException:
+        detach(host.model, NAME)
+        raise
 
 
 def _check_form(recipe: Recipe, host: Host) -> None:
