@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tarsia.quant.cpu import Packed4
 from tarsia.quant.gpu import tile
-from tarsia.quant.gpu.lang import Number, Pointer, kernel, tl
+from tarsia.quant.gpu.lang import kernel, tl
 from tarsia.quant.gpu.tile import narrow, scales_of, unpack
 
 NUMBERS = 2048
@@ -16,18 +16,18 @@ NUMBERS = 2048
 
 @kernel()
 def _dequantise(  # noqa: PLR0913  kernels take tensors one by one
-    codes: Pointer,
-    scales: Pointer,
-    nested_scales: Pointer,
-    offset: Pointer,
-    scale_levels: Pointer,
-    levels: Pointer,
-    out: Pointer,
-    count: Number,
-    first: Number,
-    stride: Number,
-    blocks: Number,
-    tiles: Number,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    nested_scales: tl.tensor,
+    offset: tl.tensor,
+    scale_levels: tl.tensor,
+    levels: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    first: tl.tensor,
+    stride: tl.tensor,
+    blocks: tl.tensor,
+    tiles: tl.tensor,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:

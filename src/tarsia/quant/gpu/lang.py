@@ -1,25 +1,15 @@
-"""Triton's language, as the other modules take it, with words for what a kernel's arguments are.
+"""Triton's language, as the other modules take it: it has no annotations, and here alone the type checker is told.
 
-Triton has no annotations of its own. Its compiler reads ours for ``tl.constexpr`` alone, so that the words below are
-for the reader; the type checker sees Any.
+What kernels are given is a ``tl.tensor``, be it a pointer, a number or a tile; an optional pointer may be None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
-
-Pointer: TypeAlias = Any
-"""To the first number of a tensor; None where an optional one is not there."""
-
-Number: TypeAlias = Any
-"""An integer or a float32 that is one for all programs."""
-
-Tile: TypeAlias = Any
-"""A block of numbers that one program holds."""
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run on the processor: TRITON_INTERPRET, as it was when Triton was imported."""
@@ -31,8 +21,8 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def kernel(*general: str) -> Callable[[Callable[..., Any]], Any]:
-    """A kernel. One is compiled for integers that 16 divides, one for others, one for 1; not so for those in ``general``."""
+    """A kernel. It is compiled again for integers that are 1 or that 16 divides, except those named in ``general``."""
     return lambda function: triton.jit(function, do_not_specialize=general)
 
 
-__all__ = ["INTERPRETED", "Number", "Pointer", "Tile", "jit", "kernel", "tl"]
+__all__ = ["INTERPRETED", "jit", "kernel", "tl"]

@@ -83,7 +83,7 @@ def _splits(programs: int, steps: int, processors: int) -> int:
 
 
 def slices(lines: int, size: int, itemsize: int, step: int) -> tuple[tuple[int, int], ...]:
-    """``lines`` of ``size`` numbers each, cut into equal runs that the arena holds, of whole ``step`` lines: (first, last)."""
+    """``lines`` of ``size`` numbers in equal runs that the arena holds, each of whole ``step`` lines: (first, last)."""
     parts = max(1, -(-lines * size * itemsize // ARENA))
     length = max(step, -(-lines // parts // step) * step)
     return tuple((first, min(first + length, lines)) for first in range(0, lines, length))

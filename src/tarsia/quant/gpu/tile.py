@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 
 from tarsia.quant.cpu import Packed4
-from tarsia.quant.gpu.lang import INTERPRETED, Number, Pointer, Tile, jit, kernel, tl
+from tarsia.quant.gpu.lang import INTERPRETED, jit, kernel, tl
 from tarsia.quant.levels import scale_levels
 
 
 @jit
 def scales_of(
-    scales: Pointer, nested_scales: Pointer, offset: Pointer, scale_levels: Pointer, index: Tile, live: Tile
-) -> Tile:
+    scales: tl.tensor,
+    nested_scales: tl.tensor,
+    offset: tl.tensor,
+    scale_levels: tl.tensor,
+    index: tl.tensor,
+    live: tl.tensor,
+) -> tl.tensor:
     """Float32 scales of the blocks ``index``, stored as such where there are no ``nested_scales``; not live: any."""
     if nested_scales is not None:
         code = tl.load(scales + index, mask=live, other=0).to(tl.int32)
@@ -35,8 +40,8 @@ def scales_of(
 
 @jit
 def unpack(
-    codes: Tile, scales: Tile, table: Tile, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
-) -> Tile:
+    codes: tl.tensor, scales: tl.tensor, table: tl.tensor, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
     """Float32 numbers [ROWS, BLOCKS, BLOCK] of bytes [ROWS, BLOCKS, BLOCK / 2], scales [ROWS, BLOCKS] and 16 levels.
 
     The table is gathered from, not loaded from by pointer: in a loop of products Triton would stage such loads one
@@ -48,7 +53,7 @@ def unpack(
 
 
 @jit
-def narrow(value: Tile, DTYPE: tl.constexpr) -> Tile:
+def narrow(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """Float32 rounded to ``DTYPE``, to nearest, halves to even. The interpreter alone would cut to bfloat16."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = value.to(tl.uint32, bitcast=True)
@@ -60,7 +65,7 @@ def narrow(value: Tile, DTYPE: tl.constexpr) -> Tile:
 
 
 @jit
-def multiply(a: Tile, b: Tile, total: Tile) -> Tile:
+def multiply(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
     """``total`` + a b, summed in float32, factors with all their bits. The interpreter has no product of bfloat16."""
     if INTERPRETED:
         a = a.to(tl.float32)
@@ -69,7 +74,7 @@ def multiply(a: Tile, b: Tile, total: Tile) -> Tile:
 
 
 @kernel()
-def _add_up(parts: Pointer, out: Pointer, count: Number, SPLITS: tl.constexpr, TILE: tl.constexpr) -> None:
+def _add_up(parts: tl.tensor, out: tl.tensor, count: tl.tensor, SPLITS: tl.constexpr, TILE: tl.constexpr) -> None:
     """out [count] = the sum of parts [SPLITS, count], from the first to the last."""
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     total = tl.load(parts + at, mask=at < count, other=0.0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tarsia.quant.cpu import Packed4
 from tarsia.quant.gpu import tile
-from tarsia.quant.gpu.lang import Number, Pointer, kernel, tl
+from tarsia.quant.gpu.lang import kernel, tl
 from tarsia.quant.gpu.plan import Tiles
 from tarsia.quant.gpu.tile import narrow, scales_of, unpack
 from tarsia.quant.gpu.update import Update, factors
@@ -15,24 +15,24 @@ from tarsia.quant.gpu.update import Update, factors
 
 @kernel("scale")
 def _vector(  # noqa: PLR0913  kernels take tensors one by one
-    x: Pointer,
-    codes: Pointer,
-    scales: Pointer,
-    nested_scales: Pointer,
-    offset: Pointer,
-    scale_levels: Pointer,
-    levels: Pointer,
-    bias: Pointer,
-    low: Pointer,
-    up: Pointer,
-    out: Pointer,
-    rows: Number,
-    blocks: Number,
-    part: Number,
-    scale: Number,
-    rank: Number,
-    up_row: Number,
-    up_column: Number,
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    nested_scales: tl.tensor,
+    offset: tl.tensor,
+    scale_levels: tl.tensor,
+    levels: tl.tensor,
+    bias: tl.tensor,
+    low: tl.tensor,
+    up: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    blocks: tl.tensor,
+    part: tl.tensor,
+    scale: tl.tensor,
+    rank: tl.tensor,
+    up_row: tl.tensor,
+    up_column: tl.tensor,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
