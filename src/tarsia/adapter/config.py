@@ -211,7 +211,7 @@ def write(adapter: Adapter) -> dict[str, Any]:
     Scales are written as alpha / r whatever made them, so that readers which know nothing of rsLoRA agree.
     """
     held = {path: adapter.patches[path] for path in adapter.layout.targets}
-    ranks = {path: patched.tensors["A"].shape[0] for path, patched in held.items()}
+    ranks = {path: patched.factors["A"].shape[0] for path, patched in held.items()}
     alphas = {path: _alpha(float(patched.constants["scale"]), ranks[path]) for path, patched in held.items()}
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8.0)
     return {

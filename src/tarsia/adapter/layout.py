@@ -1,7 +1,8 @@
 """Whether, and where, a PEFT folder has a place for each patch (peft 0.21.2).
 
-It has one for LoRA at any linear layer, with a rank and a scale for each, and for whole modules
-(``modules_to_save``): a projector, a norm, both expert tensors of a mixture's layer, Gemma-3's projector module
+It has one for LoRA at any linear layer, with a rank and a scale for each, for what can be written as LoRA (PiSSA as
+one of twice the rank), and for whole modules (``modules_to_save``): a projector, a norm, both expert tensors of a
+mixture's layer, Gemma-3's projector module
 with its bare tensor. It has none for a module that is trained in part (one expert tensor of two), for a bare
 tensor of the model itself (LLaVA-NeXT's and OneVision's ``image_newline``, BLIP-2's ``query_tokens``), for an embedding
 that is the head too (PEFT would replace the one and leave the other), nor for methods that it does not know.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tarsia.core.method import find
 from tarsia.core.site import Site
 from tarsia.core.slot import Slot
 
@@ -42,10 +44,11 @@ def layout(model: nn.Module, patched: Sequence[tuple[Site, str]]) -> Layout:
         for site, method in patched
         if method == "full"
     }
-    obstacles = [f"{site.path}: PEFT has no {method}" for site, method in patched if method not in ("lora", "full")]
+    known = {method for _, method in patched if method == "full" or find(method).thin}
+    obstacles = [f"{site.path}: PEFT has no {method}" for site, method in patched if method not in known]
     targets = []
     for site, method in patched:
-        if method != "lora":
+        if not find(method).thin:
             continue
         if isinstance(modules.get(site.path), nn.Linear):
             targets.append(site.path)

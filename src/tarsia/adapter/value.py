@@ -31,6 +31,13 @@ class Patched:
     constants: Mapping[str, float | int | bool]
     tensors: Mapping[str, Tensor]
 
+    @property
+    def factors(self) -> Mapping[str, Tensor]:
+        """A [r, in] and B [out, r] of the LoRA that computes the same, for a method that is thin."""
+        patch: Any = find(self.method).patch
+        made: Mapping[str, Tensor] = patch.to_lora(self.tensors)
+        return made
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:

@@ -41,6 +41,11 @@ class Method:
         return hasattr(self.patch, "batched")
 
     @property
+    def thin(self) -> bool:
+        """Whether whoever knows LoRA can hold its patches (see ``Thin``)."""
+        return hasattr(self.patch, "to_lora")
+
+    @property
     def replaces(self) -> bool:
         return self.patch.replaces
 

@@ -89,6 +89,20 @@ class Batched(Protocol):
         ...
 
 
+class Thin(Protocol):
+    """A patch that is LoRA's product of two thin factors, or can be written as one; found by presence too."""
+
+    @staticmethod
+    def to_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A [r, in] and B [out, r] with the whole change scale * B A, from which every tensor comes back."""
+        ...
+
+    @staticmethod
+    def from_lora(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The patch's tensors again, to the bit."""
+        ...
+
+
 class Tied(Patch):
     """A patch's second place, where the base uses the same tensor again: there it acts through its fold."""
 

@@ -136,12 +136,12 @@ class LoRA(Patch):
 
     @staticmethod
     def to_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A [r, in] and B [out, r] with the whole change scale * B A, from which every tensor comes back."""
+        """A and B themselves."""
         return dict(tensors)
 
     @staticmethod
     def from_lora(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The patch's tensors again, to the bit."""
+        """A and B themselves."""
         return dict(factors)
 
     @staticmethod

@@ -60,6 +60,7 @@ class PiSSA(LoRA):
 
     @staticmethod
     def from_lora(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The halves of both."""
         (a, a0), (b, b0) = factors["A"].chunk(2), factors["B"].chunk(2, 1)
         return {name: t.contiguous() for name, t in {"A": a, "B": b, "A0": a0, "B0": -b0}.items()}
 
