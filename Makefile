@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # One thread a process: the tests' models are tiny, and waiting threads would only spin.
 ONE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow test-wheel check bench wheel clean
 
 demo: $(READY)
 	$(BIN)/tarsia demo
@@ -16,6 +16,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(ONE) $(BIN)/python -m pytest -q -n 2 -m slow
+
+# A wheel for this machine, with the kernel compiled in, where a C compiler is found.
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+
+test-wheel: $(READY)
+	$(ONE) $(BIN)/python -m pytest -q tests/quant/test_wheel.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -27,7 +34,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.render
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/tarsia/quant/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # constraints.txt pins torch to a build for the CPU where one is offered; unpinned, several GB of CUDA would come.

@@ -70,6 +70,7 @@ def examine() -> Iterator[Finding]:
     yield disk(Path.cwd(), shutil.disk_usage(Path.cwd()).free)
     yield accelerators()
     yield compiler()
+    yield kernel(*kernel_here())
     yield base(Path(__file__).parents[1] / "base" / "mini-1")
 
 
@@ -276,6 +277,23 @@ def compiler() -> Finding:
     if done.returncode:
         return Finding("compiler", State.WARN, f"{path} fails: {done.stderr.strip().splitlines()[0]}", advice)
     return Finding("compiler", State.OK, path)
+
+
+def kernel_here() -> tuple[str, str | None] | tuple[None, str]:
+    """What runs where a weight is in 4 bits, and what to do where it could be faster; None where torch is not there."""
+    try:
+        from tarsia.quant import native
+    except ImportError:
+        return None, "install torch"
+    status = native.status()
+    return status.text, status.do
+
+
+def kernel(text: str | None, do: str | None) -> Finding:
+    """The kernel for weights in 4 bits."""
+    if text is None:
+        return Finding("4-bit kernel", State.FAIL, "torch can not be imported", do)
+    return Finding("4-bit kernel", State.OK if do is None else State.WARN, text, do)
 
 
 def base(folder: Path) -> Finding:

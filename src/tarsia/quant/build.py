@@ -72,6 +72,13 @@ def digest(machine: str, folder: Path = KERNELS) -> str:
     return of.hexdigest()[:16]
 
 
+def fresh(library: Path, folder: Path = KERNELS) -> bool:
+    """Whether ``library`` was compiled for this machine from the sources that lie in ``folder``, where any do."""
+    if not (folder / "tarsia4.c").exists():
+        return True
+    return digest(machine(), folder).encode() in library.read_bytes()
+
+
 def compile_library(target: Path, machine: str, cc: Sequence[str], folder: Path = KERNELS) -> Path:
     """Compile the sources in ``folder`` for ``machine`` with the command ``cc`` into the shared library ``target``.
 

@@ -140,7 +140,7 @@ def _find(path: Path, forced: str) -> tuple[Kernel | None, Status]:
     if not there:
         return None, Status(f"the slow reference, for {path} has no instruction set that runs here", REBUILD)
     name = forced or there[0]
-    parallel, whose = _threads()
+    parallel, whose = _threads(_maps())
     why = f"{VARIABLE} asks for it" if forced else f"of {', '.join(reversed(there))}"
     text = f"{name} ({why}), {whose}"
     if stale:
@@ -160,15 +160,11 @@ def _load(path: Path) -> tuple[ctypes.CDLL, bool] | str:
         for name, arguments in _SIGNATURES.items():
             function = getattr(handle, name)
             function.argtypes, function.restype = arguments, ctypes.c_int
-        digest = handle.tarsia4_digest
     except AttributeError as error:
         return f"{path} is another library ({error})"
     if (abi := handle.tarsia4_abi()) != ABI:
         return f"{path} has the binary interface {abi}, and {ABI} is spoken here"
-    digest.argtypes, digest.restype = [], ctypes.c_char_p
-    # an installed library may be without its sources; where they are, they are to be its own
-    stale = (path.parent / "tarsia4.c").exists() and digest().decode() != build.digest(build.machine())
-    return handle, stale
+    return handle, not build.fresh(path, path.parent)
 
 
 def _executes(path: Path, name: str) -> bool:
@@ -177,18 +173,23 @@ def _executes(path: Path, name: str) -> bool:
     return subprocess.run(tried, capture_output=True, check=False).returncode == 0
 
 
-def _threads() -> tuple[int, str]:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded (0: none), and words for it."""
+def _maps() -> str:
+    """The files that this process has mapped, where the system tells."""
     maps = Path("/proc/self/maps")
-    text = maps.read_text(encoding="utf8", errors="replace") if maps.exists() else ""
+    return maps.read_text(encoding="utf8", errors="replace") if maps.exists() else ""
+
+
+def _threads(maps: str) -> tuple[int, str]:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded (0: none), and words for it."""
     home = str(Path(torch.__file__).parents[1])
-    for path in sorted(set(_RUNTIME.findall(text)), key=lambda path: (not path.startswith(home), path)):
+    for path in sorted(set(_RUNTIME.findall(maps)), key=lambda path: (not path.startswith(home), path)):
         try:
             # only what is loaded already: a second runtime's threads would spin against torch's
             runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
             address = ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError):
-            continue
+            continue  # not loaded after all, or a runtime without GNU's entry: the next, or this thread alone, said
         if address:
-            return address, f"on the {torch.get_num_threads()} threads of torch's {Path(path).name}"
-    return 0, "on one thread: torch has loaded no OpenMP runtime that could be asked"
+            count = torch.get_num_threads()
+            return address, f"on {count} thread{'s' * (count > 1)} of torch's {Path(path).name}"
+    return 0, "on one thread: torch has loaded no OpenMP runtime that can be asked"
