@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from tarsia.core.errors import QuantError
-from tarsia.quant import cpu
+from tarsia.quant import cpu, cuda
 from tarsia.quant.cpu import Packed4
 
 _STORED = "Tensor codes, Tensor scales, Tensor? nested_scales, Tensor? offset"
@@ -35,6 +35,10 @@ _library.impl("quantise4", cpu.quantise4, "CPU")
 _library.impl("dequantise4", lambda *a: cpu.dequantise4(Packed4(*a[:8]), a[8]), "CPU")
 _library.impl("linear4", lambda x, *a: cpu.linear4(x, Packed4(*a[:8]), a[8]), "CPU")
 _library.impl("product4", lambda y, *a: cpu.product4(y, Packed4(*a)), "CPU")
+_library.impl("quantise4", cuda.quantise4, "CUDA")
+_library.impl("dequantise4", lambda *a: cuda.dequantise4(Packed4(*a[:8]), a[8]), "CUDA")
+_library.impl("linear4", lambda x, *a: cuda.linear4(x, Packed4(*a[:8]), a[8]), "CUDA")
+_library.impl("product4", lambda y, *a: cuda.product4(y, Packed4(*a)), "CUDA")
 
 
 def _like_quantise4(w: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tensor]:

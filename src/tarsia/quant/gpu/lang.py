@@ -14,6 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run on the processor: TRITON_INTERPRET, as it was when Triton was imported."""
 
+VERSION: str = triton.__version__
+
 
 def jit(function: Callable[..., Any]) -> Any:
     """A function that kernels call."""
@@ -25,4 +27,4 @@ def kernel(*general: str) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: triton.jit(function, do_not_specialize=general)
 
 
-__all__ = ["INTERPRETED", "jit", "kernel", "tl"]
+__all__ = ["INTERPRETED", "VERSION", "jit", "kernel", "tl"]
