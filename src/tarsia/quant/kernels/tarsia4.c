@@ -6,7 +6,7 @@
 
 #include <stdlib.h>
 
-enum { SCALES_AT_ONCE = 1024, PIECE = 64 * VECTOR_BLOCK, STRIP = 32 };
+enum { SCALES_AT_ONCE = 1024, PIECE = 64 * VECTOR_BLOCK, STRIP = 32, ROWS_AHEAD = 12 };
 
 int tarsia4_abi(void) { return TARSIA4_ABI; }
 
@@ -120,6 +120,14 @@ static void expand(const tarsia4_kernel *kernel, const tarsia4_weight *weight, i
     while (count > 0) {
         int64_t n = 256 - first % 256;
         if (n > count) n = count;
+        if (n < 8) {
+            /* The few of a narrow tile: less than a call. */
+            float scale = weight->scale_absmax[first / 256];
+            for (int64_t k = 0; k < n; k++)
+                room[k] = weight->scale_levels[weight->scale_codes[first + k]] * scale + weight->offset;
+            first += n, room += n, count -= n;
+            continue;
+        }
         (kernel->expand ? kernel->expand : plain_expand)(weight->scale_codes + first, n, weight->scale_levels,
                                                          weight->scale_absmax[first / 256], weight->offset, room);
         first += n, room += n, count -= n;
@@ -166,10 +174,21 @@ typedef struct {
     int dtype;
 } decoding;
 
+/* A narrow tile jumps from row to row, which no processor foresees: what a later row needs is asked for in time. */
+static void ask_for(const tarsia4_weight *weight, int64_t first, int64_t width) {
+    int64_t block = first / VECTOR_BLOCK;
+    for (int64_t at = 0; at < width; at += PAIR) __builtin_prefetch(weight->codes + (first + at) / 2);
+    if (weight->block == VECTOR_BLOCK)
+        __builtin_prefetch(weight->absmax ? (const char *)(weight->absmax + block)
+                                          : (const char *)(weight->scale_codes + block));
+}
+
 static void decode_ranges(void *data, int64_t first, int64_t last) {
     const decoding *job = data;
     for (int64_t i = first; i < last; i++) {
         int64_t at = job->start + i * job->pitch, end = at + job->width;
+        if (job->width < job->pitch && i + ROWS_AHEAD < last)
+            ask_for(job->weight, at + ROWS_AHEAD * job->pitch, job->width);
         decode_range(job->kernel, job->weight, at, end < job->limit ? end : job->limit,
                      job->out + i * job->stride * number_size(job->dtype), job->dtype);
     }
