@@ -15,16 +15,18 @@ from pathlib import Path
 from tarsia.core.errors import AdapterError
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], mine: Callable[[Path], bool]) -> None:
+def write_folder(
+    folder: Path, write: Callable[[Path], None], mine: Callable[[Path], bool], what: str = "adapter"
+) -> None:
     """Let ``write`` fill a temporary folder beside ``folder``, then put it in its place in one step.
 
     Whoever looks at ``folder``, at any moment and after any crash, sees what was there or all that is new. What
-    is there already must be an empty folder or one that is ``mine``. Raises AdapterError, with the old folder
-    as it was, where the disk is full or the place can not be written.
+    is there already must be an empty folder or one that is ``mine``. ``what`` it is, is for messages. Raises
+    AdapterError, with the old folder as it was, where the disk is full or the place can not be written.
     """
     if folder.is_symlink() or (folder.exists() and not _replaceable(folder, mine)):
         raise AdapterError(
-            "Something that is no adapter is there already.",
+            f"Something that is no {what} is there already.",
             given=str(folder),
             do="choose another folder, or remove it first",
         )
@@ -42,7 +44,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], mine: Callable[[Pa
             _sync(folder.parent)
     except OSError as error:
         raise AdapterError(
-            "The adapter can not be written; what was there before is as it was.",
+            f"The {what} can not be written; what was there before is as it was.",
             given=f"{folder}: {error.strerror or error}",
             do="make room or choose another folder, and save again",
         ) from error

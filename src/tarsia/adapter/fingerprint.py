@@ -60,7 +60,7 @@ class Fingerprint:
         """The fingerprint of a checkpoint folder. Raises AdapterError where it has no whole safetensors files."""
         config = read_json(folder / "config.json")
         return cls(
-            weights="files:" + _digest(_stored(_shards(folder))),
+            weights="files:" + _digest(_stored(shards(folder))),
             architecture=_architecture(config),
             quantisation=_canonical(config.get("quantization_config")),
             processor=_processor(folder),
@@ -164,7 +164,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return _canonical(kept(config))
 
 
-def _shards(folder: Path) -> tuple[Path, ...]:
+def shards(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a base. Raises AdapterError where there are none."""
+    """The safetensors files of a checkpoint. Raises AdapterError where there are none."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return (whole,)

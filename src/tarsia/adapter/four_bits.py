@@ -140,20 +140,20 @@ def _figures(losses: Sequence[Loss]) -> dict[str, float | None]:
     return {"bits": whole.bits, "error": whole.relative}
 
 
-def choose(form: FourBits, model: nn.Module, sites: Sequence[Site]) -> Quantisation:
-    """What ``form`` means on a model that may have its shapes alone.
+def choose(form: FourBits, model: nn.Module, sites: Sequence[Site], kinds: Collection[Kind] = KINDS) -> Quantisation:
+    """What ``form`` means on a model that may have its shapes alone; ``kinds`` are those of sites that can be rounded.
 
     Raises SelectionError where its selection matches nothing, or only what no gradient reaches, and ConfigError
     where it names what can not be in 4 bits.
     """
     asked = form
-    able = [site for site in sites if _obstacle(site, model, sites) is None]
+    able = [site for site in sites if _obstacle(site, model, kinds) is None]
     if form.select is None:
         found = [c for c in _DEFAULT if any(s.component is c and s.role in ROLES and s.dead is None for s in able)]
         form = replace(form, select="; ".join(found))
     form = replace(form, select="; ".join(term.text for term in parse(form.select or "")))
     try:
-        chosen = select(form.select or "", sites, KINDS, ROLES)
+        chosen = select(form.select or "", sites, kinds, ROLES)
     except SelectionError as error:
         raise SelectionError(
             f"What is to be in 4 bits: {error.what[:1].lower()}{error.what[1:]}",
@@ -162,25 +162,35 @@ def choose(form: FourBits, model: nn.Module, sites: Sequence[Site]) -> Quantisat
             do=error.do,
         ) from None
     for site in chosen:
-        if why := _obstacle(site, model, sites):
+        if why := _obstacle(site, model, kinds):
             raise ConfigError(
                 f"{site.path} can not be in 4 bits: {why}.", given=form.select, do="leave it out of four_bits' select"
             )
     names = {site.weight for site in chosen}
-    kept = {site.weight: _why(site, model, sites) for site in sites if site.weight not in names}
+    kept = {site.weight: _why(site, model, kinds) for site in sites if site.weight not in names}
     return Quantisation(asked, form, chosen, kept)
 
 
-def _why(site: Site, model: nn.Module, sites: Sequence[Site]) -> str:
-    if why := _obstacle(site, model, sites):
+def _why(site: Site, model: nn.Module, kinds: Collection[Kind]) -> str:
+    if why := _obstacle(site, model, kinds):
         return why
+    if site.role is Role.HEAD:
+        return "the head"
     return f"no gradient reaches it: {site.dead}" if site.dead else "not selected"
 
 
-def _obstacle(site: Site, model: nn.Module, sites: Sequence[Site]) -> str | None:
+_OTHERS: Final = {
+    Kind.EMBEDDING: "an embedding",
+    Kind.CONV: "a convolution",
+    Kind.EXPERT: "bitsandbytes has no form for a tensor of experts",
+}
+_TENSORS: Final = {Role.NORM: "a norm", Role.POSITION: "positions", Role.ROUTER: "a router"}
+
+
+def _obstacle(site: Site, model: nn.Module, kinds: Collection[Kind]) -> str | None:
     """Why a site's weight can not be in 4 bits, or None."""
-    if site.kind not in KINDS:
-        return {Kind.EMBEDDING: "an embedding", Kind.CONV: "a convolution"}.get(site.kind, "no linear layer")
+    if site.kind not in kinds:
+        return _OTHERS.get(site.kind) or _TENSORS.get(site.role, "no linear layer")
     if site.tied or site.weight in getattr(model, "all_tied_weights_keys", {}):
         return "tied to another weight"
     if site.kind is Kind.EXPERT:

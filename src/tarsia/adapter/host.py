@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,10 +13,12 @@ from torch import nn
 
 from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.four_bits import FourBits, Quantisation
+from tarsia.adapter.origin import Origins, nowhere
 from tarsia.adapter.reading import read_json
 from tarsia.anatomy import Anatomy, anatomy_of
 from tarsia.base import resolve
 from tarsia.core.errors import AdapterError, AnatomyError, ConfigError
+from tarsia.core.patch import Origin
 from tarsia.core.site import Site
 
 Precision = Literal["float32", "bfloat16", "auto"]
@@ -44,6 +47,15 @@ class Host:
     fingerprint: Fingerprint
     variables: Mapping[str, str] = field(default_factory=dict)
     quantisation: Quantisation | None = None
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Gives a site's weight as it was before it was rounded to 4 bits, from the files; asked, it may refuse."""
+        if self.path is None:
+            return nowhere("the base was built in memory")
+        if self.quantisation is None:
+            return nowhere("the files hold it as it is")
+        return Origins(self.path, self.model, self.sites)
 
     @classmethod
     def of(cls, model: nn.Module, *, name: str = "(in memory)", processor: Any = None) -> Self:
@@ -131,9 +143,12 @@ class Outline:
     context: int | None
 
 
-def open_outline(name: str, *, processor: bool = True) -> Outline:
-    """Read a base's configuration and processor, and no weights. Raises as ``open_base`` does."""
-    folder = _folder(name, _TEXTS if processor else _CONFIG)
+def open_outline(name: str, *, processor: bool = True, weights: bool = False) -> Outline:
+    """Read a base's configuration and processor, and no weights. Raises as ``open_base`` does.
+
+    ``weights`` sees to it that the files with the weights are in ``path`` too.
+    """
+    folder = _folder(name, _FILES if weights else _TEXTS if processor else _CONFIG)
     anatomy = _anatomy(folder)
     model = _shapes(folder, anatomy)
     return Outline(

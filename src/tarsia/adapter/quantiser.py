@@ -101,12 +101,7 @@ class Round(ConversionOps):  # type: ignore[misc]
         try:
             made = _rounded(weight, shape, config)
         except QuantError as error:
-            config.refusal = QuantError(
-                f"{full_layer_name}: {error.what[:1].lower()}{error.what[1:]}",
-                given=error.given,
-                allowed=error.allowed,
-                do=error.do,
-            )
+            config.refusal = error.about(full_layer_name)
             raise config.refusal from None
         assert config.found is not None
         config.found.losses[full_layer_name] = made[1]

@@ -54,6 +54,11 @@ class DataError(TarsiaError):
 class QuantError(TarsiaError):
     """A weight that can not be quantised, or a quantised one whose parts do not belong together."""
 
+    def about(self, name: str) -> QuantError:
+        """The same, told of the weight ``name``."""
+        what = f"{name}: {self.what[:1].lower()}{self.what[1:]}"
+        return QuantError(what, given=self.given, allowed=self.allowed, do=self.do)
+
 
 class AdapterError(TarsiaError):
     """An adapter's files that are broken, foreign or incomplete."""
