@@ -44,9 +44,13 @@ class Speller:
         trunks = {path.partition(".layers.")[0] for path in language if ".layers." in path}
         return cls(frozenset([*modules, *parameters]) - {""}, _transforms(model), tuple(sorted(trunks)))
 
+    def own(self, name: str) -> str | None:
+        """The model's own name for a module or a parameter, where it has one."""
+        return next((c for c in self._candidates(name) if c in self.names), None)
+
     def find(self, name: str) -> str:
         """The model's own name for a module or a parameter. Raises AdapterError, where it has none."""
-        found = next((c for c in self._candidates(name) if c in self.names), None)
+        found = self.own(name)
         if found is None:
             raise AdapterError(
                 "The adapter patches something that the base does not have.",

@@ -277,7 +277,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
             given=f"{len(seeing)} sites, {seeing[0].path} for one; sources {', '.join(digests)}",
             do="add rows with pictures, or select language sites alone",
         )
-    coverage = attach(host.model, host.sites, parts, name=NAME, seed=recipe.seed)
+    coverage = attach(host.model, host.sites, parts, name=NAME, seed=recipe.seed, origin=host.origin)
     try:
         made = patches(host.model, NAME)
         named = [_named(sites, made) for sites in chosen]
