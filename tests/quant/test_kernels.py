@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +218,17 @@ def test_dequantise_gives_bitsandbytes_bits(kernel: native.Kernel) -> None:
                     pytest.skip("this bitsandbytes has another table of scales on this machine")
                 got = decoded(kernel, value, dtype, slice(0, 48), slice(0, 320)).contiguous()
                 same_bits(got, functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pages are forbidden by mprotect")
+def test_nothing_outside_of_the_arrays_is_touched(kernel: native.Kernel, library: ctypes.CDLL) -> None:
+    def code(short: int) -> int:
+        script = str(Path(__file__).with_name("guard_pages.py"))
+        command = [sys.executable, script, library._name, str(native.SETS[kernel.name]), str(short)]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert code(0) == 0
+    assert code(1) in (-signal.SIGSEGV, -signal.SIGBUS), "an array that is a byte short goes unnoticed"
 
 
 def close(got: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, levels_rounded: bool) -> None:
