@@ -13,43 +13,20 @@ import torch
 from data.processors import picture
 from evaluate import tiny
 
-from tarsia.adapter import Adapter, Host, load, open_base, probe, put, save
-from tarsia.cli import main
-from tarsia.core.attach import Part, attach, detach, patches
+from tarsia.adapter import Host, load, open_base, probe, put, save
+from tarsia.core.attach import Part, attach, detach
 from tarsia.evaluate import Chat, Report, effects, generate
 from tarsia.methods.lora import LoRAConfig
-
-
-def write_base(folder: Path, seed: int) -> Path:
-    host = tiny.host(seed)
-    host.model.save_pretrained(folder)
-    host.processor.save_pretrained(folder)
-    return folder
-
-
-def write_adapter(base: Path, folder: Path, size: float) -> Path:
-    """A LoRA on the language model; ``size`` 0 is one that was never trained."""
-    host = open_base(str(base))
-    part = Part("lora", "language.*.{q,v}", LoRAConfig(rank=2, alpha=4))
-    attach(host.model, host.sites, [part], name="made", seed=1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for patch in patches(host.model, "made").values():
-            for parameter in patch.parameters():
-                if not parameter.any():
-                    parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
-    save(Adapter.of(host, "made", [part]), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two bases, adapters, a picture and rows."""
     place = tmp_path_factory.mktemp("place")
-    write_base(place / "base", 0)
-    write_base(place / "other", 1)
-    write_adapter(place / "base", place / "belt", 2.0)
-    write_adapter(place / "base", place / "idle", 0.0)
+    tiny.write_base(place / "base", tiny.host(0))
+    tiny.write_base(place / "other", tiny.host(1))
+    tiny.write_adapter(place / "base", place / "belt", 2.0)
+    tiny.write_adapter(place / "base", place / "idle", 0.0)
     picture(shade=3).save(place / "belt.png")
     rows = [
         {"question": "what is this? " * (1 + i % 3), "answer": tiny.ANSWERS[i % 3], "images": ["belt.png"] * (i % 2)}
@@ -60,24 +37,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture
-def tarsia(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in ``place``; its exit code, output and errors. Numbers are those of float32 on the CPU."""
-    monkeypatch.chdir(place)
-    monkeypatch.setattr("tarsia.adapter.host.native_bf16", lambda *_: False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        out, err = capsys.readouterr()
-        return code, out, "\n".join(line for line in err.splitlines() if line.startswith(("tarsia", "  ")))
-
-    return run
-
-
 def with_probe(base: Path, folder: Path, size: float, error: float) -> None:
     """An adapter whose recorded logits are off by ``error``."""
-    write_adapter(base, folder, size)
+    tiny.write_adapter(base, folder, size)
     host = open_base(str(base))
     adapter = load(folder, host)
     put(host, adapter, "made")

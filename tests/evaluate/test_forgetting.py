@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from data.processors import picture
 from evaluate import tiny
 from evaluate.test_divergence import adapt
 
-from tarsia.adapter import Adapter, Host, load, open_base, save
-from tarsia.cli import main, rows
+from tarsia.adapter import Host, load
+from tarsia.cli import rows
 from tarsia.cli.forgetting import _stages as stages_of
-from tarsia.core.attach import Part, activate, attach, detach, patches
+from tarsia.core.attach import Part, activate, attach, detach
 from tarsia.core.errors import ConfigError
 from tarsia.data import Sample
 from tarsia.evaluate import Asking, ForgettingReport, Report, active, baseline, evaluate, forgetting, gate, generate
@@ -257,27 +258,14 @@ def test_the_page_shows_pictures_and_numbers(
 # ---- the verbs
 
 
-def write_adapter(base: Path, folder: Path, size: float) -> None:
-    host = open_base(str(base))
-    part = Part("lora", "language.*.{q,v}", LoRAConfig(rank=2, alpha=4))
-    attach(host.model, host.sites, [part], name="made", seed=1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for patch in patches(host.model, "made").values():
-            for parameter in patch.parameters():
-                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
-    save(Adapter.of(host, "made", [part]), folder)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, host: Host) -> Path:
     """A base, an adapter that forgets and one that does not, and what the base knows as files."""
     place = tmp_path_factory.mktemp("place")
-    host.model.save_pretrained(place / "base")
-    host.processor.save_pretrained(place / "base")
-    write_adapter(place / "base", place / "strong", 2.0)
-    write_adapter(place / "base", place / "weak", 1e-4)
-    write_adapter(place / "base", place / "idle", 0.0)
+    tiny.write_base(place / "base", host)
+    tiny.write_adapter(place / "base", place / "strong", 2.0)
+    tiny.write_adapter(place / "base", place / "weak", 1e-4)
+    tiny.write_adapter(place / "base", place / "idle", 0.0)
     picture(shade=3).save(place / "belt.png")
     lengths = {"pets": 32, "cars": 32, "pets-4": 4, "cars-4": 4}
     for name in (*lengths, "belt"):
@@ -286,20 +274,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, host: Host) -> Path:
         lines += [{"question": "hm?", "answer": "a cat", "images": ["belt.png"]}]
         (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
     return place
-
-
-@pytest.fixture
-def tarsia(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    monkeypatch.chdir(place)
-    monkeypatch.setattr("tarsia.adapter.host.native_bf16", lambda *_: False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        out, err = capsys.readouterr()
-        return code, out, "\n".join(line for line in err.splitlines() if line.startswith(("tarsia", "  ")))
-
-    return run
 
 
 SOURCES = (
@@ -486,19 +460,38 @@ def test_training_that_keeps_exits_with_none(tarsia: Any, place: Path, tmp_path:
 def test_a_run_that_dies_before_its_gate_leaves_an_adapter_that_says_so(
     tarsia: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(*_: object) -> int:
+    def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tarsia.cli.gated.Gated.after", dies)
+    monkeypatch.setattr("tarsia.cli.gated.forgetting", dies)
     words = ("--general", "pets.jsonl", "--max-forgetting", "66", "--quiet")
-    assert tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)[0] == 130
     folder = tmp_path / "out" / "adapter"
+    code, _, err = tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)
+    assert code == 130 and "run the same command to measure it" in err and f"(it is saved in {folder})" in err
     assert load(folder).card["gate"]["passed"] is None
     assert "was never held to its limit" in tarsia("ask", "base", "--adapter", str(folder), "?")[2]
     monkeypatch.undo()
     monkeypatch.chdir(place)
     assert tarsia("train", str(tmp_path / "out" / "recipe.yaml"), *words)[0] == 0  # goes on: the gate alone is left
     assert load(folder).card["gate"]["passed"] is True
+
+
+def test_a_base_whose_measuring_is_interrupted_says_that_nothing_is_trained(
+    tarsia: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("tarsia.cli.gated.baseline", dies)
+    words = ("--general", "pets.jsonl", "--max-forgetting", "66", "--quiet")
+    code, out, err = tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)
+    assert (code, out) == (143, "") and "nothing is trained yet" in err
+
+
+def test_a_source_that_is_task_and_general_is_refused(tarsia: Any, place: Path, tmp_path: Path) -> None:
+    words = ("--general", "held-out=pets.jsonl", "--max-forgetting", "66")
+    code, _, err = tarsia("train", recipe(place, tmp_path / "out", 1e-2), *words)
+    assert code == 2 and "have one name" in err and "held-out" in err
 
 
 def test_bad_rows_are_told_before_anything_is_trained(tarsia: Any, place: Path, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from data.processors import made, picture
 from families import CELL, FAMILIES
 
-from tarsia.adapter import Host
+from tarsia.adapter import Adapter, Host, open_base, save
+from tarsia.core.attach import Part, attach, patches
 from tarsia.data import PICTURE, Message, Picture, Sample
+from tarsia.methods.lora import LoRAConfig
 
 ANSWERS = ("a cat", "a dog", "red", "red and green", "a bird, a ship", "4", "")
 
@@ -26,6 +30,26 @@ def host(seed: int = 0, template: str = "chatml", **overrides: object) -> Host:
     options = {"text_config": text, "image_token_index": processor.image_token_id, **overrides}
     model, _ = FAMILIES["llava"].build(seed, **options)
     return Host.of(model, processor=processor)
+
+
+def write_base(folder: Path, host: Host) -> None:
+    """Write the model with its processor, as a base that commands open."""
+    host.model.save_pretrained(folder)
+    host.processor.save_pretrained(folder)
+
+
+def write_adapter(base: Path, folder: Path, size: float) -> None:
+    """A LoRA on the language model; ``size`` 0 is one that was never trained."""
+    host = open_base(str(base))
+    part = Part("lora", "language.*.{q,v}", LoRAConfig(rank=2, alpha=4))
+    attach(host.model, host.sites, [part], name="made", seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for patch in patches(host.model, "made").values():
+            for parameter in patch.parameters():
+                if not parameter.any():
+                    parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    save(Adapter.of(host, "made", [part]), folder)
 
 
 def sample(question: str, answer: str, pictures: int = 0, row: int = 0, source: str = "tests") -> Sample:

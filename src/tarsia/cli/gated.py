@@ -14,6 +14,7 @@ from rich.console import Console
 from tarsia.adapter import Host, load, prove, put, save
 from tarsia.cli import gate, rows
 from tarsia.core.attach import detach
+from tarsia.core.errors import ConfigError
 from tarsia.data import Sample, read
 from tarsia.evaluate import Asking, Baseline, baseline, forgetting
 from tarsia.evaluate.gate import check_known
@@ -42,7 +43,13 @@ class Gated:
     def before(cls, recipe: Recipe, args: argparse.Namespace) -> Self:
         """Open the base and measure it, so that whatever is wrong with the rows is told before anything is trained."""
         general = rows.general(args.general, recipe.model, None)
-        task = {s.title: read(s) for s in recipe.data.eval if s.title not in general}
+        task = {s.title: read(s) for s in recipe.data.eval}
+        if both := sorted(set(task) & set(general)):
+            raise ConfigError(
+                "A source of data.eval and a general source have one name, so it is not clear what is the task.",
+                given=", ".join(both),
+                do="give the one in data.eval another name; or leave it out there, if it is no part of the task",
+            )
         host = recipe.open()
         asking = Asking(batch=recipe.batch, seed=recipe.seed)
         with threads(recipe.threads):
@@ -52,6 +59,11 @@ class Gated:
         return cls(recipe, args, host, task, general, measured)
 
     @property
+    def folder(self) -> Path:
+        """Where training leaves the adapter."""
+        return Path(self.recipe.out) / "adapter"
+
+    @property
     def pending(self) -> dict[str, Any]:
         """What the adapter's card says until it was judged; a run that is killed before that leaves it there."""
         limits = {"max_forgetting": self.args.max_forgetting, "max_forgetting_each": self.args.max_forgetting_each}
@@ -59,8 +71,7 @@ class Gated:
 
     def after(self) -> int:
         """Measure the adapter as its files hold it, write the verdict into its card, and show it; the exit code."""
-        folder = Path(self.recipe.out) / "adapter"
-        adapter = load(folder, self.host)
+        adapter = load(self.folder, self.host)
         put(self.host, adapter, _NAME)
         try:
             if adapter.probe is not None:
@@ -71,7 +82,7 @@ class Gated:
             detach(self.host.model, _NAME)
         verdict = gate.judge(self.args, report.before, report.after, report.general)
         found = {**self.pending[KEY], **verdict.model_dump(mode="json")}
-        save(replace(adapter, card={**adapter.card, KEY: found}), folder)
+        save(replace(adapter, card={**adapter.card, KEY: found}), self.folder)
         if self.args.page is not None:
             write_page(report, verdict, {**self.task, **self.general}, self.args.page)
         if not (self.args.json or self.args.quiet):

@@ -54,15 +54,24 @@ def run(args: argparse.Namespace) -> int:
     recipe = Recipe.load(args.recipe, args.overrides)
     if args.quiet or args.json or not sys.stderr.isatty():
         output.no_bars()
-    gated = Gated.before(recipe, args) if limited else None
+    measure = evaluator(recipe)
     show = progress.Lines() if args.json else progress.Quiet() if args.quiet else progress.Screen()
     going = Going()
-    with stoppable(), going, show:
-        host, card = (None, None) if gated is None else (gated.host, gated.pending)
-        for event in fit(recipe, evaluator(recipe), host=host, card=card):
-            going.see(event)
-            show(event)
-    return 0 if gated is None else gated.after()
+    with stoppable():
+        with telling("interrupted while the base was measured: nothing is trained yet, run the same command to begin"):
+            gated = Gated.before(recipe, args) if limited else None
+        with going, show:
+            host, card = (None, None) if gated is None else (gated.host, gated.pending)
+            for event in fit(recipe, measure, host=host, card=card):
+                going.see(event)
+                show(event)
+        if gated is None:
+            return 0
+        with telling(
+            "interrupted while the adapter was measured: run the same command to measure it, nothing is trained again "
+            f"(it is saved in {gated.folder})"
+        ):
+            return gated.after()
 
 
 @contextmanager
@@ -80,6 +89,16 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Inside, an interruption says what it interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = (what,)
+        raise
 
 
 class Going:
