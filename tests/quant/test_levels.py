@@ -107,5 +107,6 @@ def test_a_place_has_the_level_nearest_to_it() -> None:
     chosen = distance.gather(1, codes[:, None]).squeeze(1)
     # bounds between levels are rounded to float32
     assert (chosen <= distance.min(1).values + 1e-7).all()
+    assert not torch.isin(place.float(), (scale_levels()[:-1] + scale_levels()[1:]) / 2).any()
     # the 65,536 places are too few for the finest levels: some are never chosen
     assert 0 < 256 - len(codes.unique()) < 20

@@ -111,9 +111,9 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Codes, uint8 [ceil(n / 2), 1], and the scale of each block, float32 [blocks], of any weight of n numbers.
 
     The scale of a block is its largest magnitude. With d = max(scale, 1e-38), a number w of a whole block is scaled to
-    w * (1 / d), both operations rounded; a number of a last, shorter block to w / d, and there d is the scale. Clamped
-    to [-1, 1], it gets the code of its place among ``bounds``: of the first bound that is not below it. A byte that
-    the numbers leave half empty is filled with the code of zero. Raises QuantError for numbers that are not finite.
+    w * (1 / d), both operations rounded; a number of a last, shorter block to w / d, and there d is the scale. It gets
+    the code of its place among ``bounds``: of the first bound that is not below it. A byte that the numbers leave half
+    empty is filled with the code of zero. Raises QuantError for numbers that are not finite.
     """
     edges, order = (t.to(weight.device) for t in bounds(scheme.kind))
     numbers = weight.detach().reshape(-1).float()
@@ -130,7 +130,7 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
             given=f"{int((~weight.isfinite()).sum())} of {weight.numel()}",
             do="fetch the checkpoint again, or leave this layer in 16 bits",
         )
-    scaled = F.pad(scaled.clamp(-1, 1), (0, len(numbers) % 2))
+    scaled = F.pad(scaled, (0, len(numbers) % 2))
     codes = order[torch.bucketize(scaled, edges)].to(torch.uint8)
     return (codes[::2] << 4 | codes[1::2]).unsqueeze(1), scales
 

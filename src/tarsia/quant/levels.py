@@ -25,7 +25,7 @@ _TABLES: dict[str, tuple[float, ...]] = {
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
     # a sign, two bits of exponent, one of fraction; the smallest is not the half of the next, and zero is there twice
-    "fp4": tuple(sign * v / 12 + 0.0 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+    "fp4": tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
     # two's complement, of which -8 is never the nearest: as many steps below zero as above
     "int4": tuple(v / 7 for v in (*range(8), *range(-8, 0))),
 }
@@ -98,7 +98,7 @@ def scale_levels() -> Tensor:
 def scale_codes() -> Tensor:
     """The code of a scale by where it lies in [-1, 1], uint8 [65536]: bitsandbytes' short cut to the nearest level.
 
-    Place i stands for the number -1 + 2 i / 65535 and has the level that is nearest to it, the one below on a tie.
+    Place i stands for the number -1 + 2 i / 65535 and has the level that is nearest to it (none is on a tie).
     Near zero, where levels lie closer than places, that is not the nearest to every number of the place.
     """
     table = scale_levels()
