@@ -62,9 +62,11 @@ def _forever(context: AbstractContextManager[Any]) -> None:
     _OPEN.enter_context(context)
 
 
-def tarsia(folder: str, rank: int = 16, method: str = "lora", cache: str | None = None) -> Step:
-    """What ``tarsia.train.loop`` does in one step, on a batch that is there."""
-    from tarsia.adapter import open_base
+def tarsia(
+    folder: str, rank: int = 16, method: str = "lora", cache: str | None = None, four_bits: str | None = None
+) -> Step:
+    """What ``tarsia.train.loop`` does in one step, on a batch that is there; the language model in ``four_bits``."""
+    from tarsia.adapter import FourBits, open_base
     from tarsia.core.attach import Part, attach, patches
     from tarsia.core.method import find
     from tarsia.data import Batch
@@ -76,7 +78,8 @@ def tarsia(folder: str, rank: int = 16, method: str = "lora", cache: str | None 
     from tarsia.train.step import backward
     from tarsia.train.store import Store
 
-    host = open_base(folder, processor=False)
+    form = None if four_bits is None else FourBits(four_bits, select="language")
+    host = open_base(folder, processor=False, four_bits=form)
     options: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank} if method == "lora" else {}
     select = f"language.*.{{{','.join(ROLES)}}}"
     attach(host.model, host.sites, [Part(method, select, find(method).configure(options))], name="bench")
@@ -110,12 +113,21 @@ def tarsia(folder: str, rank: int = 16, method: str = "lora", cache: str | None 
     return step
 
 
-def adapted_by_peft(folder: str, rank: int) -> nn.Module:
-    """The model with PEFT's low-rank updates, at their first values."""
+def adapted_by_peft(folder: str, rank: int, four_bits: str | None = None) -> nn.Module:
+    """The model with PEFT's low-rank updates, at their first values; the language model in bitsandbytes' 4 bits."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlavaForConditionalGeneration
+    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    options: dict[str, Any] = {}
+    if four_bits is not None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=four_bits,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+        )
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **options)
     names = "|".join(f"{role}_proj" for role in ROLES)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=rf".*language_model\..*\.({names})")
     adapted: nn.Module = get_peft_model(model, config)
@@ -127,9 +139,9 @@ def adapted_by_peft(folder: str, rank: int) -> nn.Module:
     return adapted
 
 
-def peft(folder: str, rank: int = 16) -> Step:
+def peft(folder: str, rank: int = 16, four_bits: str | None = None) -> Step:
     """PEFT over Transformers, whose model computes the loss from labels that it is given."""
-    adapted = adapted_by_peft(folder, rank)
+    adapted = adapted_by_peft(folder, rank, four_bits)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     inputs, labels = batch(Path(folder))
     optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)

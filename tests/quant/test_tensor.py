@@ -77,6 +77,18 @@ def test_a_model_that_is_moved_to_another_dtype_keeps_its_bytes(dtype: torch.dty
     assert made(torch.randn(2, 96, dtype=dtype)).dtype == dtype
 
 
+def test_numbers_go_into_memory_that_is_there() -> None:
+    weight = layer().weight
+    assert isinstance(weight, Weight4)
+    room = torch.full((48, 200), 7.0)
+    given = weight.dense(out=room[:, :96])
+    assert given.data_ptr() == room.data_ptr()
+    assert torch.equal(given, decode(weight.value)) and (room[:, 96:] == 7).all()
+    for wrong in (torch.empty(48, 95), torch.empty(96, 48).t(), torch.empty(48, 96, dtype=torch.int32)):
+        with pytest.raises((QuantError, RuntimeError)):
+            weight.dense(out=wrong)
+
+
 def test_a_copy_has_bytes_of_its_own() -> None:
     made = layer()
     copy = deepcopy(made)

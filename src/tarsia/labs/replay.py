@@ -221,13 +221,19 @@ def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
 
 def read(out: Path, name: str) -> dict[str, Any]:
     """A result. Raises ConfigError where it is missing or was trained with another recipe than the present one."""
-    path = result(out, name)
-    if not path.exists():
-        raise ConfigError("A run has no result yet.", given=str(path), do=f"python -m tarsia.labs.replay {out}")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+    found = stored(out, name)
     wanted = _plain(SHIFTS[name.split("-")[0]].recipe)
     if found["recipe"] != wanted:
-        raise ConfigError("A result is of another recipe.", given=str(path), do="remove it and run again")
+        raise ConfigError("A result is of another recipe.", given=str(result(out, name)), do="remove it and run again")
+    return found
+
+
+def stored(out: Path, name: str) -> dict[str, Any]:
+    """A result as it was written. Raises ConfigError where it is missing."""
+    path = result(out, name)
+    if not path.exists():
+        raise ConfigError("A run has no result yet.", given=str(path), do=f"run what writes it, with {out}")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
     return found
 
 

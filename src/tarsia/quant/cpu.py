@@ -118,13 +118,26 @@ def check_weight(w: Tensor, levels: Tensor, block: int) -> None:
 def dequantise4(weight: Packed4, dtype: torch.dtype) -> Tensor:
     """The whole weight, [rows, columns] in ``dtype``."""
     check_dtype(dtype, "the weight")
-    kernel = native.library()
-    if kernel is None:
+    if native.library() is None:
         return codec.decode(weight.value(dtype))
     out = torch.empty((weight.rows, weight.columns), dtype=dtype)
-    whole = ((0, weight.rows), (0, weight.columns))
-    tiles.demand(kernel.dequantise(weight.packed(), *whole, out.data_ptr(), dtype, weight.columns))
+    unpack4(weight, out)
     return out
+
+
+def unpack4(weight: Packed4, out: Tensor) -> None:
+    """The whole weight into ``out`` [rows, columns]: into memory that is there, which is what large tensors cost."""
+    check_dtype(out.dtype, "the weight")
+    if out.shape != (weight.rows, weight.columns) or out.stride(1) != 1:
+        given = f"{tuple(out.shape)}, strides {out.stride()}"
+        allowed = f"({weight.rows}, {weight.columns}), each row without gaps"
+        raise QuantError("The weight can not be unpacked into this tensor.", given=given, allowed=allowed)
+    kernel = native.library()
+    if kernel is None:
+        out.copy_(codec.decode(weight.value(out.dtype)))
+        return
+    whole = ((0, weight.rows), (0, weight.columns))
+    tiles.demand(kernel.dequantise(weight.packed(), *whole, out.data_ptr(), out.dtype, out.stride(0)))
 
 
 def linear4(x: Tensor, weight: Packed4, bias: Tensor | None) -> Tensor:

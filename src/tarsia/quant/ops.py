@@ -1,4 +1,4 @@
-"""The 4-bit weight's torch operators: ``tarsia::quantise4``, ``dequantise4``, ``linear4`` and ``product4``.
+"""The 4-bit weight's torch operators: ``tarsia::quantise4``, ``dequantise4``, ``unpack4``, ``linear4``, ``product4``.
 
 A weight [rows, columns] goes in as codes, scales, nested_scales, offset, levels, block, rows, columns: the tensors of
 `codec.Quantised`, its levels, its numbers. Gradients flow to x, y and the bias alone: linear4's way back is product4,
@@ -23,20 +23,30 @@ WEIGHT = f"{_STORED}, Tensor levels, int block, int rows, int columns"
 _library = Library("tarsia", "DEF")
 _library.define("quantise4(Tensor w, Tensor levels, int block) -> (Tensor codes, Tensor absmax)")
 _library.define(f"dequantise4({WEIGHT}, ScalarType dtype) -> Tensor")
+_library.define(f"unpack4({WEIGHT}, Tensor(a!) out) -> ()")
 _library.define(f"linear4(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor")
 _library.define(f"product4(Tensor y, {WEIGHT}) -> Tensor")
 
 quantise4 = torch.ops.tarsia.quantise4.default
 dequantise4 = torch.ops.tarsia.dequantise4.default
+unpack4 = torch.ops.tarsia.unpack4.default
 linear4 = torch.ops.tarsia.linear4.default
 product4 = torch.ops.tarsia.product4.default
 
+
+def _copied(*a: Any) -> None:
+    """Where a fresh tensor costs little."""
+    a[8].copy_(dequantise4(*a[:8], a[8].dtype))
+
+
 _library.impl("quantise4", cpu.quantise4, "CPU")
 _library.impl("dequantise4", lambda *a: cpu.dequantise4(Packed4(*a[:8]), a[8]), "CPU")
+_library.impl("unpack4", lambda *a: cpu.unpack4(Packed4(*a[:8]), a[8]), "CPU")
 _library.impl("linear4", lambda x, *a: cpu.linear4(x, Packed4(*a[:8]), a[8]), "CPU")
 _library.impl("product4", lambda y, *a: cpu.product4(y, Packed4(*a)), "CPU")
 _library.impl("quantise4", cuda.quantise4, "CUDA")
 _library.impl("dequantise4", lambda *a: cuda.dequantise4(Packed4(*a[:8]), a[8]), "CUDA")
+_library.impl("unpack4", _copied, "CUDA")
 _library.impl("linear4", lambda x, *a: cuda.linear4(x, Packed4(*a[:8]), a[8]), "CUDA")
 _library.impl("product4", lambda y, *a: cuda.product4(y, Packed4(*a)), "CUDA")
 
@@ -65,6 +75,7 @@ def _like_product4(y: Tensor, *a: Any) -> Tensor:
 
 register_fake("tarsia::quantise4", _like_quantise4, lib=_library)
 register_fake("tarsia::dequantise4", _like_dequantise4, lib=_library)
+register_fake("tarsia::unpack4", lambda *a: None, lib=_library)
 register_fake("tarsia::linear4", _like_linear4, lib=_library)
 register_fake("tarsia::product4", _like_product4, lib=_library)
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from tarsia.core.errors import QuantError
 from tarsia.core.packed import Packed
-from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme, encode, scales
+from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme, scales
 from tarsia.quant.levels import levels as table
-from tarsia.quant.ops import dequantise4, linear4, product4
+from tarsia.quant.ops import dequantise4, linear4, product4, unpack4
+from tarsia.quant.rounding import rounded
 
 _aten = torch.ops.aten
 
@@ -53,14 +54,17 @@ class Weight4(Packed):
 
     @classmethod
     def of(cls, weight: Tensor, scheme: Scheme) -> Self:
-        """``weight`` rounded to 4 bits. Raises QuantError as ``encode`` does."""
-        return cls(encode(weight, scheme))
+        """``weight`` rounded to 4 bits. Raises QuantError as ``codec.encode`` does."""
+        return cls(rounded(weight, scheme, weight.dtype))
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        value = self.value
-        rows = math.prod(value.shape[:-1])
-        flat: Tensor = dequantise4(*arguments(self, rows), dtype or value.dtype)
-        return flat.view(value.shape)
+    def dense(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """The numbers, in ``dtype`` (None: its own), or in that of ``out``, which is then written to and returned."""
+        rows = math.prod(self.shape[:-1])
+        if out is not None:
+            unpack4(*arguments(self, rows), out.view(rows, -1))
+            return out
+        flat: Tensor = dequantise4(*arguments(self, rows), dtype or self.dtype)
+        return flat.view(self.value.shape)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Weight4({tuple(self.shape)}, {self.value.scheme.kind}, for {self.dtype}, {self.device})"
