@@ -176,6 +176,14 @@ def test_dequantise_gives_the_reference_s_bits(kernel: native.Kernel, dtype: tor
             same_bits(decoded(kernel, value, dtype, *whole).contiguous(), codec.decode(value, dtype))
 
 
+def test_dequantise_whole_rows_that_begin_within_a_block(kernel: native.Kernel) -> None:
+    for columns in (4304, 1001, 100):
+        value = codec.encode(torch.randn(40, columns), codec.Scheme())
+        every = codec.decode(value, torch.bfloat16)
+        for rows in (slice(1, 2), slice(1, 40), slice(3, 9), slice(39, 40)):
+            same_bits(decoded(kernel, value, torch.bfloat16, rows, slice(0, columns)), every[rows])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantise_of_extreme_scales(kernel: native.Kernel, dtype: torch.dtype) -> None:
     """Every code, scales from subnormal to those that overflow a half, ties included."""

@@ -165,11 +165,12 @@ static void decode_range(const tarsia4_kernel *kernel, const tarsia4_weight *wei
     tarsia4_decode_span(weight, at, last, (char *)out + (at - first) * size, dtype);
 }
 
-/* Range i is `width` numbers from start + i * pitch, cut off at `limit`, and goes to out + i * stride. */
+/* Range i is `width` numbers from start + i * pitch on, of which those before `begin` and from `limit` on fall away;
+ * number start + i * pitch belongs to out + i * stride - (begin - start). */
 typedef struct {
     const tarsia4_kernel *kernel;
     const tarsia4_weight *weight;
-    int64_t start, pitch, width, limit, stride;
+    int64_t start, pitch, width, begin, limit, stride;
     char *out;
     int dtype;
 } decoding;
@@ -189,8 +190,9 @@ static void decode_ranges(void *data, int64_t first, int64_t last) {
         int64_t at = job->start + i * job->pitch, end = at + job->width;
         if (job->width < job->pitch && i + ROWS_AHEAD < last)
             ask_for(job->weight, at + ROWS_AHEAD * job->pitch, job->width);
-        decode_range(job->kernel, job->weight, at, end < job->limit ? end : job->limit,
-                     job->out + i * job->stride * number_size(job->dtype), job->dtype);
+        int64_t to = i * job->stride - (job->begin - job->start), late = at < job->begin ? job->begin - at : 0;
+        decode_range(job->kernel, job->weight, at + late, end < job->limit ? end : job->limit,
+                     job->out + (to + late) * number_size(job->dtype), job->dtype);
     }
 }
 
@@ -200,14 +202,17 @@ int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int6
     if (!known_dtype(dtype) || !sound(weight)) return TARSIA4_BAD_ARGUMENT;
     if (row0 < 0 || row1 < row0 || row1 > weight->rows) return TARSIA4_BAD_ARGUMENT;
     if (col0 < 0 || col1 < col0 || col1 > weight->columns || stride < col1 - col0) return TARSIA4_BAD_ARGUMENT;
-    int64_t rows = row1 - row0, columns = weight->columns, width = col1 - col0, limit = row1 * columns;
+    int64_t rows = row1 - row0, columns = weight->columns, width = col1 - col0;
+    int64_t begin = row0 * columns + col0, limit = row1 * columns;
     if (rows == 0 || width == 0) return TARSIA4_OK;
     if (!out) return TARSIA4_BAD_ARGUMENT;
-    decoding job = {kernel_of(isa), weight, row0 * columns + col0, columns, width, limit, stride, out, dtype};
+    decoding job = {kernel_of(isa), weight, begin, columns, width, begin, limit, stride, out, dtype};
     if (width == columns && stride == columns) {
-        /* One long range: cut where it suits the kernel, so that a single long row is shared out too. */
+        /* One long range: cut at the edges of blocks, so that a single long row is shared out too and rows that are no
+         * whole number of blocks cost no more. */
+        job.start = begin / VECTOR_BLOCK * VECTOR_BLOCK;
         job.pitch = job.width = job.stride = PIECE;
-        rows = (rows * columns + PIECE - 1) / PIECE;
+        rows = (limit - job.start + PIECE - 1) / PIECE;
     }
     tarsia4_spread(team, rows, job.width, decode_ranges, &job);
     return TARSIA4_OK;
