@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,35 @@ def run(values: dict[str, Any], *overrides: str, **keywords: Any) -> list[Event]
 
 def curve(events: Sequence[Event]) -> list[Step]:
     return [event for event in events if isinstance(event, Step)]
+
+
+def dying(calls_to_live: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What wraps functions so that this process is killed at the call after so many, counted over all of them."""
+    left = [calls_to_live]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **keywords)
+
+        return call
+
+    return counted
+
+
+def starter(work: Callable[..., None]) -> Callable[..., Any]:
+    """What starts ``work`` in a process that has imported everything already and trained nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.small", "transformers.models.llava.modeling_llava", "tarsia.train.loop"])
+
+    def started(*args: Any, **keywords: Any) -> Any:
+        process = context.Process(target=work, args=args, kwargs=keywords)
+        process.start()
+        return process
+
+    return started
 
 
 def until(events: Iterator[Event], step: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -131,20 +130,10 @@ def test_what_a_recipe_says_of_features(world):
     assert named(path="x").hash == named(path="y", limit=5).hash != Recipe.of(world).hash
 
 
-def work(values: dict, calls_to_live: int | None) -> None:
+def work(values: dict, calls_to_live: int | None = None) -> None:
     """One run in a process of its own; dies at the given call that touches the folder of features, if any."""
     if calls_to_live is not None:
-        left = [calls_to_live]
-
-        def counted(function):
-            def call(*args, **keywords):
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **keywords)
-
-            return call
-
+        counted = small.dying(calls_to_live)
         os.pwrite, os.replace, os.utime = counted(os.pwrite), counted(os.replace), counted(os.utime)
         Path.open, Path.unlink = counted(Path.open), counted(Path.unlink)
     small.run(values)
@@ -152,16 +141,12 @@ def work(values: dict, calls_to_live: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.small", "transformers.models.llava.modeling_llava", "tarsia.train.loop"])
+    return small.starter(work)
 
-    def started(values, calls_to_live=None):
-        process = context.Process(target=work, args=(values, calls_to_live))
-        process.start()
-        process.join()
-        return process.exitcode
 
-    return started
+def ended(process):
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize("moment", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 20))])
@@ -170,9 +155,9 @@ def test_killed_while_the_cache_is_written_the_curve_is_the_same(start, referenc
     # every second folder is so small that it is evicted from all the time
     limit = WIDE if moment % 2 else 5000
     values = values | {"out": str(tmp_path / "out"), "features": {"path": str(tmp_path / "kept"), "limit": limit}}
-    assert start(values, random.Random(moment).randrange(2, 70)) == -signal.SIGKILL
+    assert ended(start(values, random.Random(moment).randrange(2, 70))) == -signal.SIGKILL
     before = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*.features")}
-    assert start(values) == 0
+    assert ended(start(values)) == 0
     assert result(tmp_path / "out") == expected
     store = Store(tmp_path / "kept", WIDE)
     entries = list((tmp_path / "kept").rglob("*.features"))
@@ -181,14 +166,9 @@ def test_killed_while_the_cache_is_written_the_curve_is_the_same(start, referenc
     assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
 
 
-def test_two_runs_fill_one_folder_at_once(reference, tmp_path):
+def test_two_runs_fill_one_folder_at_once(start, reference, tmp_path):
     values, expected, _ = reference
-    context = multiprocessing.get_context("forkserver")
     values = values | {"features": {"path": str(tmp_path / "kept")}}
-    processes = [context.Process(target=work, args=(values | {"out": str(tmp_path / n)}, None)) for n in "ab"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    processes = [start(values | {"out": str(tmp_path / n)}) for n in "ab"]
+    assert [ended(process) for process in processes] == [0, 0]
     assert result(tmp_path / "a") == result(tmp_path / "b") == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,23 +19,13 @@ from tarsia.train.events import read_log
 MOMENTS = 20
 
 
-def work(values: dict, calls_to_live: int | None, micro_batches: bool) -> None:
+def work(values: dict, calls_to_live: int | None = None, micro_batches: bool = False) -> None:
     """One run in a process of its own; dies at the given call that touches the disk, if any.
 
     With ``micro_batches`` it dies before a micro-batch instead, the step's earlier ones done.
     """
     if calls_to_live is not None:
-        left = [calls_to_live]
-
-        def counted(function):
-            def call(*args, **keywords):
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **keywords)
-
-            return call
-
+        counted = small.dying(calls_to_live)
         if micro_batches:
             step.token_losses = counted(step.token_losses)
         else:
@@ -48,16 +37,7 @@ def work(values: dict, calls_to_live: int | None, micro_batches: bool) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    """Start ``work`` in a process that has imported everything already and trained nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.small", "transformers.models.llava.modeling_llava", "tarsia.train.loop"])
-
-    def started(values, calls_to_live=None, micro_batches=False):
-        process = context.Process(target=work, args=(values, calls_to_live, micro_batches))
-        process.start()
-        return process
-
-    return started
+    return small.starter(work)
 
 
 @pytest.fixture(scope="module")
