@@ -14,7 +14,7 @@ from torch import nn
 from tarsia.core.errors import AdapterError, ConfigError, SelectionError
 from tarsia.core.select import parse, select
 from tarsia.core.site import Component, Kind, Role, Site
-from tarsia.quant.codec import Scheme
+from tarsia.quant.codec import Quantised, Scheme
 from tarsia.quant.rounding import Loss
 
 PREFIX: Final = "four bits "
@@ -78,12 +78,12 @@ class FourBits:
 
 @dataclass(slots=True)
 class Quantisation:
-    """What was quantised as a base was opened: ``losses`` by the parameter's name, ``kept`` why the others were not.
+    """What of a base is in 4 bits: ``losses`` by the parameter's name, ``kept`` why the others are not.
 
-    ``form`` is what was ``asked`` for with the selection that it came to.
+    ``form`` is what was ``asked`` for with the selection that it came to; nothing was where the files hold it so.
     """
 
-    asked: FourBits
+    asked: FourBits | None
     form: FourBits
     sites: tuple[Site, ...]
     kept: Mapping[str, str] = field(default_factory=dict)
@@ -169,6 +169,28 @@ def choose(form: FourBits, model: nn.Module, sites: Sequence[Site], kinds: Colle
     names = {site.weight for site in chosen}
     kept = {site.weight: _why(site, model, kinds) for site in sites if site.weight not in names}
     return Quantisation(asked, form, chosen, kept)
+
+
+def taken(form: FourBits, model: nn.Module, sites: Sequence[Site], values: Mapping[str, Quantised]) -> Quantisation:
+    """What the files of a base held in 4 bits. Raises AdapterError where that is nothing, or is on no site."""
+    chosen = tuple(site for site in sites if site.weight in values)
+    if not chosen or len(chosen) < len(values):
+        raise AdapterError(
+            "The base's files do not hold in 4 bits what its config.json says.",
+            given=", ".join(sorted(values.keys() - {site.weight for site in chosen})[:3]) or "no weight in 4 bits",
+            do="fetch it again, or the checkpoint in 16 bits",
+        )
+    kept = {
+        site.weight: _obstacle(site, model, KINDS) or "not in 4 bits in the files"
+        for site in sites
+        if site.weight not in values
+    }
+    losses = {name: Loss(math.prod(value.shape), _held(value), 0.0, 0.0) for name, value in values.items()}
+    return Quantisation(None, form, chosen, kept, losses)
+
+
+def _held(value: Quantised) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in value.tensors.values())
 
 
 def _why(site: Site, model: nn.Module, kinds: Collection[Kind]) -> str:

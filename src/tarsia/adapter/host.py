@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from tarsia.adapter.fingerprint import Fingerprint
-from tarsia.adapter.four_bits import FourBits, Quantisation
+from tarsia.adapter.four_bits import FourBits, Quantisation, taken
 from tarsia.adapter.origin import Origins, nowhere
 from tarsia.adapter.reading import read_json
+from tarsia.adapter.stored import stored_form
 from tarsia.anatomy import Anatomy, anatomy_of
 from tarsia.base import resolve
 from tarsia.core.errors import AdapterError, AnatomyError, ConfigError
@@ -35,7 +37,7 @@ class Host:
 
     ``name`` is as the user wrote it, ``path`` the folder that it was read from (None for a model that was
     built in memory). ``variables`` are what its chat template leaves open, a date say. ``quantisation`` is what
-    was rounded to 4 bits as it was opened, None where nothing was.
+    is in 4 bits, rounded as it was opened or so in its files; None where nothing is.
     """
 
     name: str
@@ -99,7 +101,8 @@ def open_base(
 
     ``dtype`` auto is bfloat16 where the device computes it, ``device`` auto a GPU where there is one.
     ``four_bits`` rounds weights to 4 bits as they are read, one after the other, from the numbers of the files:
-    the 16-bit model is never in memory, and ``dtype`` is only what is computed in.
+    the 16-bit model is never in memory, and ``dtype`` is only what is computed in. A base whose files are in
+    bitsandbytes' 4 bits, or were written by ``tarsia quantise``, is opened as it is, and takes no ``four_bits``.
     Raises ConfigError for an option or a name that makes no sense, AnatomyError for a model that is not
     understood, AdapterError for files that are broken or missing, QuantError for weights that are no numbers,
     SelectionError for a selection of ``four_bits`` that matches nothing.
@@ -110,7 +113,7 @@ def open_base(
     anatomy = _anatomy(folder)
     fingerprint = Fingerprint.of_folder(folder)
     model, quantisation = _loaded(folder, anatomy, chosen, four_bits)
-    if quantisation is not None:
+    if quantisation is not None and quantisation.asked is not None:
         fingerprint = replace(fingerprint, quantisation=quantisation.mark)
     model = model.to(place).eval()
     return Host(
@@ -244,24 +247,31 @@ def _loaded(
     folder: Path, anatomy: Anatomy, dtype: torch.dtype, form: FourBits | None
 ) -> tuple[nn.Module, Quantisation | None]:
     """The model, and what of it was rounded to ``form`` as it was read."""
-    if form is None:
+    held = stored_form(read_json(folder / "config.json"), folder)
+    if form is None and held is None:
         return _model(folder, dtype), None
-    held = read_json(folder / "config.json").get("quantization_config")
-    if held:
+    if form is not None and held is not None:
         raise ConfigError(
             "The base is quantised already.",
-            given=f"{folder}: {held.get('quant_method') if isinstance(held, Mapping) else held}",
+            given=f"{folder}: {held.kind}",
             do="leave four_bits out, or give a base in 16 bits",
         )
     from tarsia.adapter.quantiser import Tarsia4Config
 
-    asked = Tarsia4Config(form, anatomy)
+    asked = Tarsia4Config(form or held or FourBits(), anatomy)
+    options: dict[str, Any] = {"quantization_config": asked}
+    if held is not None:
+        config = copy.deepcopy(anatomy.config)
+        config.quantization_config = asked.in_place()
+        options = {"config": config}
     try:
-        model = _model(folder, dtype, quantization_config=asked)
+        model = _model(folder, dtype, **options)
     except AdapterError:
         if asked.refusal is not None:
             raise asked.refusal from None
         raise
+    if held is not None:
+        return model, taken(held, model, tuple(anatomy.sites(model)), asked.taken)
     found = asked.found
     if found is None or found.names != found.losses.keys():
         raise AdapterError(

@@ -15,7 +15,9 @@ def show(report: Mapping[str, Any]) -> None:
     form = f"{report['kind']}, scales {'nested' if report['nested'] else 'in float32'}"
     title = f"in 4 bits ({form}): {report['parameters']:,} parameters, {report['share']:.2%} of the base"
     if report["bits"] is not None:
-        title += f", {report['bits']:.4f} bits each, {report['error']:.2%} off"
+        title += f", {report['bits']:.4f} bits each"
+    if report["error"] is not None:
+        title += f", {report['error']:.2%} off"
     lines = [
         (
             line["component"],

@@ -34,9 +34,9 @@ class Loss:
         )
 
     @property
-    def relative(self) -> float:
-        """The 2-norm of the difference as a share of the weight's own."""
-        return math.sqrt(self.noise / self.signal) if self.signal else 0.0
+    def relative(self) -> float | None:
+        """The 2-norm of the difference as a share of the weight's own; None where that is zero, or was not at hand."""
+        return math.sqrt(self.noise / self.signal) if self.signal else None
 
     @property
     def bits(self) -> float:
