@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+import safetensors.torch
 import torch
 
 from tarsia.labs.frame.chapter import Bound, Chapter, Desk, Found
 from tarsia.labs.frame.page import COLOURS, GREY
 from tarsia.labs.frame.tables import Cell
 from tarsia.quant.codec import BLOCK, NESTED_BLOCK, Quantised, Scheme, encode
+from tarsia.quant.state import to_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,8 +49,8 @@ def measure(desk: Desk) -> Found:
             value = encode(weight, scheme)
             series[name].append(stored(value, *value.tensors) / size)
     desk.show(0.95, "one whole tensor, part by part")
-    rows = _parts() | _saved() | _model()
-    rows |= {f"size: {size:,} numbers": _at(series, size) for size in (1, 64, 4096, WHOLE, WHOLE + 1, 2**22)}
+    rows = _parts() | _saved() | _model() | _files()
+    rows |= {f"size: {size:,}": _at(series, size) for size in (1, 64, 4096, WHOLE, WHOLE + 1, 2**22)}
     return Found(rows, series)
 
 
@@ -103,6 +105,21 @@ def _model() -> dict[str, Mapping[str, Cell]]:
     return rows | {"shape: LLaMA-65B": {"linear parameters": linear, "embeddings and head": rest}}
 
 
+def _files() -> dict[str, Mapping[str, Cell]]:
+    """One weight as a file of its own, under bitsandbytes' names: what it holds besides codes and scales."""
+    rows: dict[str, Mapping[str, Cell]] = {}
+    for side in (192, 576, 1024, 2048):
+        value = encode(torch.randn(side, side, generator=torch.Generator().manual_seed(2)), NESTED)
+        parts = to_tensors("model.layers.0.mlp.up_proj.weight", value)
+        whole = 8 * len(safetensors.torch.save(parts))
+        needed = stored(value, "codes", "scales", "nested_scales")
+        rows[f"file: {side:,} x {side:,}"] = {
+            "bits a parameter": whole / side**2,
+            "besides codes and scales, bytes": (whole - needed) // 8,
+        }
+    return rows
+
+
 def draw(found: Found, figure: Figure) -> None:
     """Bits against the tensor's size, and what they are made of."""
     curve, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
@@ -111,9 +128,10 @@ def draw(found: Found, figure: Figure) -> None:
     for bits in (4.5, 4.126953125):
         curve.axhline(bits, color=GREY, lw=0.8, ls=":")
     curve.set_xscale("log", base=2)
-    curve.set_ylim(3.9, 6.1)
+    curve.set_xlim(2**5, 2**22)
+    curve.set_ylim(3.9, 5.6)
     curve.set_xlabel("numbers in the tensor")
-    curve.set_title("bits a parameter (tensors of fewer numbers leave the picture above)")
+    curve.set_title("bits a parameter")
     curve.legend(frameon=False)
     bottom = {"plain": 0.0, "nested": 0.0}
     for part, colour in (("scales", COLOURS[1]), ("nested scales", COLOURS[3])):
@@ -122,7 +140,7 @@ def draw(found: Found, figure: Figure) -> None:
         bars.bar(list(bottom), heights, 0.5, bottom=list(bottom.values()), color=colour, label=part)
         bottom = {name: below + height for (name, below), height in zip(bottom.items(), heights, strict=True)}
     for i, total in enumerate(bottom.values()):
-        bars.text(i, total + 0.008, f"{total:.4f}", ha="center", fontsize=9)
+        bars.text(i, total + 0.008, f"{total:.5f}", ha="center", fontsize=9)
     bars.set_ylim(0, 0.58)
     bars.set_title("bits a parameter besides the 4 of its code")
     bars.legend(frameon=False)
@@ -135,9 +153,14 @@ them: 4 + 8/64 + 32/(64 x 256). Counted in the bytes of a tensor of 2^20 numbers
 
 {{ table("part", "bits a parameter") }}
 A tensor also keeps the mean of its scales, {{ value("offset: of a tensor", "bits") }} bits whatever its size. Small
-tensors and odd sizes pay for what they do not fill:
+tensors and odd sizes pay for what they do not fill, in bits a parameter:
 
-{{ table("size", "bits a parameter") }}
+{{ table("size", "numbers") }}
+In a file each weight brings along its tables of levels (16 + 256 numbers of float32), a note in JSON and its names, as
+bitsandbytes writes them: {{ value("file: 2,048 x 2,048", "besides codes and scales, bytes", ",") }} bytes beside a
+weight of 2,048 x 2,048. Files of one weight each:
+
+{{ table("file", "weight") }}
 ## What nesting saves
 
 It saves {{ value("saved: a parameter", "bits", ".3f") }} bits a parameter, which is
@@ -158,12 +181,13 @@ CHAPTER: Final = Chapter(
     question="What does a 4-bit weight really take, and what does double quantisation save?",
     claim=(
         "In tensors of a multiple of 16,384 numbers a parameter takes 4.5 bits, and 4.12695 with double quantisation, "
-        "which at 65 billion parameters saves 3.03 GB (0.373 bits each)."
+        "which at 65 billion parameters saves 3.03 GB (0.373 bits each); a file adds at most 4 kB a weight."
     ),
     bounds=(
         Bound("bits, float32 scales", "part: all three", "plain", 4.5, 4.5),
         Bound("bits, nested scales", "part: all three", "nested", 4.126953125, 4.126953125),
         Bound("bits saved", "saved: a parameter", "bits", 0.373046875, 0.373046875),
+        Bound("a weight's bytes in a file besides", "file: 2,048 x 2,048", "besides codes and scales, bytes", 4, 4096),
         Bound("GB saved at 65 billion", "saved: 65 billion parameters", "gigabytes", 3.0, 3.06),
     ),
     measure=measure,
