@@ -148,6 +148,15 @@ def dequantise(value: codec.Quantised, tile: tuple[int, int, int, int], dtype: t
     return Call(DEQUANTISE, dtype, stored, shape, lambda done, d: (done, d) == (0, raw(expected)), offset, name=name)
 
 
+def halfway() -> codec.Quantised:
+    """Blocks whose largest numbers lie halfway between two of bfloat16's or float16's, and a bit beside."""
+    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x3F801000, 0x3F803000, 0x3F801001, 0x3F800FFF]
+    w = torch.zeros(len(bits), 64)
+    w[:, 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    w[:, 9] = -w[:, 5]
+    return codec.encode(w, Scheme(nested=False))
+
+
 def test_dequantise(wrong) -> None:
     tiles = [
         ((8, 128), 64, (0, 8, 0, 128)),
@@ -156,7 +165,7 @@ def test_dequantise(wrong) -> None:
         ((6, 256), 32, (0, 6, 0, 256)),
         ((1, 1), 64, (0, 1, 0, 1)),
     ]
-    calls = []
+    calls = [dequantise(halfway(), (0, 8, 0, 64), dtype) for dtype in DTYPES]
     for (shape, block, tile), (kind, nested) in product(tiles, [("nf4", True), ("fp4", False), ("int4", True)]):
         value = codec.encode(numbers(*shape, torch.float32), Scheme(kind, nested, block))
         calls += [dequantise(value, tile, dtype) for dtype in DTYPES]
