@@ -37,8 +37,8 @@ SEEDS: Final = (1, 2, 3)
 TRAIN: Final = 1200
 MEASURED: Final = 1000
 FULL_RATES: Final = {"infrared": 1e-3, "commands": 3e-4, "blueprints": 1e-3}
-"""Peak rates of full training, chosen on validation rows among 1e-4, 3e-4 and 1e-3; LoRA's, which QLoRA has too, are the
-shifts' own."""
+"""Peak rates of full training, chosen on validation rows among 1e-4, 3e-4 and 1e-3. LoRA's, which QLoRA has too, are
+the shifts' own."""
 _LINEAR: Final = "language.*.{q,k,v,o,gate,up,down}"
 _BATCH: Final = 100
 
