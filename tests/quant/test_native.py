@@ -50,6 +50,10 @@ def test_the_kernel_of_these_sources_runs() -> None:
     assert kernel is not None and status.do is None
     there = [name for name in native.BEST_FIRST if name in status.text]
     assert kernel.name == there[0]
+    if build.machine() == "x86_64" and "avx2" in machine.cpu_flags()[1]:
+        assert {"avx2", "portable"} <= set(there), "the dispatcher does not know what was compiled"
+    if build.machine() == "aarch64":
+        assert kernel.name == "neon"
 
 
 @needs_kernel

@@ -94,11 +94,16 @@ def compile_library(target: Path, machine: str, cc: Sequence[str], folder: Path 
         objects = []
         for source, flags in {**sources(machine, folder), stamp: ()}.items():
             objects.append(str(built / f"{source.stem}.o"))
-            _call([*cc, *COMMON, *flags, "-c", str(source), "-o", objects[-1]])
+            _call([*cc, *COMMON, *_defines(machine), *flags, "-c", str(source), "-o", objects[-1]])
         made = built / target.name
         _call([*cc, "-shared", *objects, "-lm", "-o", str(made)])
         os.replace(made, target)
     return target
+
+
+def _defines(machine: str) -> list[str]:
+    """What tells the dispatcher, tarsia4.c, which sources there are: -DTARSIA4_HAVE_AVX2 and so on."""
+    return [f"-DTARSIA4_HAVE_{Path(name).stem.upper()}" for name in SETS.get(machine, {})]
 
 
 def _call(command: list[str]) -> None:
