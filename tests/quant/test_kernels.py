@@ -46,6 +46,24 @@ def kernel(request: pytest.FixtureRequest, library: ctypes.CDLL) -> native.Kerne
     return native.Kernel(library, name, 0)
 
 
+NAMED = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+}
+
+
+@pytest.mark.skipif(build.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="flags of Linux on x86")
+def test_what_the_processor_names_is_supported_and_nothing_else(library: ctypes.CDLL) -> None:
+    """Without this a dispatcher that finds no instruction set would make every other test here be skipped."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
+    for name, needed in NAMED.items():
+        assert bool(library.tarsia4_supported(native.SETS[name])) == (needed <= flags)
+    assert library.tarsia4_supported(native.SETS["portable"]) == 1
+    assert library.tarsia4_supported(native.SETS["neon"]) == 0
+
+
 def encoded(kernel: native.Kernel, w: Tensor, kind: str = "nf4", block: int = 64) -> tuple[Tensor, Tensor, int]:
     n = w.numel()
     codes = torch.full((-(-n // 2) + 1, 1), 0xA5, dtype=torch.uint8)
@@ -182,6 +200,22 @@ def test_dequantise_whole_rows_that_begin_within_a_block(kernel: native.Kernel) 
         every = codec.decode(value, torch.bfloat16)
         for rows in (slice(1, 2), slice(1, 40), slice(3, 9), slice(39, 40)):
             same_bits(decoded(kernel, value, torch.bfloat16, rows, slice(0, columns)), every[rows])
+
+
+@pytest.mark.parametrize("skew", [0, 1])
+def test_dequantise_more_than_caches_hold(kernel: native.Kernel, skew: int) -> None:
+    """Where output is so long that it is written past the caches, and where its address does not allow that."""
+    rows, columns = 4100, 1088
+    torch.manual_seed(skew)
+    codes = torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8)
+    scheme = codec.Scheme(nested=False)
+    value = codec.Quantised(codes, torch.rand(rows * 17), None, None, scheme, (rows, columns), torch.float32)
+    for dtype, width in ((torch.float32, 1088), (torch.float32, 1024), (torch.bfloat16, 1088)):
+        out = torch.full((rows * width + 32,), 3.0, dtype=dtype)
+        where = out[skew : skew + rows * width]
+        assert kernel.dequantise(addresses(value), (0, rows), (0, width), where.data_ptr(), dtype, width) == 0
+        same_bits(where.view(rows, width), codec.decode(value, dtype)[:, :width].contiguous())
+        assert (out[:skew] == 3).all() and (out[skew + rows * width :] == 3).all(), "written outside"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

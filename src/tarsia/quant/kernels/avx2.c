@@ -41,8 +41,13 @@ INLINE __m128i halves_8(__m256 wide, int dtype) {
     return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
 
+INLINE void put(void *out, __m256i numbers, int past) {
+    if (past) _mm256_stream_si256(out, numbers);
+    else _mm256_storeu_si256(out, numbers);
+}
+
 /* The 16 rounded levels as a plane of low bytes and a plane of high bytes: 32 codes are two byte shuffles. */
-INLINE void decode_block_halves(const uint8_t *codes, table16 table, uint16_t *out, int dtype) {
+INLINE void decode_block_halves(const uint8_t *codes, table16 table, uint16_t *out, int dtype, int past) {
     const __m128i even = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
     __m128i first = _mm_shuffle_epi8(halves_8(table.low, dtype), even);
     __m128i second = _mm_shuffle_epi8(halves_8(table.high, dtype), even);
@@ -55,23 +60,32 @@ INLINE void decode_block_halves(const uint8_t *codes, table16 table, uint16_t *o
         __m256i bottom = _mm256_shuffle_epi8(low, place), top = _mm256_shuffle_epi8(high, place);
         /* Unpacking works within 128 bits: numbers 0-7 and 16-23, then 8-15 and 24-31. */
         __m256i a = _mm256_unpacklo_epi8(bottom, top), b = _mm256_unpackhi_epi8(bottom, top);
-        _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(a, b, 0x20));
-        _mm256_storeu_si256((__m256i *)(out + 16), _mm256_permute2x128_si256(a, b, 0x31));
+        put(out, _mm256_permute2x128_si256(a, b, 0x20), past);
+        put(out + 16, _mm256_permute2x128_si256(a, b, 0x31), past);
+    }
+}
+
+INLINE void decode_blocks(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
+                          int dtype, int past) {
+    char *to = out;
+    for (int64_t b = 0; b < blocks; b++, codes += VECTOR_BLOCK / 2, to += VECTOR_BLOCK * number_size(dtype)) {
+        table16 table = scaled(levels, scales[b]);
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+        if (dtype == TARSIA4_BFLOAT16) decode_block_halves(codes, table, (uint16_t *)to, TARSIA4_BFLOAT16, past);
+        else if (dtype == TARSIA4_FLOAT16) decode_block_halves(codes, table, (uint16_t *)to, TARSIA4_FLOAT16, past);
+        else
+            for (int k = 0; k < 8; k++) put(to + 32 * k, _mm256_castps_si256(look_up_8(codes + 4 * k, table)), past);
     }
 }
 
 static void decode(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
                    int dtype) {
-    for (int64_t b = 0; b < blocks; b++, codes += VECTOR_BLOCK / 2) {
-        table16 table = scaled(levels, scales[b]);
-        if (dtype == TARSIA4_BFLOAT16)
-            decode_block_halves(codes, table, (uint16_t *)out + b * VECTOR_BLOCK, TARSIA4_BFLOAT16);
-        else if (dtype == TARSIA4_FLOAT16)
-            decode_block_halves(codes, table, (uint16_t *)out + b * VECTOR_BLOCK, TARSIA4_FLOAT16);
-        else
-            for (int k = 0; k < 8; k++)
-                _mm256_storeu_ps((float *)out + b * VECTOR_BLOCK + 8 * k, look_up_8(codes + 4 * k, table));
-    }
+    decode_blocks(codes, scales, blocks, levels, out, dtype, 0);
+}
+
+static void decode_past(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
+                        int dtype) {
+    decode_blocks(codes, scales, blocks, levels, out, dtype, 1);
 }
 
 /* ---- encode ---- */
@@ -118,6 +132,8 @@ INLINE int encode_block(const void *w, int dtype, const tarsia4_grid *grid, uint
     __m256 part[8], low = _mm256_loadu_ps(grid->bounds), high = _mm256_loadu_ps(grid->bounds + 8);
     __m128i order = _mm_loadu_si128((const __m128i *)grid->order);
     for (int k = 0; k < 8; k++) part[k] = load_8(w, dtype, 8 * k);
+    for (int64_t line = 0; line < VECTOR_BLOCK * number_size(dtype); line += 64)
+        _mm_prefetch((const char *)w + line + AHEAD, _MM_HINT_T0);
     /* Magnitudes compare as integers, and there a NaN is larger than everything: one pass finds both. */
     uint32_t largest = largest_magnitude(part);
     if (largest >= 0x7f800000u) return TARSIA4_NOT_FINITE;
@@ -195,7 +211,7 @@ INLINE void look_up_bytes(__m256i places, planes table, __m256 *w) {
 }
 
 /* x is laid out to match: the first numbers of the 32 bytes of a block, then the second ones. */
-enum { X_BLOCK = VECTOR_BLOCK * sizeof(float), X_PAIR = 2 * X_BLOCK, AHEAD = 8192 };
+enum { X_BLOCK = VECTOR_BLOCK * sizeof(float), X_PAIR = 2 * X_BLOCK };
 
 static void arrange(const void *x, int dtype, int64_t columns, void *out, int64_t step) {
     for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step)
@@ -243,6 +259,13 @@ static void multiply(const tarsia4_strip *strip) {
 }
 
 const tarsia4_kernel tarsia4_kernel_avx2 = {
-    .decode = decode, .encode = encode, .dot = dot, .pair = X_PAIR, .arrange = arrange, .multiply = multiply};
+    .decode = decode,
+    .decode_past = decode_past,
+    .encode = encode,
+    .dot = dot,
+    .pair = X_PAIR,
+    .arrange = arrange,
+    .multiply = multiply,
+};
 
 #endif

@@ -43,26 +43,46 @@ INLINE __m512i halves_twice(__m512 wide, int dtype) {
     return _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
 }
 
+INLINE void put(void *out, __m512i numbers, int past) {
+    if (past) _mm512_stream_si512(out, numbers);
+    else _mm512_storeu_si512(out, numbers);
+}
+
 INLINE void decode_halves(const uint8_t *codes, const float *scales, int64_t blocks, __m512 levels, uint16_t *out,
-                          int dtype) {
+                          int dtype, int past) {
     for (int64_t b = 0; b < blocks; b++, codes += VECTOR_BLOCK / 2, out += VECTOR_BLOCK) {
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
         __m512i table = halves_twice(_mm512_mul_ps(levels, _mm512_set1_ps(scales[b])), dtype);
-        _mm512_storeu_si512(out, look_up_32(codes, table));
-        _mm512_storeu_si512(out + 32, look_up_32(codes + 16, table));
+        put(out, look_up_32(codes, table), past);
+        put(out + 32, look_up_32(codes + 16, table), past);
     }
+}
+
+INLINE void decode_floats(const uint8_t *codes, const float *scales, int64_t blocks, __m512 levels, float *out,
+                          int past) {
+    for (int64_t b = 0; b < blocks; b++, codes += VECTOR_BLOCK / 2, out += VECTOR_BLOCK) {
+        _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+        __m512 table = _mm512_mul_ps(levels, _mm512_set1_ps(scales[b]));
+        for (int k = 0; k < 4; k++) put(out + 16 * k, _mm512_castps_si512(look_up_16(codes + 8 * k, table)), past);
+    }
+}
+
+INLINE void decode(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out, int dtype,
+                   int past) {
+    __m512 plain = _mm512_loadu_ps(levels);
+    if (dtype == TARSIA4_FLOAT32) decode_floats(codes, scales, blocks, plain, out, past);
+    else if (dtype == TARSIA4_BFLOAT16) decode_halves(codes, scales, blocks, plain, out, TARSIA4_BFLOAT16, past);
+    else decode_halves(codes, scales, blocks, plain, out, TARSIA4_FLOAT16, past);
 }
 
 void tarsia4_avx512_decode(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
                            int dtype) {
-    __m512 plain = _mm512_loadu_ps(levels);
-    if (dtype == TARSIA4_BFLOAT16) decode_halves(codes, scales, blocks, plain, out, TARSIA4_BFLOAT16);
-    else if (dtype == TARSIA4_FLOAT16) decode_halves(codes, scales, blocks, plain, out, TARSIA4_FLOAT16);
-    else
-        for (int64_t b = 0; b < blocks; b++, codes += VECTOR_BLOCK / 2) {
-            __m512 table = _mm512_mul_ps(plain, _mm512_set1_ps(scales[b]));
-            for (int k = 0; k < 4; k++)
-                _mm512_storeu_ps((float *)out + b * VECTOR_BLOCK + 16 * k, look_up_16(codes + 8 * k, table));
-        }
+    decode(codes, scales, blocks, levels, out, dtype, 0);
+}
+
+void tarsia4_avx512_decode_past(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels,
+                                void *out, int dtype) {
+    decode(codes, scales, blocks, levels, out, dtype, 1);
 }
 
 void tarsia4_avx512_expand(const uint8_t *codes, int64_t count, const float *levels, float scale, float offset,
@@ -109,6 +129,8 @@ INLINE int encode_block(const void *w, int dtype, __m512 bounds, __m512i order, 
         __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(part[k]), _mm512_set1_epi32(0x7fffffff));
         top = _mm512_max_epi32(top, magnitude);
     }
+    for (int64_t line = 0; line < VECTOR_BLOCK * number_size(dtype); line += 64)
+        _mm_prefetch((const char *)w + line + AHEAD, _MM_HINT_T0);
     /* Magnitudes compare as integers, and there a NaN is larger than everything: one pass finds both. */
     uint32_t largest = (uint32_t)_mm512_reduce_max_epi32(top);
     if (largest >= 0x7f800000u) return TARSIA4_NOT_FINITE;
@@ -185,6 +207,7 @@ INLINE __m512 next_product(weights w, const char *x, __m512 sum) { return _mm512
 
 const tarsia4_kernel tarsia4_kernel_avx512 = {
     .decode = tarsia4_avx512_decode,
+    .decode_past = tarsia4_avx512_decode_past,
     .encode = tarsia4_avx512_encode,
     .expand = tarsia4_avx512_expand,
     .dot = tarsia4_avx512_dot,

@@ -47,6 +47,7 @@ INLINE __m512 next_product(weights w, const char *x, __m512 sum) { return _mm512
 
 const tarsia4_kernel tarsia4_kernel_avx512_bf16 = {
     .decode = tarsia4_avx512_decode,
+    .decode_past = tarsia4_avx512_decode_past,
     .encode = tarsia4_avx512_encode,
     .expand = tarsia4_avx512_expand,
     .dot = tarsia4_avx512_dot,

@@ -3,10 +3,6 @@
  *
  * Every row of x sums in the same order however many there are beside it: its bits do not depend on its neighbours. */
 
-/* Bytes ahead, on the way through the codes, of what is asked for from memory: two pages, so that the translation of
- * addresses is in time as well. */
-enum { AHEAD = 8192 };
-
 /* The scales of two blocks, each over the eight lanes that its 32 bytes of codes fill. */
 INLINE __m512 two_scales(const float *scales) {
     return _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[0]), 0xff00, _mm_load_ss(scales + 1));

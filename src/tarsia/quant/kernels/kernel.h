@@ -9,6 +9,10 @@
 /* Arranged numbers go by pairs of blocks. */
 enum { VECTOR_BLOCK = 64, PAIR = 2 * VECTOR_BLOCK, ROWS_AT_ONCE = 16 };
 
+/* Bytes ahead of where a kernel reads, of what it asks memory for: two pages, because the processor's own foresight ends
+ * with a page, and so that the translation of addresses is in time as well. */
+enum { AHEAD = 8192 };
+
 /* Levels in rising order: the code of a scaled number v is order[number of bounds below v], so that a number on a bound
  * takes the lower level. bounds[15] is an infinity, there to fill a register. */
 typedef struct {
@@ -32,6 +36,9 @@ typedef struct {
     /* `blocks` whole blocks -> 64 * blocks numbers of `dtype`. */
     void (*decode)(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
                    int dtype);
+    /* The same past the caches, to an `out` at a multiple of 64 bytes that is too long to stay in them; NULL: decode. */
+    void (*decode_past)(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
+                        int dtype);
     /* The way back; 0, or TARSIA4_NOT_FINITE. */
     int (*encode)(const void *w, int dtype, int64_t blocks, const tarsia4_grid *grid, uint8_t *codes, float *absmax);
     /* room[k] = levels[codes[k]] * scale + offset, rounded twice; NULL: tarsia4.c's own. */

@@ -6,7 +6,13 @@
 
 #include <stdlib.h>
 
-enum { SCALES_AT_ONCE = 1024, PIECE = 64 * VECTOR_BLOCK, STRIP = 32, ROWS_AHEAD = 12 };
+enum {
+    SCALES_AT_ONCE = 1024,     /* blocks: 4 KiB of scales on the stack */
+    PIECE = 256 * VECTOR_BLOCK, /* numbers of a long range that go together */
+    STRIP = 32,                /* rows of weights that go together in a product */
+    ROWS_AHEAD = 12,           /* of a narrow tile, asked for in advance */
+    PAST_CACHES = 8 << 20      /* bytes from which on an output is no cache's: reading it in first would be in vain */
+};
 
 int tarsia4_abi(void) { return TARSIA4_ABI; }
 
@@ -145,9 +151,10 @@ static const float *scales_of(const tarsia4_kernel *kernel, const tarsia4_weight
     return room;
 }
 
-/* Numbers first..last-1 of the weight: whole 64-blocks by the kernel, the ends in plain C. */
+/* Numbers first..last-1 of the weight: whole 64-blocks by the kernel (`past` the caches where `out` allows it), the ends
+ * in plain C. */
 static void decode_range(const tarsia4_kernel *kernel, const tarsia4_weight *weight, int64_t first, int64_t last,
-                         void *out, int dtype) {
+                         void *out, int dtype, int past) {
     float room[SCALES_AT_ONCE];
     int64_t size = number_size(dtype), at = (first + VECTOR_BLOCK - 1) / VECTOR_BLOCK * VECTOR_BLOCK;
     if (weight->block % VECTOR_BLOCK || at + VECTOR_BLOCK > last) {
@@ -158,8 +165,10 @@ static void decode_range(const tarsia4_kernel *kernel, const tarsia4_weight *wei
     while (at + VECTOR_BLOCK <= last) {
         int64_t blocks = (last - at) / VECTOR_BLOCK;
         if (blocks > SCALES_AT_ONCE) blocks = SCALES_AT_ONCE;
-        kernel->decode(weight->codes + at / 2, scales_of(kernel, weight, at, blocks, room), blocks, weight->levels,
-                       (char *)out + (at - first) * size, dtype);
+        char *to = (char *)out + (at - first) * size;
+        const float *scales = scales_of(kernel, weight, at, blocks, room);
+        int by = past && kernel->decode_past && (uintptr_t)to % 64 == 0;
+        (by ? kernel->decode_past : kernel->decode)(weight->codes + at / 2, scales, blocks, weight->levels, to, dtype);
         at += blocks * VECTOR_BLOCK;
     }
     tarsia4_decode_span(weight, at, last, (char *)out + (at - first) * size, dtype);
@@ -172,7 +181,7 @@ typedef struct {
     const tarsia4_weight *weight;
     int64_t start, pitch, width, begin, limit, stride;
     char *out;
-    int dtype;
+    int dtype, past;
 } decoding;
 
 /* A narrow tile jumps from row to row, which no processor foresees: what a later row needs is asked for in time. */
@@ -192,8 +201,12 @@ static void decode_ranges(void *data, int64_t first, int64_t last) {
             ask_for(job->weight, at + ROWS_AHEAD * job->pitch, job->width);
         int64_t to = i * job->stride - (job->begin - job->start), late = at < job->begin ? job->begin - at : 0;
         decode_range(job->kernel, job->weight, at + late, end < job->limit ? end : job->limit,
-                     job->out + (to + late) * number_size(job->dtype), job->dtype);
+                     job->out + (to + late) * number_size(job->dtype), job->dtype, job->past);
     }
+#if defined(__x86_64__)
+    /* Stores past the caches are in no order: they are done before another thread is told so. */
+    if (job->past) __builtin_ia32_sfence();
+#endif
 }
 
 int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
@@ -206,7 +219,8 @@ int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int6
     int64_t begin = row0 * columns + col0, limit = row1 * columns;
     if (rows == 0 || width == 0) return TARSIA4_OK;
     if (!out) return TARSIA4_BAD_ARGUMENT;
-    decoding job = {kernel_of(isa), weight, begin, columns, width, begin, limit, stride, out, dtype};
+    decoding job = {kernel_of(isa), weight, begin, columns, width, begin, limit, stride, out, dtype,
+                    rows * width * number_size(dtype) >= PAST_CACHES};
     if (width == columns && stride == columns) {
         /* One long range: cut at the edges of blocks, so that a single long row is shared out too and rows that are no
          * whole number of blocks cost no more. */
@@ -261,7 +275,7 @@ static void decoded_rows(const product *job, int64_t row, int64_t rows, int64_t 
     for (int64_t r = 0; r < rows; r++)
         for (int64_t at = 0; at < columns; at += 1024) {
             int64_t n = columns - at < 1024 ? columns - at : 1024, start = (row + r) * columns + at;
-            decode_range(job->kernel, job->weight, start, start + n, piece, TARSIA4_FLOAT32);
+            decode_range(job->kernel, job->weight, start, start + n, piece, TARSIA4_FLOAT32, 0);
             job->kernel->dot(piece, x + at, stride, n, m, sums + r * ROWS_AT_ONCE);
         }
 }
