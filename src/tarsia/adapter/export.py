@@ -18,6 +18,7 @@ from tarsia.adapter.atomic import write_folder
 from tarsia.adapter.fingerprint import shards
 from tarsia.adapter.four_bits import FourBits, Quantisation, choose
 from tarsia.adapter.host import Outline, open_outline
+from tarsia.adapter.pages import give_back
 from tarsia.adapter.reading import header, read_json
 from tarsia.adapter.stored import stored_form, written_config
 from tarsia.adapter.tensors import TensorFile
@@ -128,6 +129,7 @@ def _parts(key: str, name: str, weight: Tensor, found: Quantisation) -> dict[str
         found.losses[name] = lost(weight, value)
     except QuantError as error:
         raise error.about(name) from None
+    give_back(weight)
     return to_tensors(key, value)
 
 

@@ -35,6 +35,9 @@ _PROCESSOR_JSON = (
     "added_tokens.json",
     "vocab.json",
 )
+_PIECE = 1 << 22
+"""Bytes that are hashed at a time."""
+
 _PROCESSOR_BYTES = ("merges.txt", "vocab.txt", "tokenizer.model")
 
 
@@ -190,13 +193,24 @@ def _stored(paths: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
 
                 def content(span: tuple[int, int], bytes_: mmap.mmap = bytes_, start: int = start) -> str:
-                    with memoryview(bytes_) as view, view[start + span[0] : start + span[1]] as part:
-                        return hashlib.sha256(part).hexdigest()
+                    digest = hashlib.sha256()
+                    for first in range(start + span[0], start + span[1], _PIECE):
+                        with memoryview(bytes_) as view, view[first : min(first + _PIECE, start + span[1])] as part:
+                            digest.update(part)
+                        _forget(bytes_, first, start + span[1])
+                    return digest.hexdigest()
 
                 digests = pool.map(content, [tuple(entry["data_offsets"]) for entry in table.values()])
                 for (name, entry), digest in zip(table.items(), digests, strict=True):
                     entries.append((name, str(entry["dtype"]), tuple(entry["shape"]), digest))
     return entries
+
+
+def _forget(bytes_: mmap.mmap, first: int, end: int) -> None:
+    """Let go of the pages of a piece: what was read once is not to count as this process's memory."""
+    low, high = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, min(first + _PIECE, end) // mmap.PAGESIZE * mmap.PAGESIZE
+    if high > low and hasattr(mmap, "MADV_DONTNEED"):
+        bytes_.madvise(mmap.MADV_DONTNEED, low, high - low)
 
 
 def _held(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], str]]:

@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tarsia.adapter.four_bits import FourBits, Quantisation, choose
+from tarsia.adapter.pages import give_back
 from tarsia.adapter.stored import OURS
 from tarsia.anatomy import Anatomy
 from tarsia.core.errors import AdapterError, QuantError, TarsiaError
@@ -194,4 +195,6 @@ def _rounded(weight: Tensor, shape: Tensor, config: Tarsia4Config) -> Any:
             do="fetch the checkpoint again, all of one version",
         )
     value = rounded(weight, config.form.scheme, shape.dtype)
-    return Weight4(value), lost(weight, value)
+    made = Weight4(value), lost(weight, value)
+    give_back(weight)
+    return made
