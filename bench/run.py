@@ -46,12 +46,15 @@ def base() -> dict[str, str]:
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in weights.items() if file.is_file()}
 
 
-def record(case: str, values: Values, results: Path = RESULTS) -> None:
-    """Append one line: what was measured, of which commit, when, on what, with which versions and base."""
+def record(case: str, values: Values, results: Path = RESULTS, measured: str | None = None) -> None:
+    """Append one line: what was measured, of which commit, when, on what, with which versions and base.
+
+    ``measured`` names the commit where the sources are a copy without their history.
+    """
     line = {
         "case": case,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": measured or commit(),
         "processor": machine.cpu_flags()[0],
         "cores": machine.cores(),
         "python": sys.version.split()[0],

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", minversion="3.7", reason="the GPU's kernels are written in Triton")
 
+from bench import gpu_check
 from tarsia.core.errors import QuantError
 from tarsia.quant import codec
 from tarsia.quant.codec import KINDS, Scheme, encode
@@ -27,6 +28,10 @@ from tarsia.quant.gpu.plan import Tiles
 from tarsia.quant.gpu.update import Update
 from tarsia.quant.gpu.vector import vector
 from tarsia.quant.levels import levels, scale_levels
+
+# torch may add up parts of a long sum in 16 bits, which is more than one rounding
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -285,3 +290,22 @@ def test_what_does_not_fit_is_refused() -> None:
         linear.linear4(x.to("meta"), weight, None)
     with pytest.raises(QuantError, match="dtype of the weight"):
         linear.dequantise4(weight, torch.float64)
+
+
+def test_the_check_before_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((3, 50), (5, 128))
+    found = gpu_check.check(DEVICE.type, shapes)
+    assert found["numbers compared"] == 18 * (150 + 640) and found["worst product, of one rounding"] <= 1
+    right = linear.dequantise4
+    with monkeypatch.context() as planted:
+        planted.setattr(
+            linear,
+            "dequantise4",
+            lambda weight, dtype: torch.nextafter(right(weight, dtype), weight.levels.new_ones((), dtype=dtype)),
+        )
+        with pytest.raises(RuntimeError, match="are not the reference's"):
+            gpu_check.check(DEVICE.type, shapes)
+    with monkeypatch.context() as planted:
+        planted.setattr(linear, "product4", lambda y, weight: 1.01 * (y @ right(weight, y.dtype)))
+        with pytest.raises(RuntimeError, match="times one rounding"):
+            gpu_check.check(DEVICE.type, shapes[1:])
