@@ -34,7 +34,7 @@ def test_without_a_name_it_lists_every_chapter(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert {"levels", "bits"} <= set(chapters.CHAPTERS)
     for chapter in chapters.CHAPTERS.values():
-        assert chapter.name in out and chapter.claim.split()[-1] in out
+        assert chapter.name in out and chapter.question.split()[-1] in out
 
 
 def test_a_claim_that_holds_and_one_that_fails(shelf, tmp_path, capsys):

@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def contents(chapters: Mapping[str, Chapter]) -> None:
-    """What there is: each chapter with its claim."""
+    """What there is: each chapter with its question."""
     rows = [
-        (c.name, f"{c.minutes:g} min", ", ".join([*c.needs, *(f"({name})" for name in c.uses)]), c.claim)
+        (c.name, c.question, f"{c.minutes:g} min", ", ".join([*c.needs, *(f"({name})" for name in c.uses)]))
         for c in chapters.values()
     ]
-    output.table("chapters of the lab (what they can also use in brackets)", ("", "takes", "needs", "claims"), rows)
+    output.table("chapters of the lab (what they can also use in brackets)", ("", "asks", "takes", "needs"), rows)
 
 
 def choose(names: Sequence[str], chapters: Mapping[str, Chapter]) -> list[Chapter]:
