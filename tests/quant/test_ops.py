@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarsia.core.errors import QuantError
 from tarsia.quant import codec, cpu, native, ops, tiles
@@ -264,12 +266,67 @@ def test_compiled_in_one_graph(backend: str) -> None:
             assert near(*grads, torch.float32)
 
 
+class Seen(TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_past_the_dispatcher_the_product_is_the_same(m: int) -> None:
+    stored = arguments(weight())
+    x, y, bias = torch.randn(m, 130), torch.randn(m, 48), torch.randn(48)
+    assert ops._unobserved(x, *stored, bias)
+    assert torch.equal(ops.linear(x, *stored, bias), ops.linear4(x, *stored, bias))
+    assert torch.equal(ops.product(y, *stored), ops.product4(y, *stored))
+    x.requires_grad_(), y.requires_grad_(), bias.requires_grad_()
+    losses = [
+        linear(x, *stored, bias).square().sum() + product(y, *stored).square().sum()
+        for linear, product in ((ops.linear, ops.product), (ops.linear4, ops.product4))
+    ]
+    grads = [torch.autograd.grad(loss, (x, y, bias)) for loss in losses]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_who_looks_on_sees_the_operator() -> None:
+    stored = arguments(weight())
+    x, y = torch.randn(3, 130), torch.randn(3, 48)
+    with Seen() as seen:
+        ops.linear(x, *stored, None), ops.product(y, *stored)
+    assert seen.names == ["tarsia.linear4.default", "tarsia.product4.default"]
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        ops.linear(x, *stored, None)
+    assert "tarsia::linear4" in {event.name for event in profiled.events()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert ops.linear(fake.from_tensor(x), *stored, None).shape == (3, 48)
+    rows = torch.func.vmap(lambda row: ops.linear(row, *stored, None))(x)
+    assert near(rows, ops.linear(x, *stored, None), torch.float32)
+    frozen = list(arguments(weight(scheme=Scheme(nested=False))))
+    frozen[1] = frozen[1].clone().requires_grad_()
+    with pytest.raises(QuantError, match="no gradient"):
+        ops.linear(x, *frozen, None)
+    with pytest.raises(QuantError):
+        ops.linear(x, *stored, torch.randn(47))
+
+
+def test_a_tensor_that_is_elsewhere_is_not_read() -> None:
+    stored = list(arguments(weight()))
+    stored[2] = stored[2].to("meta")
+    assert not ops._unobserved(torch.randn(3, 130), *stored, None)
+
+
 def test_autocast_casts_what_is_multiplied() -> None:
     value = weight()
     x, bias = torch.randn(5, 130, requires_grad=True), torch.randn(48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ops.linear4(x, *arguments(value), bias)
-        z = ops.product4(y.float(), *arguments(value))
+        y = ops.linear(x, *arguments(value), bias)
+        z = ops.product(y.float(), *arguments(value))
     assert y.dtype is z.dtype is torch.bfloat16
     assert near(y, F.linear(x, codec.decode(value, torch.float32), bias), torch.bfloat16)
     z.sum().backward()

@@ -5,8 +5,8 @@ A product with few rows reads the packed weight once and never unpacks it to mem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ FEW = 16
 """Up to how many rows a product reads the packed weight: measured, AVX-512 in float32 beside ``tiles``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Packed4:
+class Packed4(NamedTuple):
     """A weight [rows, columns] as the operators take it: the tensors of `codec.Quantised`, its levels, its numbers."""
 
     codes: Tensor

@@ -85,12 +85,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *a: Any) -> Tensor:
         _keep(ctx, a[:8])
         with torch._C._AutoDispatchBelowAutograd():
-            return linear4(x, *a)  # type: ignore[no-any-return]
+            return linear(x, *a)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        dx = product4(dy, *_kept(ctx)) if ctx.needs_input_grad[0] else None
+        dx = product(dy, *_kept(ctx)) if ctx.needs_input_grad[0] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[9] else None
         return dx, *(None,) * 8, db
 
@@ -100,11 +100,11 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, *a: Any) -> Tensor:
         _keep(ctx, a)
         with torch._C._AutoDispatchBelowAutograd():
-            return product4(y, *a)  # type: ignore[no-any-return]
+            return product(y, *a)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return linear4(grads[0], *_kept(ctx), None), *(None,) * 8
+        return linear(grads[0], *_kept(ctx), None), *(None,) * 8
 
 
 def _keep(ctx: Any, weight: tuple[Any, ...]) -> None:
@@ -147,3 +147,39 @@ for _name, _operator, _function in (("linear4", linear4, _Linear), ("product4", 
     _library.impl(_name, _differentiable(_operator, _function), "Autograd")
     _library.impl(_name, _autocast(_operator, "cpu"), "AutocastCPU")
     _library.impl(_name, _autocast(_operator, "cuda"), "AutocastCUDA")
+
+
+def linear(x: Tensor, *a: Any) -> Tensor:
+    """`linear4`, past the dispatcher where nothing but autograd would hear of the call: a third of a small product."""
+    if torch.compiler.is_compiling() or not _unobserved(x, *a):
+        return linear4(x, *a)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (x.requires_grad or (a[8] is not None and a[8].requires_grad)):
+        return _Linear.apply(x, *a)  # type: ignore[no-any-return, no-untyped-call]
+    return cpu.linear4(x, Packed4(*a[:8]), a[8])
+
+
+def product(y: Tensor, *a: Any) -> Tensor:
+    """`product4`, as `linear` is `linear4`."""
+    if torch.compiler.is_compiling() or not _unobserved(y, *a, None):
+        return product4(y, *a)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and y.requires_grad:
+        return _Product.apply(y, *a)  # type: ignore[no-any-return, no-untyped-call]
+    return cpu.product4(y, Packed4(*a))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _unobserved(x: Tensor, *a: Any) -> bool:
+    """Whether all are plain tensors on the processor, and no mode, transform, autocast or profiler is at work."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    frozen, free = a[:5], (x, a[8])
+    return all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in (*frozen, *free)) and not any(
+        t is not None and t.requires_grad for t in frozen
+    )

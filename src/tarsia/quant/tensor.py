@@ -15,7 +15,7 @@ from tarsia.core.errors import QuantError
 from tarsia.core.packed import Packed
 from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme, scales
 from tarsia.quant.levels import levels as table
-from tarsia.quant.ops import dequantise4, linear4, product4, unpack4
+from tarsia.quant.ops import dequantise4, linear, product, unpack4
 from tarsia.quant.rounding import rounded
 
 _aten = torch.ops.aten
@@ -117,22 +117,22 @@ def arguments(weight: Weight4, rows: int) -> tuple[Any, ...]:
 
 
 def _matrix(weight: Any, what: str) -> tuple[Any, ...]:
-    if not isinstance(weight, Weight4) or weight.ndim != 2:
+    if not isinstance(weight, Weight4) or len(weight.value.shape) != 2:
         raise QuantError(
             f"A weight in 4 bits can not take this place in {what}.",
             given=f"{type(weight).__name__} {tuple(getattr(weight, 'shape', ()))}",
             allowed="x @ weight.T as linear(x, weight), y @ weight, with a weight of two dimensions",
             do="choose an expert by weight[i], or use weight.dense()",
         )
-    return arguments(weight, weight.shape[0])
+    return arguments(weight, weight.value.shape[0])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear4(x, *_matrix(weight, "linear"), bias)  # type: ignore[no-any-return]
+    return linear(x, *_matrix(weight, "linear"), bias)
 
 
 def _product(y: Tensor, weight: Tensor) -> Tensor:
-    return product4(y, *_matrix(weight, "a product"))  # type: ignore[no-any-return]
+    return product(y, *_matrix(weight, "a product"))
 
 
 def _keep(weight: Weight4, *_: Any, **__: Any) -> Weight4:
