@@ -86,13 +86,13 @@ def _theirs(weight: Tensor) -> list[Any]:
 
 
 def _their_product(weight: Tensor, rows: int) -> Callable[[int], Any]:
-    import bitsandbytes
+    from bitsandbytes.autograd._functions import matmul_4bit
 
     every, x = _theirs(weight), _x(weight, rows)
 
     def act(turn: int) -> Tensor:
         codes, state = every[turn % len(every)]
-        found: Tensor = bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state)
+        found: Tensor = matmul_4bit(x, codes.t(), quant_state=state)
         return found
 
     return act

@@ -99,14 +99,10 @@ def perform(run: Run, out: Path, split: str = "held-out", **changed: Any) -> dic
     assert finished is not None
     trained = time.monotonic() - began
     adapter = load(Path(finished.folder))
-    host = open_base(
-        made.model,
-        dtype=made.precision,
-        device=made.device,
-        four_bits=FourBits.of(adapter.fingerprint.quantisation),
-    )
+    assert adapter.probe is not None and adapter.fingerprint is not None
+    form = FourBits.of(adapter.fingerprint.quantisation)
+    host = open_base(made.model, dtype=made.precision, device=made.device, four_bits=form)
     put(host, adapter, "adapted")
-    assert adapter.probe is not None
     drift = prove(host, "adapted", adapter.probe)
     _, right = answers(host, run.job, split, out)
     shutil.rmtree(made.out)
