@@ -214,12 +214,19 @@ INLINE void look_up_bytes(__m256i places, planes table, __m256 *w) {
 enum { X_BLOCK = VECTOR_BLOCK * sizeof(float), X_PAIR = 2 * X_BLOCK };
 
 static void arrange(const void *x, int dtype, int64_t columns, void *out, int64_t step) {
-    for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step)
-        for (int64_t k = 0; k < PAIR; k++) {
-            int64_t half = k / 32 % 2, v = k / 8 % 4, i = k % 8, byte = 4 * v + (i < 4 ? i : 12 + i);
-            int64_t at = first + k / VECTOR_BLOCK * VECTOR_BLOCK + 2 * byte + half;
-            ((float *)out)[k] = at < columns ? load_number(x, dtype, at) : 0.0f;
-        }
+    float numbers[PAIR];
+    for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step) {
+        float *to = out;
+        if (columns - first < PAIR) memset(numbers, 0, sizeof numbers);
+        widen(x, dtype, first, columns - first < PAIR ? columns - first : PAIR, numbers);
+        for (const float *block = numbers; block < numbers + PAIR; block += VECTOR_BLOCK)
+            for (int half = 0; half < 2; half++)
+                for (int v = 0; v < 4; v++, to += 8)
+                    for (int i = 0; i < 4; i++) {
+                        to[i] = block[8 * v + 2 * i + half];
+                        to[i + 4] = block[32 + 8 * v + 2 * i + half];
+                    }
+    }
 }
 
 /* One row of weights by m rows of x; m is a constant where this is called. */

@@ -185,12 +185,13 @@ typedef __m512 weights, levels_table;
 enum { QUARTERS = 2, X_PAIR = PAIR * sizeof(float) };
 
 static void arrange(const void *x, int dtype, int64_t columns, void *out, int64_t step) {
-    for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step)
-        for (int64_t j = 0; j < 8; j++)
-            for (int64_t i = 0; i < 16; i++) {
-                int64_t at = first + 8 * i + (j ^ 1);
-                ((float *)out)[16 * j + i] = at < columns ? load_number(x, dtype, at) : 0.0f;
-            }
+    float numbers[PAIR];
+    for (int64_t first = 0; first < columns; first += PAIR, out = (char *)out + step) {
+        if (columns - first < PAIR) memset(numbers, 0, sizeof numbers);
+        widen(x, dtype, first, columns - first < PAIR ? columns - first : PAIR, numbers);
+        for (int j = 0; j < 8; j++)
+            for (int i = 0; i < 16; i++) ((float *)out)[16 * j + i] = numbers[8 * i + (j ^ 1)];
+    }
 }
 
 INLINE __m512 table_of(const float *levels) { return _mm512_loadu_ps(levels); }

@@ -62,6 +62,16 @@ static inline void store_number(void *to, int dtype, int64_t i, float value) {
 
 static inline int64_t number_size(int dtype) { return dtype == TARSIA4_FLOAT32 ? 4 : 2; }
 
+/* n numbers from the first on -> float32; a loop for each dtype, or no compiler does many at a time. */
+static inline void widen(const void *from, int dtype, int64_t first, int64_t n, float *to) {
+    const uint16_t *halves = (const uint16_t *)from + first;
+    if (dtype == TARSIA4_FLOAT32) memcpy(to, (const float *)from + first, (size_t)n * sizeof *to);
+    else if (dtype == TARSIA4_BFLOAT16)
+        for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(halves[i]);
+    else
+        for (int64_t i = 0; i < n; i++) to[i] = from_float16(halves[i]);
+}
+
 /* The address of number i. */
 static inline const void *number_at(const void *from, int dtype, int64_t i) {
     return (const char *)from + i * number_size(dtype);

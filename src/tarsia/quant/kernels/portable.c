@@ -51,22 +51,25 @@ static void nearest(const float *values, int64_t n, const tarsia4_grid *grid, ui
 int tarsia4_encode_block(const void *w, int dtype, int64_t first, int64_t n, int whole, const tarsia4_grid *grid,
                          uint8_t *codes, float *absmax) {
     /* Magnitudes compare as integers, and there a NaN is larger than everything: one pass finds both. */
+    float values[VECTOR_BLOCK];
     uint32_t top = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t magnitude = float_bits(load_number(w, dtype, first + i)) & 0x7fffffffu;
-        if (magnitude > top) top = magnitude;
+    for (int64_t at = 0, some; at < n; at += some) {
+        some = n - at < VECTOR_BLOCK ? n - at : VECTOR_BLOCK;
+        widen(w, dtype, first + at, some, values);
+        for (int64_t i = 0; i < some; i++) {
+            uint32_t magnitude = float_bits(values[i]) & 0x7fffffffu;
+            top = magnitude > top ? magnitude : top;
+        }
     }
     if (top >= 0x7f800000u) return TARSIA4_NOT_FINITE;
     float largest = bits_float(top), floored = largest < 1e-38f ? 1e-38f : largest, inverse = 1.0f / floored;
     *absmax = whole ? largest : floored;
     for (int64_t at = 0; at < n; at += VECTOR_BLOCK) {
         int64_t some = n - at < VECTOR_BLOCK ? n - at : VECTOR_BLOCK, even = some + some % 2;
-        float values[VECTOR_BLOCK] = {0}; /* the zeros fill up an odd end */
         uint8_t places[VECTOR_BLOCK];
-        for (int64_t i = 0; i < some; i++) {
-            float value = load_number(w, dtype, first + at + i);
-            values[i] = whole ? value * inverse : value / floored;
-        }
+        if (some < VECTOR_BLOCK) memset(values, 0, sizeof values); /* a zero fills up an odd end */
+        widen(w, dtype, first + at, some, values);
+        for (int64_t i = 0; i < some; i++) values[i] = whole ? values[i] * inverse : values[i] / floored;
         nearest(values, even, grid, places);
         for (int64_t i = 0; i < even; i += 2) codes[(at + i) / 2] = (uint8_t)(places[i] << 4 | places[i + 1]);
     }

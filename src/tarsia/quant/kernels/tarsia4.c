@@ -309,12 +309,10 @@ static char *prepared(product *job, const void *x) {
     int64_t columns = job->weight->columns, pairs = (columns + PAIR - 1) / PAIR, pair = job->kernel->pair;
     job->step = job->packed ? job->m * pair : (columns + 15) / 16 * 64;
     char *room = aligned_alloc(64, (size_t)(job->packed ? pairs * job->step : job->m * job->step));
-    for (int64_t i = 0; room && i < job->m; i++) {
+    for (int64_t i = 0; room && columns && i < job->m; i++) {
         const void *from = number_at(x, job->dtype, i * columns);
         if (job->packed) job->kernel->arrange(from, job->dtype, columns, room + i * pair, job->step);
-        else
-            for (int64_t k = 0; k < columns; k++)
-                ((float *)(room + i * job->step))[k] = load_number(from, job->dtype, k);
+        else widen(from, job->dtype, 0, columns, (float *)(room + i * job->step));
     }
     return room;
 }

@@ -1,6 +1,6 @@
 #include "team.h"
 
-enum { WORTH_A_THREAD = 1 << 15, BANDS_A_THREAD = 4 };
+enum { WORTH_A_THREAD = 1 << 16, BANDS_A_THREAD = 4 };
 
 typedef struct {
     tarsia4_work work;
