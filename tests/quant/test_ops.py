@@ -137,7 +137,8 @@ def test_pieces_are_whole_and_begin_at_the_grain(count: int, most: int) -> None:
     pieces = tiles._cut(count, most)
     assert pieces[0][0] == 0 and pieces[-1][1] == count
     assert all(a[1] == b[0] for a, b in pairwise(pieces))
-    assert all(first % tiles.GRAIN == 0 and 0 < last - first < max(most, 1) + tiles.GRAIN for first, last in pieces)
+    largest = 1.5 * max(most, tiles.GRAIN) + tiles.GRAIN
+    assert all(first % tiles.GRAIN == 0 and 0 < last - first <= largest for first, last in pieces)
 
 
 @settings(deadline=None, max_examples=40)

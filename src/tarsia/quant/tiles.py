@@ -17,15 +17,21 @@ from tarsia.core.errors import QuantError
 from tarsia.quant.native import Kernel
 
 ARENA = 1 << 20
-"""Bytes of the buffer: half of a core's second cache, or all of an older one's. Measured among 1/4 to 4 MiB."""
+"""Bytes of the buffer for each thread that multiplies: half of a core's second cache. Measured among 1/4 to 4 MiB."""
+
+CORES = 4
+"""For at most so many threads."""
 
 GRAIN = 64
 """Tiles begin at multiples of this many numbers: where blocks of scales do, and products are fast."""
 
+VIEWS = 256
+"""Shapes of tiles that are remembered."""
+
 ROUNDINGS = 4
 """At most so many times a sum of half precision is rounded on its way."""
 
-TRANSPOSITION = 8
+TRANSPOSITION = 16
 """A number of x or y that is brought to its other place costs as much as so many of the weight gain by it: measured."""
 
 Span = tuple[int, int]
@@ -57,7 +63,9 @@ def forward(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Te
     if TRANSPOSITION * m * (columns + n) <= columns * n:
         _transposed(kernel, weight, x, bias, y)
         return
-    for rows, spans in forward_tiles(n, columns, work, 512):
+    # in half precision a sum is made whole, and rounded once
+    width = 512 if work is torch.float32 else columns
+    for rows, spans in forward_tiles(n, columns, _numbers(work), width):
         out = y[:, slice(*rows)]
         for span in spans:
             tile = _unpack(kernel, weight, rows, span, work).t()
@@ -73,7 +81,8 @@ def forward(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Te
 def _transposed(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y^T = W x^T: the tile and x^T both run along their rows, which is what products are fastest at."""
     columnwise = x.t().contiguous()
-    for rows, spans in forward_tiles(y.shape[1], x.shape[1], x.dtype, 2048):
+    width = 2048 if x.dtype is torch.float32 else x.shape[1]
+    for rows, spans in forward_tiles(y.shape[1], x.shape[1], _numbers(x.dtype), width):
         out = torch.empty((rows[1] - rows[0], len(x)), dtype=x.dtype)
         for columns in spans:
             tile = _unpack(kernel, weight, rows, columns, x.dtype)
@@ -97,7 +106,9 @@ def backward(kernel: Kernel, weight: bytes, y: Tensor, x: Tensor) -> None:
         backward(kernel, weight, y.to(work), wide)
         x.copy_(wide)
         return
-    for columns, spans in backward_tiles(y.shape[1], x.shape[1], work):
+    n, width, numbers = y.shape[1], x.shape[1], _numbers(work)
+    height = max(128, numbers // width) if work is torch.float32 else max(1024, -(-n // ROUNDINGS))
+    for columns, spans in backward_tiles(n, width, numbers, height):
         out = x[:, slice(*columns)]
         for rows in spans:
             tile = _unpack(kernel, weight, rows, columns, work)
@@ -108,25 +119,28 @@ def backward(kernel: Kernel, weight: bytes, y: Tensor, x: Tensor) -> None:
                 torch.mm(part, tile, out=out)
 
 
+def _numbers(dtype: torch.dtype) -> int:
+    """How many numbers a tile may have."""
+    return ARENA * min(torch.get_num_threads(), CORES) // dtype.itemsize
+
+
 @lru_cache(maxsize=256)
-def forward_tiles(rows: int, columns: int, dtype: torch.dtype, width: int) -> list[tuple[Span, list[Span]]]:
-    """Spans of rows, each with the spans of columns that are summed, of ``width``: in half precision of all at once."""
-    numbers = ARENA // dtype.itemsize
-    spans = _cut(columns, width if dtype is torch.float32 else columns)
+def forward_tiles(rows: int, columns: int, numbers: int, width: int) -> list[tuple[Span, list[Span]]]:
+    """Spans of rows, each with the spans of columns, of about ``width``, to sum; tiles of about ``numbers``."""
+    spans = _cut(columns, width)
     return [(span, spans) for span in _cut(rows, numbers // (spans[0][1] - spans[0][0]))]
 
 
 @lru_cache(maxsize=256)
-def backward_tiles(rows: int, columns: int, dtype: torch.dtype) -> list[tuple[Span, list[Span]]]:
-    """Spans of columns, each with the spans of rows that are summed. In half precision there are few of these."""
-    numbers = ARENA // dtype.itemsize
-    spans = _cut(rows, 128 if dtype is torch.float32 else max(1024, -(-rows // ROUNDINGS)))
+def backward_tiles(rows: int, columns: int, numbers: int, height: int) -> list[tuple[Span, list[Span]]]:
+    """Spans of columns, each with the spans of rows, of about ``height``, to sum; tiles of about ``numbers``."""
+    spans = _cut(rows, height)
     return [(span, spans) for span in _cut(columns, numbers // (spans[0][1] - spans[0][0]))]
 
 
 def _cut(count: int, most: int) -> list[Span]:
-    """``count`` in pieces of about ``most``, alike but for the last, each beginning at a multiple of the grain."""
-    pieces = -(-count // max(most, GRAIN))
+    """``count`` in pieces of ``most``, or up to half as much again, each beginning at a multiple of the grain."""
+    pieces = max(1, round(count / max(most, GRAIN)))
     step = -(-count // (pieces * GRAIN)) * GRAIN
     return [(first, min(first + step, count)) for first in range(0, count, step)]
 
@@ -134,16 +148,25 @@ def _cut(count: int, most: int) -> list[Span]:
 def _unpack(kernel: Kernel, weight: bytes, rows: Span, columns: Span, dtype: torch.dtype) -> Tensor:
     """The tile rows x columns of the weight, in this thread's buffer: until the next one."""
     height, width = rows[1] - rows[0], columns[1] - columns[0]
-    room = _arena(height * width * dtype.itemsize)
-    demand(kernel.dequantise(weight, rows, columns, room.data_ptr(), dtype, width))
-    return room[: height * width * dtype.itemsize].view(dtype).view(height, width)
+    tile, address = _view(height, width, dtype)
+    demand(kernel.dequantise(weight, rows, columns, address, dtype, width))
+    return tile
 
 
-def _arena(room: int) -> Tensor:
-    """This thread's buffer, of ``room`` bytes at least."""
-    found: Tensor | None = getattr(_local, "arena", None)
-    if found is None or len(found) < room:
-        found = _local.arena = torch.empty(max(room, ARENA), dtype=torch.uint8)
+def _view(height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """This thread's buffer as [height, width], made larger where it has not the room, and its address."""
+    views: dict[tuple[int, int, torch.dtype], tuple[Tensor, int]] | None = getattr(_local, "views", None)
+    if views is None or len(views) > VIEWS:
+        views = _local.views = {}
+    found = views.get((height, width, dtype))
+    if found is None:
+        room = height * width * dtype.itemsize
+        arena: Tensor | None = getattr(_local, "arena", None)
+        if arena is None or len(arena) < room:
+            views.clear()  # they hold the old one
+            arena = _local.arena = torch.empty(max(room, ARENA), dtype=torch.uint8)
+        found = arena[:room].view(dtype).view(height, width), arena.data_ptr()
+        views[height, width, dtype] = found
     return found
 
 
