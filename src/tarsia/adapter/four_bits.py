@@ -143,32 +143,38 @@ def _figures(losses: Sequence[Loss]) -> dict[str, float | None]:
 def choose(form: FourBits, model: nn.Module, sites: Sequence[Site], kinds: Collection[Kind] = KINDS) -> Quantisation:
     """What ``form`` means on a model that may have its shapes alone; ``kinds`` are those of sites that can be rounded.
 
-    Raises SelectionError where its selection matches nothing, or only what no gradient reaches, and ConfigError
-    where it names what can not be in 4 bits.
+    Raises SelectionError where a term of its selection matches nothing, or only what no gradient reaches, and
+    ConfigError where one names only what can not be in 4 bits.
     """
     asked = form
     able = [site for site in sites if _obstacle(site, model, kinds) is None]
     if form.select is None:
         found = [c for c in _DEFAULT if any(s.component is c and s.role in ROLES and s.dead is None for s in able)]
         form = replace(form, select="; ".join(found))
-    form = replace(form, select="; ".join(term.text for term in parse(form.select or "")))
-    try:
-        chosen = select(form.select or "", sites, kinds, ROLES)
-    except SelectionError as error:
-        raise SelectionError(
-            f"What is to be in 4 bits: {error.what[:1].lower()}{error.what[1:]}",
-            given=error.given,
-            allowed=error.allowed,
-            do=error.do,
-        ) from None
-    for site in chosen:
-        if why := _obstacle(site, model, kinds):
-            raise ConfigError(
-                f"{site.path} can not be in 4 bits: {why}.", given=form.select, do="leave it out of four_bits' select"
-            )
+    terms = [term.text for term in parse(form.select or "")]
+    form = replace(form, select="; ".join(terms))
+    paths = {site.path for term in terms for site in _named(term, model, sites, kinds)}
+    chosen = tuple(site for site in sites if site.path in paths)
     names = {site.weight for site in chosen}
     kept = {site.weight: _why(site, model, kinds) for site in sites if site.weight not in names}
     return Quantisation(asked, form, chosen, kept)
+
+
+def _named(term: str, model: nn.Module, sites: Sequence[Site], kinds: Collection[Kind]) -> list[Site]:
+    """What one term of a selection names, without what can not be in 4 bits. Raises as ``choose`` does."""
+    try:
+        found = select(term, sites, kinds, ROLES)
+    except SelectionError as error:
+        what = f"What is to be in 4 bits: {error.what[:1].lower()}{error.what[1:]}"
+        raise SelectionError(what, given=error.given, allowed=error.allowed, do=error.do) from None
+    able = [site for site in found if _obstacle(site, model, kinds) is None]
+    if not able:
+        raise ConfigError(
+            f"{found[0].path} can not be in 4 bits: {_obstacle(found[0], model, kinds)}.",
+            given=term,
+            do="leave it out of four_bits' select",
+        )
+    return able
 
 
 def taken(form: FourBits, model: nn.Module, sites: Sequence[Site], values: Mapping[str, Quantised]) -> Quantisation:
