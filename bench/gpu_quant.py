@@ -134,7 +134,7 @@ def chosen(found: Mapping[str, float]) -> dict[str, Row]:
     values: dict[str, Row] = {}
     for rows, columns in SHAPES:
         packed = weights(rows, columns)
-        values |= _packed_or_not(packed, found) | _lora(packed, found) | _tiles(packed)
+        values |= _packed_or_not(packed, found) | _lora(packed, found) | _tiles(packed, found["bandwidth"])
     return values
 
 
@@ -173,8 +173,8 @@ def _lora(packed: Sequence[Packed4], found: Mapping[str, float]) -> dict[str, Ro
     return {f"LoRA, 16 rows {rows}x{columns}": summary(race(calls), product_limit(16, rows, columns, **found))}
 
 
-def _tiles(packed: Sequence[Packed4]) -> dict[str, Row]:
-    from tarsia.quant.gpu import batch, plan
+def _tiles(packed: Sequence[Packed4], bandwidth: float) -> dict[str, Row]:
+    from tarsia.quant.gpu import batch, decode, plan
     from tarsia.quant.gpu.vector import vector
 
     rows, columns = packed[0].rows, packed[0].columns
@@ -199,7 +199,11 @@ def _tiles(packed: Sequence[Packed4]) -> dict[str, Row]:
             lambda tiles: [partial(batch.backward, y, w, None, tiles) for w in packed],
         ),
     }
-    return {f"tiles of {name} {rows}x{columns}": best(*kernel) for name, kernel in kernels.items()}
+    found = {f"tiles of {name} {rows}x{columns}": best(*kernel) for name, kernel in kernels.items()}
+    numbers = (plan.NUMBERS, *(n for n in (1024, 2048, 4096, 8192, 16384) if n != plan.NUMBERS))
+    unpacking: dict[str, list[Call]] = {str(n): [partial(decode.whole, w, DTYPE, n) for w in packed] for n in numbers}
+    limit = packed_bytes(rows, columns) + 2 * rows * columns
+    return {**found, f"numbers a program unpacks {rows}x{columns}": summary(race(unpacking), limit / bandwidth)}
 
 
 def _processors() -> int:

@@ -84,6 +84,13 @@ def test_products_are_on_the_matrix_units_and_tables_are_not_staged(compiled: di
     assert compiled["planted staging"]["staged singly"] > 32
 
 
+def test_codes_are_read_many_at_once(compiled: dict[str, Any]) -> None:
+    for name, one in compiled.items():
+        if name.startswith("_"):
+            assert one["single bytes"] <= 4, name  # nested scales
+    assert compiled["planted bytes"]["single bytes"] > 16
+
+
 def test_registered_for_a_gpu() -> None:
     for name in ("quantise4", "dequantise4", "linear4", "product4"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tarsia::{name}", "CUDA"), name

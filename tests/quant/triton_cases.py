@@ -7,7 +7,6 @@ process of its own; on a GPU: ``pytest tests/quant/triton_cases.py``.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -283,9 +282,9 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(QuantError, match="update does not fit"):
             linear.linear4(x, weight, None, wrong)
     with pytest.raises(QuantError, match="power of two"):
-        linear.dequantise4(replace(weight, block=6, scales=weight.scales.new_zeros(192)), torch.float32)
+        linear.dequantise4(weight._replace(block=6, scales=weight.scales.new_zeros(192)), torch.float32)
     with pytest.raises(QuantError, match="do not fit"):
-        linear.dequantise4(replace(weight, codes=weight.codes[:-1]), torch.float32)
+        linear.dequantise4(weight._replace(codes=weight.codes[:-1]), torch.float32)
     with pytest.raises(QuantError, match="different devices"):
         linear.linear4(x.to("meta"), weight, None)
     with pytest.raises(QuantError, match="dtype of the weight"):

@@ -69,13 +69,14 @@ def read(made: Any) -> dict[str, int]:
         "sums": count(r"\badd\.rn\.f32\b"),
         "rounded": count(r"\bcvt\.rn\.(?:bf16x2|f16x2|bf16|f16)\.f32\b"),
         "matrix": count(r"\b(?:mma\.sync|wgmma\.mma_async)\b"),
+        "single bytes": count(r"\bld\.global(?:\.\w+)*\.[bus]8\b"),
         "staged singly": count(r"cp\.async\.ca\.shared\.global[^;]*\b0x4\b"),
     }
 
 
 def weight(rows: int, columns: int, nested: bool) -> Packed4:
     """A weight of which only shapes, dtypes and alignment are looked at."""
-    blocks = rows * columns // 64
+    blocks = -(-rows * columns // 64)
     scales = torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32)
     more = (torch.empty(-(-blocks // 256)), torch.zeros(())) if nested else (None, None)
     return Packed4(
@@ -97,15 +98,17 @@ def _staged(codes: tl.tensor, levels: tl.tensor, x: tl.tensor, out: tl.tensor, s
 
 
 def planted() -> dict[str, dict[str, int]]:
-    """What the checks are to find: a product fused with a sum, levels staged one by one."""
+    """What the checks are to find: a product fused with a sum, levels staged one by one, bytes read one by one."""
     unpacked: list[Any] = []
     tile.start = lambda run, grid, device, *args, **options: unpacked.append(
         run.warmup(*args, grid=grid, **options, enable_fp_fusion=True)
     )
     linear.dequantise4(weight(512, 4096, True), torch.bfloat16)
+    linear.dequantise4(weight(511, 4098, True), torch.bfloat16)  # a last block that is not whole
     tensors = (torch.empty(4096, dtype=torch.uint8), levels("nf4"), torch.empty(4096, dtype=torch.bfloat16))
     staged = _staged.warmup(*tensors, torch.empty(4096), 9, grid=(1,), num_stages=3)
-    return {"planted fusion": read(unpacked[0]), "planted staging": read(staged)}
+    fused, single = unpacked
+    return {"planted fusion": read(fused), "planted bytes": read(single), "planted staging": read(staged)}
 
 
 def uses(dtype: torch.dtype) -> list[Callable[[], Any]]:

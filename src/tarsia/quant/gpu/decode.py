@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from tarsia.quant.cpu import Packed4
-from tarsia.quant.gpu import tile
+from tarsia.quant.gpu import plan, tile
 from tarsia.quant.gpu.lang import kernel, tl
 from tarsia.quant.gpu.tile import narrow, scales_of, unpack
-
-NUMBERS = 2048
-"""That one program unpacks."""
 
 
 @kernel()
@@ -30,32 +27,36 @@ def _dequantise(  # noqa: PLR0913  kernels take tensors one by one
     tiles: tl.tensor,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
     """Lines of ``blocks`` blocks, ``stride`` blocks apart from block ``first`` on; the weight has ``count`` numbers.
 
-    A program unpacks ``BLOCKS`` blocks of a line, of which there are ``tiles`` to the line.
+    A program unpacks ``BLOCKS`` blocks of a line, of which there are ``tiles`` to the line. Where all blocks are
+    ``WHOLE`` a mask is one for a block, and bytes are read 8 at a time; with a mask of their own they are read singly.
     """
     line = tl.program_id(0) // tiles
     block = tl.program_id(0) % tiles * BLOCKS + tl.arange(0, BLOCKS)
     index = first + line.to(tl.int64) * stride + block
     live = (block < blocks) & (index * BLOCK < count)
     pair = index[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    packed = tl.load(codes + pair, mask=live[:, None] & (pair * 2 < count), other=0)
+    if WHOLE:
+        inside = live[:, None]
+        packed = tl.load(codes + pair, mask=inside, other=0)
+    else:
+        inside = live[:, None] & (index[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] < count)
+        packed = tl.load(codes + pair, mask=live[:, None] & (pair * 2 < count), other=0)
     found = scales_of(scales, nested_scales, offset, scale_levels, index, live)
     table = tl.load(levels + tl.arange(0, 16))
     numbers = unpack(packed[None, :, :], found[None, :], table, 1, BLOCKS, BLOCK)
-    at = tl.arange(0, BLOCK)[None, :]
-    behind = out + (line.to(tl.int64) * blocks + block)[:, None] * BLOCK + at
-    inside = live[:, None] & (index[:, None] * BLOCK + at < count)
-    rounded = narrow(tl.reshape(numbers, (BLOCKS, BLOCK)), out.dtype.element_ty)
-    tl.store(behind, rounded, mask=inside)
+    to = (line.to(tl.int64) * blocks + block)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + to, narrow(tl.reshape(numbers, (BLOCKS, BLOCK)), out.dtype.element_ty), mask=inside)
 
 
-def whole(weight: Packed4, dtype: torch.dtype) -> Tensor:
-    """All numbers, [rows, columns] in ``dtype``; any shape, any block that is a power of two."""
+def whole(weight: Packed4, dtype: torch.dtype, numbers: int = plan.NUMBERS) -> Tensor:
+    """All numbers, [rows, columns] in ``dtype``, some ``numbers`` a program; any shape, blocks of a power of two."""
     blocks = -(-weight.rows * weight.columns // weight.block)
     out = torch.empty((weight.rows, weight.columns), dtype=dtype, device=weight.codes.device)
-    _run(weight, out, first=0, lines=1, blocks=blocks, stride=blocks)
+    _run(weight, out, first=0, lines=1, blocks=blocks, stride=blocks, numbers=numbers)
     return out
 
 
@@ -77,13 +78,21 @@ def columns(weight: Packed4, first: int, last: int, dtype: torch.dtype) -> Tenso
     return out
 
 
-def _run(weight: Packed4, out: Tensor, *, first: int, lines: int, blocks: int, stride: int) -> None:
+def _run(
+    weight: Packed4, out: Tensor, *, first: int, lines: int, blocks: int, stride: int, numbers: int = plan.NUMBERS
+) -> None:
     """``lines`` runs of ``blocks`` blocks into ``out``, one behind the other."""
-    held = max(1, NUMBERS // weight.block)
+    held = max(1, numbers // weight.block)
     tiles = -(-blocks // held)
     count = weight.rows * weight.columns
-    numbers = (count, first, stride, blocks, tiles)
-    grid = (lines * tiles,)
+    where = (count, first, stride, blocks, tiles)
     tile.start(
-        _dequantise, grid, out.device, *tile.stored(weight), out, *numbers, BLOCK=weight.block, BLOCKS=held, num_warps=4
+        _dequantise,
+        (lines * tiles,),
+        out.device,
+        *(*tile.stored(weight), out, *where),
+        BLOCK=weight.block,
+        BLOCKS=held,
+        WHOLE=not count % weight.block,
+        num_warps=4,
     )

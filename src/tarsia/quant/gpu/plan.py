@@ -17,6 +17,9 @@ ARENA: Final = 64 << 20
 BLOCKS: Final = (32, 64, 128, 256)
 """Numbers to a scale that the products take; others are unpacked first."""
 
+NUMBERS: Final = 8192
+"""That one program unpacks."""
+
 LONGEST_RANK: Final = 128
 """Up to which rank a low-rank update is added inside the kernel: its factors are held in registers whole."""
 
