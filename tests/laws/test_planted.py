@@ -22,6 +22,7 @@ from tarsia.core.slot import Slot
 from tarsia.methods import lora
 from tarsia.methods.full import Full
 from tarsia.methods.lora import LoRA
+from tarsia.methods.pissa import PiSSA
 
 LAWS = laws.LAWS | {"law_any_shape": lambda case: laws.law_any_shape(case, 5, 3, (2,), True, torch.float32)}
 Plant = Callable[[pytest.MonkeyPatch], Any]
@@ -68,6 +69,26 @@ def b_is_not_zero(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
         return made
 
     return broken(LoRA, create=classmethod(create))
+
+
+@caught_by("identity", "step 0: differs", "pissa")
+def the_start_is_not_subtracted(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
+    return broken(PiSSA, factors=LoRA.factors)
+
+
+@caught_by("saved_is_loaded", "differs", "pissa")
+def the_start_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> type[Patch]:
+    def init(self: PiSSA, *args: Any, **keywords: Any) -> None:
+        PiSSA.__init__(self, *args, **keywords)
+        self._non_persistent_buffers_set |= {"A0", "B0"}
+
+    def restore(cls: Any, *args: Any) -> PiSSA:
+        made = LoRA.restore.__func__(cls, *args)
+        made.A0.zero_()
+        made.B0.zero_()
+        return made
+
+    return broken(PiSSA, __init__=init, restore=classmethod(restore))
 
 
 @caught_by("any_shape", "")
