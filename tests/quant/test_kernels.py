@@ -298,6 +298,16 @@ def test_rows_are_the_product_with_the_decoded_weight(kernel: native.Kernel, dty
             close(product(kernel, value, x, bias), x, codec.decode(value, torch.float32), bias, rounded)
 
 
+def test_rows_longer_than_a_strip_of_scales(kernel: native.Kernel) -> None:
+    value = codec.encode(torch.randn(3, 70_016) * 0.03, codec.Scheme())
+    w = codec.decode(value, torch.float32)
+    for dtype in DTYPES:
+        for m in (1, 3):
+            x = torch.randn(m, 70_016).to(dtype)
+            rounded = kernel.name == "avx512_bf16" and dtype is torch.bfloat16
+            close(product(kernel, value, x), x, w, None, rounded)
+
+
 def test_a_row_of_x_alone_is_that_row_among_others(kernel: native.Kernel) -> None:
     """The order of a row's sum is not its neighbours' business: bits do not depend on the batch."""
     for dtype in DTYPES:

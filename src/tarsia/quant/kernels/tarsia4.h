@@ -8,7 +8,7 @@
  * Bits: tarsia4_quantise and tarsia4_dequantise give the same bits on every instruction set, those of bitsandbytes 0.50
  * on a processor. tarsia4_rows agrees to within the rounding of its order of summation; with bfloat16 x and
  * TARSIA4_AVX512_BF16 the levels (not the scales) are rounded to bfloat16 as well, 2^-9 of a weight at most, which is
- * what a dense bfloat16 weight has lost too.
+ * what a dense bfloat16 weight has lost too, and subnormal numbers count for zero.
  *
  * No function keeps state, prints or exits; every one may be called from several threads at once. */
 #ifndef TARSIA4_H
@@ -52,7 +52,8 @@ typedef struct {
 
 int tarsia4_abi(void);
 
-/* 1 when the instruction set is compiled in and this processor and system run it, else 0. */
+/* 1 when the instruction set is compiled in and this processor and system say that they run it, else 0. The functions
+ * below take any that is compiled in: one that the processor does not have ends the process. */
 int tarsia4_supported(int isa);
 
 /* w: n numbers -> codes: ceil(n / 2) bytes, absmax: ceil(n / block). block: even, positive. The levels may stand in any
@@ -60,12 +61,14 @@ int tarsia4_supported(int isa);
 int tarsia4_quantise(int isa, const void *w, int dtype, int64_t n, int64_t block, const float *levels, uint8_t *codes,
                      float *absmax, const tarsia4_team *team);
 
-/* Rows row0..row1-1, columns col0..col1-1 -> out, `stride` (>= col1 - col0) elements of it from row to row. */
+/* Rows row0..row1-1, columns col0..col1-1 -> out, `stride` (>= col1 - col0) elements of it from row to row. 8 MiB and more
+ * are written past the caches, where the instruction set can and `out` stands at a multiple of 64 bytes. */
 int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
                        void *out, int dtype, int64_t stride, const tarsia4_team *team);
 
 /* out[m][rows] = x[m][columns] W^T + bias[rows]; x, bias (or NULL) and out are of `dtype`, sums are float32. Meant for
- * few rows: every 16 of them read the weight once. */
+ * few rows: the weight is read from memory once, and unpacked anew for every 8 of them at most. A row's bits do not depend
+ * on the rows beside it, nor on threads. */
 int tarsia4_rows(int isa, const tarsia4_weight *weight, const void *x, int dtype, int64_t m, const void *bias, void *out,
                  const tarsia4_team *team);
 
