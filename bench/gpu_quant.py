@@ -37,6 +37,7 @@ from tarsia.quant.gpu.plan import Tiles
 from tarsia.quant.levels import levels, scale_levels
 
 SHAPES: Final = ((4096, 4096), (11008, 4096), (4096, 11008))
+DEVICE = "cuda"
 ROTATED: Final = 512 << 20
 """Bytes of weights that are used in turn: ten times the second cache of an H100."""
 
@@ -57,16 +58,16 @@ def product_limit(m: int, rows: int, columns: int, bandwidth: float, rate: float
 
 def weights(rows: int, columns: int) -> list[Packed4]:
     """Random weights with nested scales, as many as rotate beyond the cache."""
-    count, chance = rows * columns, torch.Generator("cuda").manual_seed(0)
+    count, chance = rows * columns, torch.Generator(DEVICE).manual_seed(0)
 
     def one() -> Packed4:
         codes, scales = (
-            torch.randint(256, size, generator=chance, dtype=torch.uint8, device="cuda")
+            torch.randint(256, size, generator=chance, dtype=torch.uint8, device=DEVICE)
             for size in ((count // 2, 1), (count // 64,))
         )
-        coarse = torch.rand(-(-count // 64 // 256), generator=chance, device="cuda") * 0.01
-        offset = torch.tensor(0.05, device="cuda")
-        return Packed4(codes, scales, coarse, offset, levels("nf4").cuda(), 64, rows, columns)
+        coarse = torch.rand(-(-count // 64 // 256), generator=chance, device=DEVICE) * 0.01
+        offset = torch.tensor(0.05, device=DEVICE)
+        return Packed4(codes, scales, coarse, offset, levels("nf4").to(DEVICE), 64, rows, columns)
 
     return [one() for _ in range(max(2, int(ROTATED / packed_bytes(rows, columns))))]
 
@@ -74,13 +75,13 @@ def weights(rows: int, columns: int) -> list[Packed4]:
 def dense(rows: int, columns: int) -> list[Tensor]:
     """Random weights in 16 bits, as many as rotate beyond the cache."""
     count = max(2, ROTATED // (2 * rows * columns))
-    return [torch.randn(rows, columns, dtype=DTYPE, device="cuda") * 0.02 for _ in range(count)]
+    return [torch.randn(rows, columns, dtype=DTYPE, device=DEVICE) * 0.02 for _ in range(count)]
 
 
 def theirs(weight: Packed4) -> Any:
     """The same weight for bitsandbytes."""
     QuantState = import_module("bitsandbytes.functional").QuantState
-    fine = QuantState(absmax=weight.nested_scales, code=scale_levels().cuda(), blocksize=256, dtype=torch.float32)
+    fine = QuantState(absmax=weight.nested_scales, code=scale_levels().to(DEVICE), blocksize=256, dtype=torch.float32)
     return QuantState(
         absmax=weight.scales,
         shape=torch.Size((weight.rows, weight.columns)),
@@ -107,7 +108,7 @@ def timed(found: Mapping[str, float], peer: bool) -> dict[str, Row]:
         moved = packed_bytes(rows, columns) + 2 * rows * columns
         values[f"unpack {name}"] = _row(calls, least(moved, 0, **found))
         for m in BATCHES:
-            x, y = (torch.randn(m, width, dtype=DTYPE, device="cuda") for width in (columns, rows))
+            x, y = (torch.randn(m, width, dtype=DTYPE, device=DEVICE) for width in (columns, rows))
             calls = {
                 "ours": [partial(cuda.linear4, x, w, None) for w in packed],
                 "dense": [partial(F.linear, x, w) for w in full],
@@ -144,7 +145,7 @@ def _packed_or_not(packed: Sequence[Packed4], found: Mapping[str, float]) -> dic
     rows, columns = packed[0].rows, packed[0].columns
     values = {}
     for m in (16, 32, 64, 128):
-        x = torch.randn(m, columns, dtype=DTYPE, device="cuda")
+        x = torch.randn(m, columns, dtype=DTYPE, device=DEVICE)
         tiles = plan.forward(m, rows, columns // 64, 64, _processors())
         calls: dict[str, list[Call]] = {
             "packed": [partial(batch.forward, x, w, None, None, tiles) for w in packed],
@@ -160,8 +161,8 @@ def _lora(packed: Sequence[Packed4], found: Mapping[str, float]) -> dict[str, Ro
     from tarsia.quant.gpu.update import Update
 
     rows, columns = packed[0].rows, packed[0].columns
-    x, up = torch.randn(16, columns, dtype=DTYPE, device="cuda"), torch.randn(rows, 16, dtype=DTYPE, device="cuda")
-    low = torch.randn(16, 16, dtype=DTYPE, device="cuda")
+    x, up = torch.randn(16, columns, dtype=DTYPE, device=DEVICE), torch.randn(rows, 16, dtype=DTYPE, device=DEVICE)
+    low = torch.randn(16, 16, dtype=DTYPE, device=DEVICE)
 
     def behind(weight: Packed4) -> Tensor:
         return linear.linear4(x, weight, None).addmm_(low, up.t(), alpha=2.0)
@@ -178,8 +179,8 @@ def _tiles(packed: Sequence[Packed4], bandwidth: float) -> dict[str, Row]:
     from tarsia.quant.gpu.vector import vector
 
     rows, columns = packed[0].rows, packed[0].columns
-    x = torch.randn(16, columns, dtype=DTYPE, device="cuda")
-    y = torch.randn(16, rows, dtype=DTYPE, device="cuda")
+    x = torch.randn(16, columns, dtype=DTYPE, device=DEVICE)
+    y = torch.randn(16, rows, dtype=DTYPE, device=DEVICE)
     shape = (rows, columns // 64, 64, _processors())
     one, some, back = plan.vector(*shape), plan.forward(16, *shape), plan.backward(16, *shape)
     kernels: dict[str, tuple[Tiles, Sequence[Tiles], Callable[[Tiles], list[Call]]]] = {
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing to measure: {cuda.status()}")
         return 1
     torch.manual_seed(0)
-    values: dict[str, Row] = {"machine": versions(), "right": check("cuda", SHAPES_CHECKED)}
+    values: dict[str, Row] = {"machine": versions(), "right": check(DEVICE, SHAPES_CHECKED)}
     print(json.dumps(values), flush=True)
     if options.check:
         return 0

@@ -62,3 +62,12 @@ def test_a_line_of_results_names_the_commit_that_it_is_told(tmp_path: Path) -> N
     run.record("quant_gpu", {"right": {"bits that differ": 0}}, tmp_path, "abc1234")
     line = json.loads((tmp_path / "quant_gpu.jsonl").read_text(encoding="utf8"))
     assert line["commit"] == "abc1234" and line["values"]["right"]["bits that differ"] == 0
+
+
+def test_bitsandbytes_is_given_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="the peer that is measured beside")
+    for name, value in (("DEVICE", "cpu"), ("ROTATED", 1)):
+        monkeypatch.setattr(gpu_quant, name, value)
+    weight = gpu_quant.weights(64, 128)[0]
+    theirs = functional.dequantize_4bit(weight.codes, gpu_quant.theirs(weight))
+    assert torch.equal(theirs, codec.decode(weight.value(torch.bfloat16))) and theirs.unique().numel() > 16

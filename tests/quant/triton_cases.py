@@ -6,7 +6,9 @@ process of its own; on a GPU: ``pytest tests/quant/triton_cases.py``.
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +17,10 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", minversion="3.7", reason="the GPU's kernels are written in Triton")
+NEEDED = None if torch.cuda.is_available() else "3.7"  # the interpreter before does not know NumPy 2.4
+pytest.importorskip("triton", minversion=NEEDED, reason="the GPU's kernels are written in Triton")
 
-from bench import gpu_check
+from bench import gpu_check, gpu_quant
 from tarsia.core.errors import QuantError
 from tarsia.quant import codec
 from tarsia.quant.codec import KINDS, Scheme, encode
@@ -308,3 +311,34 @@ def test_the_check_before_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None
         planted.setattr(linear, "product4", lambda y, weight: 1.01 * (y @ right(weight, y.dtype)))
         with pytest.raises(RuntimeError, match="times one rounding"):
             gpu_check.check(DEVICE.type, shapes[1:])
+
+
+def test_every_call_of_the_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the clock: what is timed on a GPU is called once, for a small weight."""
+    counted = 0
+
+    def once(contestants: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 1) -> dict[str, list[float]]:
+        nonlocal counted
+        results = {name: calls[0]() for name, calls in contestants.items()}
+        shapes = {tuple(result.shape) for result in results.values() if isinstance(result, Tensor)}
+        assert len(shapes) == 1, results.keys()  # contestants do the same
+        counted += len(results)
+        return {name: [1e-6] for name in results}
+
+    few = gpu_quant.candidates
+    for name, value in {
+        "DEVICE": DEVICE.type,
+        "SHAPES": ((64, 128),),
+        "BATCHES": (1, 4),
+        "ROTATED": 1,
+        "race": once,
+        "eager": lambda calls: calls[-1]() is None or 1e-6,
+        "candidates": lambda *args: few(*args)[-2:],
+        "_processors": lambda: 132,
+    }.items():
+        monkeypatch.setattr(gpu_quant, name, value)
+    found = {"bandwidth": 1e12, "rate": 1e14}
+    rows = {**gpu_quant.timed(found, peer=False), **gpu_quant.chosen(found)}
+    assert len(rows) == 1 + 2 * 2 + 4 + 1 + 3 + 1 and counted > 30
+    assert all(row["us"] == 1 for row in rows.values())
+    json.dumps(rows, allow_nan=False)
