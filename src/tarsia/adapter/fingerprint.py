@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tarsia.adapter.four_bits import PREFIX, FourBits
 from tarsia.adapter.reading import header, read_json
@@ -227,18 +227,18 @@ def _held(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], str]]:
                 given=name,
                 do="load the base with open_base, or take its fingerprint before it is offloaded",
             )
-        parts: dict[str, Any] = _parts(value) if isinstance(value, Weight4) else {"": value.detach()}
-        for part, tensor in parts.items():
-            raw = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        for part, tensor in stored(value).items():
+            raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             entries.append((name + part, str(value.dtype), tuple(value.shape), hashlib.sha256(raw).hexdigest()))
     return entries
 
 
-def _parts(weight: Weight4) -> dict[str, torch.Tensor]:
-    """What is stored of a weight in 4 bits, after the scheme that says how to read it."""
-    scheme = weight.value.scheme
-    about = f" {scheme.kind}{scheme.block}"
-    return {f"{about} {key}": tensor for key, tensor in weight.value.tensors.items()}
+def stored(value: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that hold a parameter, by what each is: itself, or the parts of a weight in 4 bits."""
+    if not isinstance(value, Weight4):
+        return {"": value}
+    scheme = value.value.scheme
+    return {f" {scheme.kind}{scheme.block} {key}": tensor for key, tensor in value.value.tensors.items()}
 
 
 def _processor(folder: Path) -> str:

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tarsia.adapter import Host
+from tarsia.adapter.fingerprint import stored
 from tarsia.core.errors import ConfigError, TrainingError
 from tarsia.core.slot import Slot
+from tarsia.quant import native
 from tarsia.train.exact import deterministic
 from tarsia.train.stages import Call, Stage, choose
 from tarsia.train.store import Store
@@ -282,7 +284,8 @@ class Cache:
     def _stage_digest(self) -> bytes:
         """Of the weights in memory and all that describes the stage; taken anew when a weight has been written to."""
         held = [(*inner._parameters.values(), *inner._buffers.values()) for inner in self._inner]
-        written = tuple((id(t), t.data_ptr(), t._version) for tensors in held for t in tensors if t is not None)
+        plain = [part for tensors in held for t in tensors if t is not None for part in stored(t).values()]
+        written = tuple((id(t), t.data_ptr(), t._version) for t in plain)
         state = (written, self._replacements())
         if state != self._state:
             self._digest, self._state = self._weigh(), state
@@ -311,7 +314,9 @@ class Cache:
                         given=name,
                         do="leave features out, or do not offload the tower",
                     )
-                _feed(digest, name, tensor.detach())
+                for part, plain in stored(tensor).items():
+                    # which kernel multiplies with it decides the last bits
+                    _feed(digest, f"{name}{part}{_kernel() if part else ''}", plain.detach())
         return digest.digest()
 
 
@@ -423,6 +428,11 @@ def _setting(device: torch.device) -> str:
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return f"{device.type} {where} {threads} {cast} {torch.get_float32_matmul_precision()}"
+
+
+def _kernel() -> str:
+    found = native.library()
+    return " reference" if found is None else f" {found.name}"
 
 
 def _processor() -> str:

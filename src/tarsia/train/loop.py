@@ -234,6 +234,7 @@ def _card(run: Run) -> dict[str, Any]:
     """What is known of the run, from the log that holds the whole curve."""
     curve = [event for event in read_log(run.log.path) if event["event"] == "step"]
     last = curve[-max(1, min(20, len(curve) // 10)) :]
+    held = run.host.quantisation
     return {
         "recipe": {**run.recipe.resolved, "hash": run.recipe.hash},
         "mix": run.recipe.data.mix,
@@ -244,6 +245,7 @@ def _card(run: Run) -> dict[str, Any]:
         "threads": run.threads,
         "machine": machine(run),
         **({} if run.features is None else {"features": run.features.report()}),
+        **({} if held is None else {"four_bits": held.report(run.host.sites)}),
         "tarsia": __version__,
         "seconds": round(run.seconds, 2),
     }
