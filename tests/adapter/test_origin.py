@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from families import FAMILIES
 from torch import nn
 
 from tarsia.adapter import FourBits, Host, open_base
+from tarsia.adapter.export import quantise
 from tarsia.adapter.origin import Origins
 from tarsia.core.attach import Part, attach, detach, patches
 from tarsia.core.errors import AttachError
@@ -81,4 +80,11 @@ def test_a_base_without_16_bit_files_is_refused(checkpoint):
     for other, why in ((memory, "built in memory"), (whole, "the files hold it as it is")):
         with pytest.raises(AttachError, match=why):
             attach(host.model, host.sites, [PART], origin=other.origin)
-    assert json.loads((checkpoint / "config.json").read_text())
+
+
+def test_a_base_that_was_quantised_before_it_was_saved_is_refused(checkpoint, tmp_path):
+    quantise(str(checkpoint), tmp_path / "four")
+    host = open_base(str(tmp_path / "four"), processor=False)
+    with pytest.raises(AttachError, match="hold the 4 bits alone") as refused:
+        attach(host.model, host.sites, [PART], origin=host.origin)
+    assert "four_bits" in str(refused.value)

@@ -57,6 +57,8 @@ class Host:
             return nowhere("the base was built in memory")
         if self.quantisation is None:
             return nowhere("the files hold it as it is")
+        if stored_form(read_json(self.path / "config.json"), self.path) is not None:
+            return nowhere("the base's files hold the 4 bits alone")
         return Origins(self.path, self.model, self.sites)
 
     @classmethod
