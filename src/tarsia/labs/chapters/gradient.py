@@ -16,6 +16,7 @@ from tarsia.core.site import Component, Kind, Role, Site
 from tarsia.labs.frame.chapter import Bound, Chapter, Desk, Found
 from tarsia.labs.frame.page import COLOURS, GREY
 from tarsia.labs.frame.tables import Cell
+from tarsia.labs.speakers import LINEAR
 from tarsia.quant import codec
 from tarsia.quant.codec import Scheme, decode, encode
 from tarsia.quant.levels import levels
@@ -32,7 +33,6 @@ RANK: Final = 8
 NUDGE: Final = 1e-5
 _BATCH: Final = 128
 _SHOWN: Final = 10  # steps to a point of a curve
-_LINEAR: Final = "language.*.{q,k,v,o,gate,up,down}"
 
 Rows = dict[str, Mapping[str, Cell]]
 
@@ -76,7 +76,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def to_the_pixels() -> tuple[Rows, dict[str, str]]:
     """mini-1 with every linear layer of its language model in 4 bits: the gradient at the picture's pixels."""
     host = open_base("mini-1", dtype="float32", device="cpu")
-    at = [host.model.get_submodule(s.path) for s in select(_LINEAR, host.sites, frozenset({Kind.WEIGHT}))]
+    at = [host.model.get_submodule(s.path) for s in select(LINEAR, host.sites, frozenset({Kind.WEIGHT}))]
     weights: list[Tensor] = [layer.weight.detach() for layer in at]  # type: ignore[operator]
     exact = _pixel_slope(host)
     for layer, weight in zip(at, weights, strict=True):
