@@ -78,6 +78,7 @@ def test_a_page_is_a_function_of_its_file(tmp_path):
     place = page.files(chapter, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.json", "toy.md", "toy.png"]
     again = result.read(place["result"])
+    assert again == performed(chapter)
     assert place["page"].read_text(encoding="utf8") == page.page(chapter, again)
     assert place["result"].read_text(encoding="utf8") == again.as_json(chapter)
     assert place["picture"].read_bytes() == page.picture(chapter, again)

@@ -287,9 +287,9 @@ These are few draws, one text and two small models.
 {% if "smol" not in lacking %}
 SmolLM2's weights come out of a file that holds them in 4 bits already (GGUF, Q4_1): of its blocks of 32 numbers
 {{ value("before: SmolLM2", "blocks of 32 with at most 16 values, %", ".0f") }} % have at most 16 values, of mini-1's
-{{ value("before: mini-1", "blocks of 32 with at most 16 values, %", ".0f") }} %. So they are rounded a second time here,
-and the order of types may be another on weights that never were. The prose is the language reference that comes with
-Python.
+{{ value("before: mini-1", "blocks of 32 with at most 16 values, %", ".0f") }} %. So they are rounded a second time
+here, and the order of types may be another on weights that never were. The prose is the language reference that comes
+with Python.
 {% endif %}
 """
 

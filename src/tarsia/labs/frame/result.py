@@ -47,7 +47,7 @@ class Result:
             "versions": self.versions,
             "bases": self.found.bases,
             "lacking": self.lacking,
-            "series": {name: [_short(v) for v in values] for name, values in self.found.series.items()},
+            "series": self.found.series,
         }
         return _layout(content)
 
@@ -100,7 +100,8 @@ def perform(chapter: Chapter, desk: Desk) -> Result:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
-    plain = Found(rows, found.series, found.bases)
+    series = {name: [_short(v) for v in values] for name, values in found.series.items()}
+    plain = Found(rows, series, found.bases)
     return Result(chapter.name, plain, lacking, datetime.now(UTC).isoformat(timespec="seconds"), versions)
 
 
