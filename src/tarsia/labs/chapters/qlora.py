@@ -117,9 +117,9 @@ Row by row, each row's mean over the seeds, with the 95 % interval of a paired b
 and for all numbers of the decoder:
 
 {{ table("full less LoRA") }}
-What this shows is parity of what is learnt by a small model on jobs that it learns well. It says nothing of what a large
-model knows besides: rounding moves that too, and `tarsia forgetting` measures it. The learning rates of *full* were
-chosen on validation rows of one seed, LoRA's for the replay curve, before QLoRA was there.
+What this shows is parity of what a small model learns, on jobs that it learns well. It says nothing of what a large model
+knows besides: rounding moves that too, and `tarsia forgetting` measures it. The learning rates of *full* were chosen
+on validation rows of one seed among three, LoRA's for the replay curve, before QLoRA was there.
 """
 
 CHAPTER: Final = Chapter(
