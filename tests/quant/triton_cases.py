@@ -17,8 +17,8 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-NEEDED = None if torch.cuda.is_available() else "3.7"  # the interpreter before does not know NumPy 2.4
-pytest.importorskip("triton", minversion=NEEDED, reason="the GPU's kernels are written in Triton")
+# an earlier interpreter does not know NumPy 2.4
+pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7", reason="kernels are in Triton")
 
 from bench import gpu_check, gpu_quant
 from tarsia.core.errors import QuantError
@@ -295,9 +295,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_the_check_before_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = ((3, 50), (5, 128))
+    shapes = ((5, 128),)
     found = gpu_check.check(DEVICE.type, shapes)
-    assert found["numbers compared"] == 18 * (150 + 640) and found["worst product, of one rounding"] <= 1
+    assert found["numbers compared"] == 18 * 640 and found["worst product, of one rounding"] <= 1
     right = linear.dequantise4
     with monkeypatch.context() as planted:
         planted.setattr(
@@ -310,7 +310,7 @@ def test_the_check_before_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as planted:
         planted.setattr(linear, "product4", lambda y, weight: 1.01 * (y @ right(weight, y.dtype)))
         with pytest.raises(RuntimeError, match="times one rounding"):
-            gpu_check.check(DEVICE.type, shapes[1:])
+            gpu_check.check(DEVICE.type, shapes)
 
 
 def test_every_call_of_the_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,11 +138,12 @@ def main() -> None:
     tile.start = compile_only
     linear.INTERPRETED = tl.constexpr(True)  # so that tensors need not be on the GPU that is not there
     linear._processors = lambda device: 132
-    for capability, dtypes in ((90, (torch.bfloat16,)), (80, (torch.float16, torch.float32))):
+    for capability, dtypes in ((90, (torch.bfloat16,)), (80, (torch.float16,)), (89, (torch.float32,))):
         driver.set_active(Driver(capability))
         for dtype in dtypes:
             target[:] = [capability, str(dtype)]
-            for use in uses(dtype):
+            # float32 has the same loads and roundings: of it, that it compiles
+            for use in uses(dtype)[:: 2 if dtype is torch.float32 else 1]:
                 use()
     print(json.dumps({**found, **planted()}))
 

@@ -11,7 +11,7 @@ from tarsia.quant.cpu import Packed4
 from tarsia.quant.gpu import tile
 from tarsia.quant.gpu.lang import kernel, tl
 from tarsia.quant.gpu.plan import Tiles
-from tarsia.quant.gpu.tile import multiply, narrow, scales_of, unpack
+from tarsia.quant.gpu.tile import factor, multiply, narrow, scales_of, unpack
 from tarsia.quant.gpu.update import Update, factors
 
 
@@ -70,10 +70,9 @@ def _forward(  # noqa: PLR0913  kernels take tensors one by one
         total += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)[:, None]
     if low is not None:
         j = tl.arange(0, RANK)
-        at = row.to(tl.int64)[:, None] * up_row + j[None, :] * up_column
-        right = tl.load(up + at, mask=(row < rows)[:, None] & (j < rank)[None, :], other=0.0)
         here = (j < tl.where(first_part, rank, 0))[:, None] & (line < m)[None, :]
         left = tl.load(low + line[None, :] * rank + j[:, None], mask=here, other=0.0)
+        right = factor(up, row, rows, rank, up_row, up_column, RANK)
         total += scale * multiply(right, left, tl.zeros((ROWS, BATCH), tl.float32))
     to = (tl.program_id(1) * m + line).to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(out + to, narrow(total, out.dtype.element_ty), mask=(row < rows)[:, None] & (line < m)[None, :])
@@ -130,8 +129,7 @@ def _backward(  # noqa: PLR0913  kernels take tensors one by one
         # one part of the sum has what is added to it
         here = (line < m)[:, None] & (j < tl.where(tl.program_id(1) == 0, rank, 0))[None, :]
         left = tl.load(low + line[:, None] * rank + j[None, :], mask=here, other=0.0)
-        at = column.to(tl.int64)[None, :] * up_row + j[:, None] * up_column
-        right = tl.load(up + at, mask=(j < rank)[:, None] & within[None, :], other=0.0)
+        right = tl.trans(factor(up, column, blocks * BLOCK, rank, up_row, up_column, RANK))
         total += scale * multiply(left, right, tl.zeros((BATCH, BLOCKS * BLOCK), tl.float32))
     to = (tl.program_id(1) * m + line).to(tl.int64)[:, None] * (blocks * BLOCK) + column[None, :]
     tl.store(out + to, narrow(total, out.dtype.element_ty), mask=(line < m)[:, None] & within[None, :])

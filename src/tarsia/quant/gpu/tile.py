@@ -65,6 +65,22 @@ def narrow(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def factor(
+    up: tl.tensor,
+    line: tl.tensor,
+    lines: tl.tensor,
+    rank: tl.tensor,
+    up_row: tl.tensor,
+    up_column: tl.tensor,
+    RANK: tl.constexpr,
+) -> tl.tensor:
+    """Lines of ``up`` [lines, rank], an update's second factor of strides ``up_row`` and ``up_column``; 0 beyond it."""
+    j = tl.arange(0, RANK)
+    at = line.to(tl.int64)[:, None] * up_row + j[None, :] * up_column
+    return tl.load(up + at, mask=(line < lines)[:, None] & (j < rank)[None, :], other=0.0)
+
+
+@jit
 def multiply(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
     """``total`` + a b, summed in float32, factors with all their bits. The interpreter has no product of bfloat16."""
     if INTERPRETED:

@@ -9,7 +9,7 @@ from tarsia.quant.cpu import Packed4
 from tarsia.quant.gpu import tile
 from tarsia.quant.gpu.lang import kernel, tl
 from tarsia.quant.gpu.plan import Tiles
-from tarsia.quant.gpu.tile import narrow, scales_of, unpack
+from tarsia.quant.gpu.tile import factor, narrow, scales_of, unpack
 from tarsia.quant.gpu.update import Update, factors
 
 
@@ -66,9 +66,9 @@ def _vector(  # noqa: PLR0913  kernels take tensors one by one
         y += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
     if low is not None:
         j = tl.arange(0, RANK)
-        at = row.to(tl.int64)[:, None] * up_row + j[None, :] * up_column
-        factor = tl.load(up + at, mask=here[:, None] & (j < rank)[None, :], other=0.0).to(tl.float32)
-        y += scale * tl.sum(factor * tl.load(low + j, mask=j < rank, other=0.0).to(tl.float32)[None, :], 1)
+        left = tl.load(low + j, mask=j < tl.where(tl.program_id(1) == 0, rank, 0), other=0.0).to(tl.float32)
+        right = factor(up, row, rows, rank, up_row, up_column, RANK).to(tl.float32)
+        y += scale * tl.sum(right * left[None, :], 1)
     tl.store(out + tl.program_id(1) * rows + row, narrow(y, out.dtype.element_ty), mask=within)
 
 
