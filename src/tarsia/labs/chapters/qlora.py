@@ -117,7 +117,7 @@ Row by row, each row's mean over the seeds, with the 95 % interval of a paired b
 and for all numbers of the decoder:
 
 {{ table("full less LoRA") }}
-What this shows is parity of what a small model learns, on jobs that it learns well. It says nothing of what a large model
+This is parity of what a small model learns, on jobs that it learns well. It says nothing of what a large model
 knows besides: rounding moves that too, and `tarsia forgetting` measures it. The learning rates of *full* were chosen
 on validation rows of one seed among three, LoRA's for the replay curve, before QLoRA was there.
 """
