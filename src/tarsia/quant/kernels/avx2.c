@@ -181,9 +181,9 @@ static void dot(const float *w, const float *x, int64_t stride, int64_t n, int64
     }
 }
 
-/* The 16 levels as four planes of bytes. 32 codes are a byte shuffle of each plane; two rounds of unpacking put the bytes
- * of a float together. That is 12 shuffles for 32 floats where permutations of floats need 8 and 4 blends, which cost
- * more: on most processors one port permutes, two shuffle. */
+/* The 16 levels as four planes of bytes. 32 codes are a byte shuffle of each plane; two rounds of unpacking put the
+ * bytes of a float together. That is 12 shuffles for 32 floats where permutations of floats need 8 and 4 blends,
+ * which cost more: on most processors one port permutes, two shuffle. */
 typedef struct {
     __m256i plane[4];
 } planes;

@@ -1,5 +1,5 @@
-/* AVX-512 F, BW, VL, DQ. A register of 16 floats is the whole table of levels, and a permutation reads only the low four
- * bits of a lane (five of a 16-bit lane): what stands above the code need not be masked off. */
+/* AVX-512 F, BW, VL, DQ. A register of 16 floats is the whole table of levels, and a permutation reads only the low
+ * four bits of a lane (five of a 16-bit lane): what stands above the code need not be masked off. */
 #if defined(__x86_64__)
 
 #include "avx512.h"

@@ -1,4 +1,5 @@
-/* AVX-512 with BF16: vdpbf16ps multiplies 32 pairs a time. Bits are not its business: decode and encode are AVX-512's. */
+/* AVX-512 with BF16: vdpbf16ps multiplies 32 pairs a time. Bits are not its business: decode and encode are
+ * AVX-512's. */
 #if defined(__x86_64__)
 
 #include "avx512.h"

@@ -1,7 +1,11 @@
-/* The product on packed codes, included by each AVX-512 source after what differs: `weights`, `levels_table`, `table_of`, `unpack`,
- * `first_product`, `next_product`, X_PAIR (bytes of 128 numbers of x) and QUARTERS (fours of registers in them).
+/* The product on packed codes, included by each AVX-512 source after what differs: `weights`, `levels_table`,
+ * `table_of`, `unpack`, `first_product`, `next_product`, X_PAIR (bytes of 128 numbers of x) and QUARTERS (fours of
+ * registers in them).
  *
- * Every row of x sums in the same order however many there are beside it: its bits do not depend on its neighbours. */
+ * Every row of x sums in the same order however many there are beside it: its bits do not depend on its
+ * neighbours. */
+
+enum { FIRST_CACHE = 24 << 10 }; /* bytes of it that x may fill: of 32 KiB at least, codes and scales go through too */
 
 /* The scales of two blocks, each over the eight lanes that its 32 bytes of codes fill. */
 INLINE __m512 two_scales(const float *scales) {
@@ -25,39 +29,53 @@ INLINE void multiply_pair(const __m512i *codes, const __m512 *scales, levels_tab
     }
 }
 
-/* `rows` (at most 4) rows of weights by m rows of x; both are constants where this is called. */
-INLINE void multiply_tile(const tarsia4_strip *strip, levels_table table, int64_t row, int64_t i, int rows, int m) {
-    const uint8_t *codes = strip->codes + row * strip->pitch * (VECTOR_BLOCK / 2);
-    const float *scales = strip->scales + row * strip->pitch;
-    const char *x = strip->x + i * X_PAIR;
-    int64_t b = 0, down = strip->pitch * (VECTOR_BLOCK / 2);
+/* Rows of weights from `row` on by rows of x from `i` on, over blocks first..last-1 of a strip. */
+typedef struct {
+    const tarsia4_strip *strip;
+    int64_t row, i, first, last;
+} tile;
+
+/* `rows` (at most 4) rows of weights by m rows of x, added to totals; both are constants where this is called. */
+INLINE void multiply_tile(tile t, levels_table table, int rows, int m, __m512 *totals) {
+    int64_t pitch = t.strip->pitch, down = pitch * (VECTOR_BLOCK / 2), b = t.first;
+    const uint8_t *codes = t.strip->codes + t.row * down + b * (VECTOR_BLOCK / 2);
+    const float *scales = t.strip->scales + t.row * pitch;
+    const char *x = t.strip->x + t.i * X_PAIR + b / 2 * t.strip->step;
     __m512 sums[16], scale[4];
     __m512i bytes[4];
-    for (int k = 0; k < rows * m; k++) sums[k] = _mm512_setzero_ps();
-    for (; b + 2 <= strip->blocks; b += 2, codes += PAIR / 2, x += strip->step) {
+    for (int k = 0; k < rows * m; k++) sums[k] = totals[k];
+    for (; b + 2 <= t.last; b += 2, codes += PAIR / 2, x += t.strip->step) {
         for (int r = 0; r < rows; r++) {
             _mm_prefetch((const char *)codes + r * down + AHEAD, _MM_HINT_T0);
             bytes[r] = _mm512_loadu_si512(codes + r * down);
-            scale[r] = two_scales(scales + r * strip->pitch + b);
+            scale[r] = two_scales(scales + r * pitch + b);
         }
         multiply_pair(bytes, scale, table, x, rows, m, sums);
     }
-    if (b < strip->blocks) {
+    if (b < t.last) {
         for (int r = 0; r < rows; r++) {
             bytes[r] = _mm512_maskz_loadu_epi32(0x00ff, codes + r * down);
-            scale[r] = _mm512_maskz_broadcastss_ps(0x00ff, _mm_load_ss(scales + r * strip->pitch + b));
+            scale[r] = _mm512_maskz_broadcastss_ps(0x00ff, _mm_load_ss(scales + r * pitch + b));
         }
         multiply_pair(bytes, scale, table, x, rows, m, sums);
     }
-    for (int r = 0; r < rows; r++)
-        for (int k = 0; k < m; k++)
-            strip->sums[(row + r) * ROWS_AT_ONCE + i + k] += _mm512_reduce_add_ps(sums[r * m + k]);
+    for (int k = 0; k < rows * m; k++) totals[k] = sums[k];
 }
 
+/* All rows of the strip by m rows of x, so many columns at a time that their x stays in the first cache. The sums go on
+ * where they were: their order is that of one pass. */
 INLINE void multiply_columns(const tarsia4_strip *strip, levels_table table, int64_t i, int rows, int m) {
-    int64_t row = 0;
-    for (; row + rows <= strip->rows; row += rows) multiply_tile(strip, table, row, i, rows, m);
-    for (; row < strip->rows; row++) multiply_tile(strip, table, row, i, 1, m);
+    const int64_t some = FIRST_CACHE / (X_PAIR * m) * 2;
+    __m512 totals[STRIP * 8];
+    for (int64_t k = 0; k < strip->rows * m; k++) totals[k] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < strip->blocks; b += some) {
+        tile t = {strip, 0, i, b, b + some < strip->blocks ? b + some : strip->blocks};
+        for (; t.row + rows <= strip->rows; t.row += rows) multiply_tile(t, table, rows, m, totals + t.row * m);
+        for (; t.row < strip->rows; t.row++) multiply_tile(t, table, 1, m, totals + t.row * m);
+    }
+    for (int64_t row = 0; row < strip->rows; row++)
+        for (int k = 0; k < m; k++)
+            strip->sums[row * ROWS_AT_ONCE + i + k] += _mm512_reduce_add_ps(totals[row * m + k]);
 }
 
 static void multiply(const tarsia4_strip *strip) {

@@ -1,5 +1,5 @@
-/* What one instruction set provides. Threads, ranges, partial blocks, nested scales and argument checks are tarsia4.c's:
- * a kernel sees whole blocks of 64 alone, with their scales as float32. */
+/* What one instruction set provides. Threads, ranges, partial blocks, nested scales and argument checks are
+ * tarsia4.c's: a kernel sees whole blocks of 64 alone, with their scales as float32. */
 #ifndef TARSIA4_KERNEL_H
 #define TARSIA4_KERNEL_H
 
@@ -7,10 +7,10 @@
 #include "tarsia4.h"
 
 /* Arranged numbers go by pairs of blocks. */
-enum { VECTOR_BLOCK = 64, PAIR = 2 * VECTOR_BLOCK, ROWS_AT_ONCE = 16 };
+enum { VECTOR_BLOCK = 64, PAIR = 2 * VECTOR_BLOCK, ROWS_AT_ONCE = 16, STRIP = 32 };
 
-/* Bytes ahead of where a kernel reads, of what it asks memory for: two pages, because the processor's own foresight ends
- * with a page, and so that the translation of addresses is in time as well. */
+/* Bytes ahead of where a kernel reads, of what it asks memory for: two pages, because the processor's own foresight
+ * ends with a page, and so that the translation of addresses is in time as well. */
 enum { AHEAD = 8192 };
 
 /* Levels in rising order: the code of a scaled number v is order[number of bounds below v], so that a number on a bound
@@ -20,9 +20,10 @@ typedef struct {
     uint8_t order[16];
 } tarsia4_grid;
 
-/* Rows of weights next to each other, times m <= ROWS_AT_ONCE rows of x. `blocks` whole blocks of each row, from the same
- * column on; the row below is `pitch` blocks further, in codes as in scales. Row i of x, arranged, starts i * `pair` bytes
- * behind x. sums[r * ROWS_AT_ONCE + i] += row r . row i of x. Only the end of a row makes `blocks` odd. */
+/* At most STRIP rows of weights next to each other, times m <= ROWS_AT_ONCE rows of x. `blocks` whole blocks of each
+ * row, from the same column on; the row below is `pitch` blocks further, in codes as in scales. Row i of x,
+ * arranged, starts i * `pair` bytes behind x. sums[r * ROWS_AT_ONCE + i] += row r . row i of x. Only the end of a
+ * row makes `blocks` odd. */
 typedef struct {
     const uint8_t *codes;
     const float *scales, *levels;
@@ -36,7 +37,8 @@ typedef struct {
     /* `blocks` whole blocks -> 64 * blocks numbers of `dtype`. */
     void (*decode)(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
                    int dtype);
-    /* The same past the caches, to an `out` at a multiple of 64 bytes that is too long to stay in them; NULL: decode. */
+    /* The same past the caches, to an `out` at a multiple of 64 bytes that is too long to stay in them; NULL:
+     * decode. */
     void (*decode_past)(const uint8_t *codes, const float *scales, int64_t blocks, const float *levels, void *out,
                         int dtype);
     /* The way back; 0, or TARSIA4_NOT_FINITE. */

@@ -9,7 +9,6 @@
 enum {
     SCALES_AT_ONCE = 1024,     /* blocks: 4 KiB of scales on the stack */
     PIECE = 256 * VECTOR_BLOCK, /* numbers of a long range that go together */
-    STRIP = 32,                /* rows of weights that go together in a product */
     ROWS_AHEAD = 12,           /* of a narrow tile, asked for in advance */
     PAST_CACHES = 8 << 20      /* bytes from which on an output is no cache's: reading it in first would be in vain */
 };
@@ -151,8 +150,8 @@ static const float *scales_of(const tarsia4_kernel *kernel, const tarsia4_weight
     return room;
 }
 
-/* Numbers first..last-1 of the weight: whole 64-blocks by the kernel (`past` the caches where `out` allows it), the ends
- * in plain C. */
+/* Numbers first..last-1 of the weight: whole 64-blocks by the kernel (`past` the caches where `out` allows it), the
+ * ends in plain C. */
 static void decode_range(const tarsia4_kernel *kernel, const tarsia4_weight *weight, int64_t first, int64_t last,
                          void *out, int dtype, int past) {
     float room[SCALES_AT_ONCE];
@@ -317,8 +316,8 @@ static char *prepared(product *job, const void *x) {
     return room;
 }
 
-int tarsia4_rows(int isa, const tarsia4_weight *weight, const void *x, int dtype, int64_t m, const void *bias, void *out,
-                 const tarsia4_team *team) {
+int tarsia4_rows(int isa, const tarsia4_weight *weight, const void *x, int dtype, int64_t m, const void *bias,
+                 void *out, const tarsia4_team *team) {
     if (!kernel_of(isa)) return TARSIA4_BAD_ISA;
     if (!known_dtype(dtype) || !sound(weight) || m < 0) return TARSIA4_BAD_ARGUMENT;
     if (m == 0 || weight->rows == 0) return TARSIA4_OK;
