@@ -179,7 +179,16 @@ def _unobserved(x: Tensor, *a: Any) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    frozen, free = a[:5], (x, a[8])
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in (*frozen, *free)) and not any(
-        t is not None and t.requires_grad for t in frozen
+    codes, scales, nested_scales, offset, levels, bias = *a[:5], a[8]
+    return (
+        type(x) in _PLAIN
+        and type(codes) in _PLAIN
+        and (bias is None or (type(bias) in _PLAIN and bias.is_cpu))
+        and x.is_cpu
+        and codes.is_cpu
+        and scales.is_cpu
+        and levels.is_cpu
+        and not (scales.requires_grad or levels.requires_grad)
+        and (nested_scales is None or (nested_scales.is_cpu and not nested_scales.requires_grad))
+        and (offset is None or (offset.is_cpu and not offset.requires_grad))
     )
