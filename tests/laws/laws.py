@@ -513,7 +513,9 @@ def law_masters_are_float32(case: Case) -> None:
         if case.world.mixture:
             reference.set_experts_implementation("eager")
         merge(model)
-        check_close(logits(model, inputs), logits(reference, inputs), EXACT, "merged")
+        # what stays packed is multiplied in another order than its numbers are
+        same = EXACT if not (case.world.packed and case.method.replaces) else 2**-5
+        check_close(logits(model, inputs), logits(reference, inputs), same, "merged")
 
 
 def check_masters(model: nn.Module) -> None:
