@@ -125,11 +125,10 @@ def _shard(
 
 def _parts(key: str, name: str, weight: Tensor, found: Quantisation) -> dict[str, Tensor]:
     try:
-        value = rounded(weight, found.form.scheme)
-        found.losses[name] = lost(weight, value)
+        value = rounded(weight, found.form.scheme, done=give_back)
+        found.losses[name] = lost(weight, value, give_back)
     except QuantError as error:
         raise error.about(name) from None
-    give_back(weight)
     return to_tensors(key, value)
 
 

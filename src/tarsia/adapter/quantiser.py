@@ -194,7 +194,5 @@ def _rounded(weight: Tensor, shape: Tensor, config: Tarsia4Config) -> Any:
             allowed=tuple(shape.shape),
             do="fetch the checkpoint again, all of one version",
         )
-    value = rounded(weight, config.form.scheme, shape.dtype)
-    made = Weight4(value), lost(weight, value)
-    give_back(weight)
-    return made
+    value = rounded(weight, config.form.scheme, shape.dtype, give_back)
+    return Weight4(value), lost(weight, value, give_back)

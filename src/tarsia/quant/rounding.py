@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,12 @@ from tarsia.quant.levels import bounds, levels
 
 PIECE = 1 << 18
 """Numbers that are worked on at a time: a whole number of blocks, and what a processor's second cache holds."""
+
+
+_STRETCH = 16 * PIECE
+
+Done = Callable[[Tensor], object]
+"""Called with each stretch of a weight that has been read and is not looked at again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class Loss:
         return 8 * self.bytes / self.count
 
 
-def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> Quantised:
+def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, done: Done | None = None) -> Quantised:
     """As ``codec.encode``, with a few megabytes of working memory whatever the size; stands for ``dtype``.
 
     The numbers are rounded as ``weight`` holds them. Raises QuantError as ``codec.encode`` does.
@@ -59,6 +65,7 @@ def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) ->
         part, scale = ops.quantise4(flat[first:last], table, block)
         codes[first // 2 : -(-last // 2)] = part
         fine[first // block : -(-last // block)] = scale
+        _tell(done, flat, last)
     nested_scales = offset = None
     if scheme.nested:
         with _one_thread():
@@ -73,7 +80,7 @@ def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) ->
     return Quantised(codes, fine, nested_scales, offset, scheme, tuple(weight.shape), dtype or weight.dtype)
 
 
-def lost(weight: Tensor, value: Quantised) -> Loss:
+def lost(weight: Tensor, value: Quantised, done: Done | None = None) -> Loss:
     """How far ``value`` is from the ``weight`` that it was rounded from.
 
     Each number must be as near as its block's scale s, the scale s' that is kept and the levels allow: within
@@ -98,6 +105,7 @@ def lost(weight: Tensor, value: Quantised) -> Loss:
             )
         signal += float(true.double().square().sum())
         noise += float(off.double().square().sum())
+        _tell(done, flat, last)
     held = sum(t.numel() * t.element_size() for t in value.tensors.values())
     return Loss(flat.numel(), held, signal, noise)
 
@@ -127,6 +135,12 @@ def _largest(numbers: Tensor, block: int) -> Tensor:
 def _pieces(count: int) -> Iterator[tuple[int, int]]:
     for first in range(0, count, PIECE):
         yield first, min(first + PIECE, count)
+
+
+def _tell(done: Done | None, flat: Tensor, last: int) -> None:
+    """Call ``done`` where a stretch of ``flat``, or all of it, ends at ``last``."""
+    if done is not None and (last == len(flat) or last % _STRETCH == 0):
+        done(flat[(last - 1) // _STRETCH * _STRETCH : last])
 
 
 @contextmanager
