@@ -158,6 +158,16 @@ def test_doctor_is_content_with_the_kernel() -> None:
     assert machine.kernel(None, "install torch").state is machine.State.FAIL
 
 
+@pytest.mark.parametrize("do, state", [(None, "ok"), ("pip install triton", "warn")])
+def test_doctor_speaks_of_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, do: str | None, state: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(machine.gpu_kernel()) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("tarsia.quant.cuda.status", lambda: native.Status("what runs", do))
+    (finding,) = machine.gpu_kernel()
+    assert (finding.state, finding.text, finding.do) == (state, "what runs", do)
+
+
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile without optimising."""

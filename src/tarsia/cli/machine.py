@@ -71,6 +71,7 @@ def examine() -> Iterator[Finding]:
     yield accelerators()
     yield compiler()
     yield kernel(*kernel_here())
+    yield from gpu_kernel()
     yield base(Path(__file__).parents[1] / "base" / "mini-1")
 
 
@@ -289,11 +290,24 @@ def kernel_here() -> tuple[str, str | None] | tuple[None, str]:
     return status.text, status.do
 
 
-def kernel(text: str | None, do: str | None) -> Finding:
-    """The kernel for weights in 4 bits."""
+def kernel(text: str | None, do: str | None, name: str = "4-bit kernel") -> Finding:
+    """What multiplies weights in 4 bits."""
     if text is None:
-        return Finding("4-bit kernel", State.FAIL, "torch can not be imported", do)
-    return Finding("4-bit kernel", State.OK if do is None else State.WARN, text, do)
+        return Finding(name, State.FAIL, "torch can not be imported", do)
+    return Finding(name, State.OK if do is None else State.WARN, text, do)
+
+
+def gpu_kernel() -> Iterator[Finding]:
+    """The same on a GPU, where there is one."""
+    try:
+        import torch
+
+        from tarsia.quant import cuda
+    except ImportError:
+        return  # the kernel's own finding says so
+    if torch.cuda.is_available():
+        status = cuda.status()
+        yield kernel(status.text, status.do, "4-bit on a GPU")
 
 
 def base(folder: Path) -> Finding:
