@@ -76,7 +76,7 @@ class LowRank(torch.autograd.Function):
             raise RuntimeError("an input that is made a second time has no second derivative")
         x = kept[0] if ctx.remade is None else ctx.remade(kept)
         rows = x.reshape(-1, x.shape[-1])
-        dy = grads[0].reshape(-1, weight.shape[0])
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
         low = (dy @ b.to(dy.dtype)) * ctx.scale
         if ctx.needs_input_grad[0]:
             # a second derivative goes through what is new each time; without one the product is added to in place
