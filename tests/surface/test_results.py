@@ -28,7 +28,7 @@ def test_documents_show_the_last_results(page: Path) -> None:
     assert text == render.render(text), "run `python -m bench.render`"
 
 
-@pytest.mark.parametrize("name", ["blood-cells", "mini-1", "replay", "speed"])
+@pytest.mark.parametrize("name", ["blood-cells", "four-bits", "mini-1", "replay", "speed"])
 def test_no_measured_number_stands_outside_of_a_result(name: str) -> None:
     text = (render.ROOT / "docs" / f"{name}.md").read_text(encoding="utf8")
     assert not re.findall(r".*\d\.\d.*", render.BLOCK.sub("", text))
