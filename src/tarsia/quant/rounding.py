@@ -93,18 +93,18 @@ def lost(weight: Tensor, value: Quantised, done: Done | None = None) -> Loss:
     signal = noise = 0.0
     for first, last in _pieces(flat.numel()):
         true, mine = flat[first:last].float(), kept[first // block : -(-last // block)]
-        off = true - _numbers(value, mine, first, last)
+        off = _numbers(value, mine, first, last).sub_(true)
         size, far = _largest(true, block), _largest(off, block)
         # a relative 1e-6 is what float32 rounds away in the products above
         beyond = far > (half * size + (size - mine).abs()) * (1 + 1e-5) + 1e-37
-        if bool(beyond.any()) or not bool(off.isfinite().all()):
+        if bool(beyond.any()) or not bool(far.isfinite().all()):
             raise QuantError(
                 "A weight does not come back from its 4 bits as it must.",
                 given=f"{int(beyond.sum())} of {len(beyond)} blocks are further off than their levels are apart",
                 do="report this; TARSIA_KERNEL=reference runs without the compiled kernel",
             )
-        signal += float(true.double().square().sum())
-        noise += float(off.double().square().sum())
+        signal += float(true @ true)
+        noise += float(off @ off)
         _tell(done, flat, last)
     held = sum(t.numel() * t.element_size() for t in value.tensors.values())
     return Loss(flat.numel(), held, signal, noise)
@@ -128,8 +128,10 @@ def _half_gap(kind: str) -> float:
 
 def _largest(numbers: Tensor, block: int) -> Tensor:
     """The largest magnitude of each block, the last of which may be short."""
-    padded = torch.nn.functional.pad(numbers, (0, -len(numbers) % block))
-    return padded.view(-1, block).abs().amax(1)
+    if len(numbers) % block:
+        numbers = torch.nn.functional.pad(numbers, (0, -len(numbers) % block))
+    blocks = numbers.view(-1, block)
+    return torch.maximum(blocks.amax(1), -blocks.amin(1))
 
 
 def _pieces(count: int) -> Iterator[tuple[int, int]]:
