@@ -80,6 +80,18 @@ def test_unpacked_bits_are_the_references(kind: str, nested: bool, dtype: torch.
         assert torch.equal(bits(decode.whole(weight, dtype)), bits(codec.decode(value, dtype))), shape
 
 
+@pytest.mark.parametrize("dtype,step", [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)])
+def test_halves_are_rounded_to_even(dtype: torch.dtype, step: float) -> None:
+    table = torch.tensor([sign * (1 + (i + 0.5) * step) for sign in (1, -1) for i in range(8)])
+    codes = torch.arange(256, dtype=torch.uint8)[:, None]
+    parts = (codes, torch.ones(8), None, None, table)
+    weight = Packed4(*(None if part is None else part.to(DEVICE) for part in parts), 64, 8, 64)
+    right = table[torch.cat([codes >> 4, codes & 15], 1).flatten().long()].to(dtype).view(8, 64)
+    assert torch.equal(decode.whole(weight, dtype).cpu(), right)
+    x = torch.ones(1, 64, dtype=dtype, device=DEVICE)
+    assert torch.equal(linear.linear4(x, weight, None).cpu(), right.double().sum(1).to(dtype)[None])
+
+
 @pytest.mark.parametrize("block", [32, 128, 512, 4096])
 def test_other_blocks_are_unpacked_too(block: int) -> None:
     for shape in ((9, 96), (3, 4096), (5, 1001)):
