@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,6 +85,18 @@ def large(folder: Path) -> Subject:
     return Subject(
         "SmolLM2", host, layers, [layer.weight.detach().clone() for layer in layers], speak, pieces[:, 1:].reshape(-1)
     )
+
+
+def dithered(subject: Subject) -> Subject:
+    """The same with noise on its weights, as wide as one of 15 steps across each block of 32: as if never rounded."""
+    generator = torch.Generator().manual_seed(0)
+    weights = []
+    for weight in subject.weights:
+        blocks = weight.reshape(-1, 32)
+        step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / 15
+        noise = torch.rand(blocks.shape, generator=generator) - 0.5
+        weights.append((blocks + noise * step).view_as(weight))
+    return replace(subject, name=f"{subject.name}, dithered", weights=weights)
 
 
 def hear(subject: Subject) -> list[Tensor]:

@@ -15,7 +15,7 @@ from tarsia.evaluate.chat import examined
 from tarsia.labs.frame.chapter import Bound, Chapter, Desk, Found
 from tarsia.labs.frame.page import COLOURS, GREY
 from tarsia.labs.frame.tables import Cell
-from tarsia.labs.speakers import Subject, hear, large, small
+from tarsia.labs.speakers import Subject, dithered, hear, large, small
 from tarsia.quant import rounding
 from tarsia.quant.codec import BLOCK, Scheme
 from tarsia.quant.tensor import Weight4
@@ -26,12 +26,24 @@ if TYPE_CHECKING:
 
 SCHEMES: Final[Mapping[str, Scheme]] = {kind.upper(): Scheme(kind, nested=False) for kind in ("nf4", "int4", "fp4")}
 NESTED: Final[Mapping[str, Scheme]] = {kind: replace(scheme, nested=True) for kind, scheme in SCHEMES.items()}
-TRIED: Final[Mapping[str, Scheme]] = {**SCHEMES, "NF4, nested": NESTED["NF4"]}
-"""What a model's layers are rounded to."""
 NUMBERS: Final = 2**20
-DRAWS: Final[Mapping[str, int]] = {"mini-1": 8, "SmolLM2": 3}
+MODELS: Final[Mapping[str, Mapping[str, Scheme]]] = {
+    "mini-1": {**SCHEMES, "NF4, nested": NESTED["NF4"]},
+    "SmolLM2": {**SCHEMES, "NF4, nested": NESTED["NF4"]},
+    "SmolLM2, dithered": {kind: SCHEMES[kind] for kind in ("INT4", "FP4")},
+}
+"""What each model's layers are rounded to."""
+DRAWS: Final[Mapping[str, int]] = {"mini-1": 8, "SmolLM2": 3, "SmolLM2, dithered": 3}
 """Roundings of each model: blocks that begin elsewhere by an even part of a block."""
+_MEASURES: Final[Mapping[str, str]] = {
+    "weights": "weights' squared error",
+    "outputs": "outputs' squared error",
+    "KL": "KL",
+    "loss": "loss added",
+}
+_MINI: Final = "order: mini-1, FP4 over INT4"
 _FP4: Final = "order: SmolLM2, FP4 over INT4"
+_DITHERED: Final = "order: SmolLM2, dithered, FP4 over INT4"
 
 Table = dict[str, Mapping[str, Cell]]
 
@@ -101,24 +113,29 @@ def of_model(subject: Subject, desk: Desk, begin: float, end: float) -> tuple[Ta
     series: dict[str, list[float]] = {}
     draws = DRAWS[subject.name]
     with examined(subject.host.model):
+        _put(subject)
         heard = hear(subject)
         whole = sum(float(w.square().sum()) for w in subject.weights)
         aloud = sum(float((x @ w.T).square().sum()) for x, w in zip(heard, subject.weights, strict=True))
         base = subject.speak()
+        at_first = _loss(base, subject.ids)
         rows: Table = {
-            f"{subject.name}: 32 bits": {"loss": _loss(base, subject.ids)},
+            f"{subject.name}: 32 bits": {"loss": at_first},
             f"nested: {subject.name}'s weights": _nesting(subject.weights),
             f"before: {subject.name}": {"blocks of 32 with at most 16 values, %": _few(subject.weights)},
         }
-        for i, (title, scheme) in enumerate(TRIED.items()):
+        tried = MODELS[subject.name]
+        for i, (title, scheme) in enumerate(tried.items()):
             found: list[tuple[float, float, float, float]] = []
             for draw in range(draws):
-                desk.show(begin + (end - begin) * (i + draw / draws) / len(TRIED), f"{subject.name} in {title}")
+                desk.show(begin + (end - begin) * (i + draw / draws) / len(tried), f"{subject.name} in {title}")
                 error, loud = _round(subject, scheme, draw * BLOCK // draws, heard)
                 said = subject.speak()
                 found.append((error / whole, loud / aloud, _divergence(base, said), _loss(said, subject.ids)))
             errors, louds, kls, losses = map(list, zip(*found, strict=True))
-            series |= {f"{subject.name} {title}": kls, f"{subject.name} {title} weights": errors}
+            added = [value - at_first for value in losses]
+            for what, values in (("KL", kls), ("weights", errors), ("outputs", louds), ("loss", added)):
+                series[f"{subject.name} {title} {what}"] = values
             rows[f"{subject.name}: {title}"] = {
                 "loss": fmean(losses),
                 "KL": fmean(kls),
@@ -127,9 +144,14 @@ def of_model(subject: Subject, desk: Desk, begin: float, end: float) -> tuple[Ta
                 "weights, dB": decibels(fmean(errors), 1),
                 "outputs, dB": decibels(fmean(louds), 1),
             }
+    _put(subject)
+    return rows, series
+
+
+def _put(subject: Subject) -> None:
+    """Its own weights into every layer."""
     for layer, weight in zip(subject.layers, subject.weights, strict=True):
         layer.weight.data.copy_(weight)
-    return rows, series
 
 
 def _few(weights: Sequence[Tensor]) -> float:
@@ -163,19 +185,18 @@ def _round(subject: Subject, scheme: Scheme, shift: int, heard: Sequence[Tensor]
     return error, loud
 
 
-def orders(rows: Table, name: str, series: Mapping[str, Sequence[float]]) -> Table:
+def orders(name: str, series: Mapping[str, Sequence[float]]) -> Table:
     """One type beside another on one model: by squared error of weights and of outputs, and by divergence."""
     table: Table = {}
     for one, other in (("INT4", "NF4"), ("FP4", "INT4")):
-        kls = (series[f"{name} {one}"], series[f"{name} {other}"])
-        loud = [float(rows[f"{name}: {kind}"]["outputs, dB"]) for kind in (other, one)]
-        error = times(*(fmean(series[f"{name} {kind} weights"]) for kind in (one, other)))
+        if f"{name} {other} KL" not in series:
+            continue
+        both = {what: [series[f"{name} {kind} {what}"] for kind in (one, other)] for what in _MEASURES}
         table[f"order: {name}, {one} over {other}"] = {
-            "weights' squared error": error,
-            "outputs' squared error": 10 ** ((loud[0] - loud[1]) / 10),
-            "KL": times(fmean(kls[0]), fmean(kls[1])),
-            "draws with less KL": sum(a < b for a, b in zip(*kls, strict=True)),
-            "draws": len(kls[0]),
+            **{title: times(*map(fmean, both[what])) for what, title in _MEASURES.items()},
+            "draws": len(both["KL"][0]),
+            "less KL in": sum(a < b for a, b in zip(*both["KL"], strict=True)),
+            "less loss in": sum(a < b for a, b in zip(*both["loss"], strict=True)),
         }
     return table
 
@@ -184,34 +205,36 @@ def measure(desk: Desk) -> Found:
     """Numbers first, then mini-1, then SmolLM2 where it is."""
     desk.show(0.0, "rounding numbers")
     rows = of_numbers()
-    large_too = "smol" in desk.folders
-    middle = 0.3 if large_too else 1.0
+    series: dict[str, list[float]] = {}
+    bases = {}
     subject = small(desk.work)
-    found, series = of_model(subject, desk, 0.05, middle)
-    rows |= found | orders(found, "mini-1", series)
-    bases = {"mini-1": subject.host.fingerprint.weights}
-    if large_too:
-        subject = large(desk.folders["smol"])
-        found, more = of_model(subject, desk, middle, 1.0)
-        rows |= found | orders(found, "SmolLM2", more)
+    subjects = [(subject, 0.05, 1.0)]
+    if "smol" in desk.folders:
+        smol = large(desk.folders["smol"])
+        subjects = [(subject, 0.05, 0.3), (smol, 0.3, 0.75), (dithered(smol), 0.75, 1.0)]
+    for subject, begin, end in subjects:
+        found, more = of_model(subject, desk, begin, end)
+        rows |= found | orders(subject.name, more)
         series |= more
-        bases["SmolLM2"] = subject.host.fingerprint.weights
+        bases[subject.name.partition(",")[0]] = subject.host.fingerprint.weights
     return Found(rows, series, bases)
 
 
 def draw(found: Found, figure: Figure) -> None:
-    """Signal over noise by distribution; divergence against squared error for every model that was measured."""
-    models = [name for name in DRAWS if f"{name}: NF4" in found.rows]
-    plots = figure.subplots(1, 1 + len(models), width_ratios=(1.2, *[1] * len(models)))
+    """Signal over noise by distribution; loss against squared error for every model that was measured."""
+    models = [name for name in MODELS if f"{name}: INT4" in found.rows]
+    plots = figure.subplots(1, 1 + len(models), width_ratios=(1.2, *[0.9] * len(models)))
     _numbers(plots[0], found)
     for axes, name in zip(plots[1:], models, strict=True):
         for title, colour in zip(SCHEMES, COLOURS, strict=False):
-            errors, kls = found.series[f"{name} {title} weights"], found.series[f"{name} {title}"]
-            axes.plot([100 * e for e in errors], kls, "o", color=colour, ms=5, alpha=0.75, label=title)
+            if title not in MODELS[name]:
+                continue
+            errors, added = found.series[f"{name} {title} weights"], found.series[f"{name} {title} loss"]
+            axes.plot([100 * e for e in errors], added, "o", color=colour, ms=5, alpha=0.75, label=title)
         axes.set_xlim(0, 1.75)
         axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
         axes.set_xlabel("squared error of the weights, %")
-        axes.set_ylabel("KL from the base, nats a token")
+        axes.set_ylabel("loss added, nats a token")
         axes.set_title(f"{name}, a dot a draw")
         axes.legend(frameon=False, loc="lower left")
 
@@ -261,19 +284,20 @@ SmolLM2-135M was not measured here: `--with smol=FOLDER` does.
 {% else %}
 {{ table("SmolLM2", "SmolLM2-135M, English prose") }}
 {% endif %}
-One type over another, below 1 where the first is better:
+One type over another, below 1 where the first is better. *Loss added* is what rounding adds to the base's loss; the
+last two columns count the draws in which the first type does less harm:
 
 {{ table("order") }}
-{% if "smol" not in lacking %}
-So squared error of *weights* misorders. On SmolLM2 FP4 has more of it than INT4 and stays nearer to the base, as the
-paper finds on larger models by perplexity (arXiv:2305.14314, table 2). The squared error of *outputs* has the order
-right: some inputs are far larger than others, and what is done to the weights that they meet is what counts.
-
+Squared error of the weights misorders. FP4 has more of it than INT4 everywhere and adds less loss in the mean of
+the draws, as the paper finds on larger models by perplexity (arXiv:2305.14314, table 2).
+{% if "smol" in lacking %}
+KL from the base and the squared error of outputs do not take its side on mini-1.
+{% else %}
+KL from the base and the squared error of outputs (on real inputs, of which some are far larger than others) take FP4's
+side on SmolLM2 as it is, and not on the other two.
 {% endif %}
-On mini-1, whose weights are as good as normal, INT4 has more squared error than NF4, of weights and of outputs, and
-does not move the model further. All its divergences are some thousandths of a nat, and KL and loss do not agree on the
-order: a model so small and so sure of its answers can not tell these two apart, whatever their squared error. FP4,
-which has the most of it, moves mini-1 most.
+So no cheap number orders types that are this close, and a draw or a measure decides. NF4 is the best of them by
+every measure on SmolLM2, and on mini-1 by all but KL, which is very small there whatever the type.
 
 ## Double quantisation
 
@@ -283,13 +307,16 @@ in a model:
 {{ table("nested") }}
 ## What to doubt
 
-These are few draws, one text and two small models.
+These are few draws, one text and two small models, and why loss and KL part here is not explained.
 {% if "smol" not in lacking %}
 SmolLM2's weights come out of a file that holds them in 4 bits already (GGUF, Q4_1): of its blocks of 32 numbers
 {{ value("before: SmolLM2", "blocks of 32 with at most 16 values, %", ".0f") }} % have at most 16 values, of mini-1's
-{{ value("before: mini-1", "blocks of 32 with at most 16 values, %", ".0f") }} %. So they are rounded a second time
-here, and the order of types may be another on weights that never were. The prose is the language reference that comes
-with Python.
+{{ value("before: mini-1", "blocks of 32 with at most 16 values, %", ".0f") }} %. To see whether the order hangs on
+that, *dithered* has noise of a step's width on every weight, and is compared with itself: it is a worse model, of loss
+{{ value("SmolLM2, dithered: 32 bits", "loss", ".3f") }} for {{ value("SmolLM2: 32 bits", "loss", ".3f") }}, whose
+weights lie on no grid. The prose is the language reference that comes with Python.
+
+{{ table("SmolLM2, dithered", "SmolLM2, dithered") }}
 {% endif %}
 """
 
@@ -298,26 +325,29 @@ CHAPTER: Final = Chapter(
     title="What rounding does",
     question="Which 4-bit type is better, and can its squared error tell?",
     claim=(
-        "Squared error of the weights misorders 4-bit types: on SmolLM2 FP4 has at least 1.15 times INT4's and moves "
-        "the model less (KL at most 0.98 times), as the error of outputs tells; on mini-1 INT4 has at least 1.3 times "
-        "NF4's and moves it no further (at most 1.1 times); double quantisation adds at most 0.2 % to NF4's."
+        "Squared error of the weights misorders 4-bit types: FP4 has at least 1.2 times INT4's on mini-1 and on "
+        "SmolLM2, and adds less loss (at most 0.95 times); on SmolLM2 with its grid dithered away, too, but there "
+        "FP4's KL is no less; double quantisation adds at most 0.2 % to NF4's squared error."
     ),
     bounds=(
         Bound("normal numbers: FP4's error over INT4's", "ratio: normal", "FP4 over INT4", 1.2, 1.4),
-        Bound("mini-1: INT4's error over NF4's", "order: mini-1, INT4 over NF4", "weights' squared error", 1.3),
-        Bound("mini-1: INT4's KL over NF4's", "order: mini-1, INT4 over NF4", "KL", 0, 1.1),
-        Bound("SmolLM2: FP4's error over INT4's", _FP4, "weights' squared error", 1.15, uses="smol"),
-        Bound("SmolLM2: FP4's outputs' error over INT4's", _FP4, "outputs' squared error", 0, 1, uses="smol"),
+        Bound("mini-1: FP4's error over INT4's", _MINI, "weights' squared error", 1.2),
+        Bound("mini-1: loss that FP4 adds over INT4's", _MINI, "loss added", 0, 0.95),
+        Bound("SmolLM2: FP4's error over INT4's", _FP4, "weights' squared error", 1.2, uses="smol"),
+        Bound("SmolLM2: loss that FP4 adds over INT4's", _FP4, "loss added", 0, 0.95, uses="smol"),
         Bound("SmolLM2: FP4's KL over INT4's", _FP4, "KL", 0, 0.98, uses="smol"),
+        Bound("dithered: FP4's error over INT4's", _DITHERED, "weights' squared error", 1.2, uses="smol"),
+        Bound("dithered: loss that FP4 adds over INT4's", _DITHERED, "loss added", 0, 0.95, uses="smol"),
+        Bound("dithered: FP4's KL over INT4's", _DITHERED, "KL", 1, uses="smol"),
         Bound("normal numbers: nesting adds, %", "nested: normal numbers", "NF4", 0, 0.2),
         Bound("mini-1: nesting adds, %", "nested: mini-1's weights", "NF4", 0, 0.2),
     ),
     measure=measure,
     draw=draw,
-    picture="signal over noise of NF4, INT4 and FP4 by distribution; divergence against squared error on real models",
+    picture="signal over noise of NF4, INT4 and FP4 by distribution; loss added against squared error on real models",
     text=TEXT,
     order=20,
     minutes=6,
-    size=(13, 4),
+    size=(15, 4),
     uses=("smol",),
 )  # fmt: skip
