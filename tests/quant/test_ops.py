@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -65,13 +65,15 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, afre
         pytest.skip(native.status().text)
 
 
-@pytest.fixture(params=[False, True], ids=["emulated", "native"])
+@pytest.fixture(params=product(["emulated", "native"], ["plain", "transposed"]), ids="-".join)
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, afresh: None) -> None:
-    """Tiles of 64 x 64 numbers, in the product's own dtype and in float32, so that small weights have many."""
+    """Tiles of some 64 x 64 numbers, so that small weights have many; every way in which products are made of them."""
     if native.library() is None:
         pytest.skip(native.status().text)
+    half, way = request.param
     monkeypatch.setattr(tiles, "ARENA", 64 * 64 * 2)
-    if request.param:
+    monkeypatch.setattr(tiles, "TRANSPOSITION", 0 if way == "transposed" else 1 << 40)
+    if half == "native":
         monkeypatch.setattr(tiles, "_FLAGS", {})
 
 
@@ -171,12 +173,12 @@ def test_gradients_are_the_dense_layers(m: int) -> None:
     dense = codec.decode(value, torch.float32)
     x, bias, y = torch.randn(m, 2, 130), torch.randn(48), torch.randn(m, 48)
     found, expected = [], []
-    for gradients, linear, product in (
+    for gradients, linear, back in (
         (found, lambda x, b: ops.linear4(x, *arguments(value), b), lambda y: ops.product4(y, *arguments(value))),
         (expected, lambda x, b: F.linear(x, dense, b), lambda y: y @ dense),
     ):
         leaves = [t.clone().requires_grad_() for t in (x, bias, y)]
-        loss = linear(leaves[0], leaves[1]).square().sum() + product(leaves[2]).square().sum()
+        loss = linear(leaves[0], leaves[1]).square().sum() + back(leaves[2]).square().sum()
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         gradients += [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
     assert all(near(a, b, torch.float32) for a, b in zip(found, expected, strict=True))
@@ -288,8 +290,8 @@ def test_past_the_dispatcher_the_product_is_the_same(m: int) -> None:
     assert torch.equal(ops.product(y, *stored), ops.product4(y, *stored))
     x.requires_grad_(), y.requires_grad_(), bias.requires_grad_()
     losses = [
-        linear(x, *stored, bias).square().sum() + product(y, *stored).square().sum()
-        for linear, product in ((ops.linear, ops.product), (ops.linear4, ops.product4))
+        linear(x, *stored, bias).square().sum() + back(y, *stored).square().sum()
+        for linear, back in ((ops.linear, ops.product), (ops.linear4, ops.product4))
     ]
     grads = [torch.autograd.grad(loss, (x, y, bias)) for loss in losses]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
