@@ -65,11 +65,11 @@ def test_the_commands_run_in_their_order(
         assert code == 0 or verb == "doctor", err
         seen.append((verb, out, err))
     trained = next(out for verb, out, _ in seen if verb == "train")
-    assert "in 4 bits (nf4, scales nested)" in trained and "adapter: runs/qlora/adapter" in trained
+    assert "in 4 bits (nf4, scales nested)" in trained and "adapter: runs/first/adapter" in trained
     assert "as asked for" in next(err for verb, _, err in seen if verb == "ask" and "another form" in err)
     if native.library() is not None:
         assert "portable (TARSIA_KERNEL asks for it)" in [out for verb, out, _ in seen if verb == "doctor"][-1]
-    described = json.loads((world / "runs/qlora/adapter/tarsia.json").read_text(encoding="utf8"))
+    described = json.loads((world / "runs/first/adapter/tarsia.json").read_text(encoding="utf8"))
     assert "nf4" in json.dumps(described["fingerprint"])
     _opened_by_bitsandbytes()
 
