@@ -286,7 +286,7 @@ def test_a_base_that_is_quantised_already(llava, tmp_path):
 
 
 def test_a_broken_rounding_is_seen(llava, monkeypatch):
-    def broken(weight, scheme, dtype=None):
+    def broken(weight, scheme, *_):
         value = encode(weight, scheme)
         value.codes[7] ^= 0xF0
         return value

@@ -75,3 +75,15 @@ def test_a_text_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_name_that_can_not_be_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bad name!!" in refused(capsys, "bad name!!")
+
+
+def test_what_would_be_in_4_bits(capsys):
+    assert tarsia.cli.main(["sites", "mini-1", "--four-bits", "{select: projector}", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [line["component"] for line in report["roles"] if line["kept"] is None] == ["projector"]
+    assert (report["bits"], report["error"], report["kind"]) == (None, None, "nf4")
+    assert tarsia.cli.main(["sites", "mini-1", "--four-bits", "int4"]) == 0
+    shown = capsys.readouterr().out
+    assert "the head" in shown and "an embedding" in shown
+    assert tarsia.cli.main(["sites", "mini-1", "--four-bits", "{select: visoin}"]) == 2
+    assert "did you mean vision?" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
     if args.four_bits == "none":
         return None, True
     if args.four_bits != AS_TRAINED:
-        return _described(args.four_bits), True
+        return described(args.four_bits), True
     known = {folder: found for folder in args.adapter if (found := recorded(folder)) is not None}
     forms = {folder: FourBits.of(found.quantisation) for folder, found in known.items()}
     if len(set(forms.values())) > 1:
@@ -93,7 +93,8 @@ def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
     return next(iter(forms.values()), None), False
 
 
-def _described(text: str) -> FourBits:
+def described(text: str) -> FourBits:
+    """A form as it is written on the command line. Raises ConfigError where it is none."""
     from tarsia.adapter.four_bits import described
     from tarsia.train.reading import parse_value
 

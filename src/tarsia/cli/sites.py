@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tarsia.cli import output
 
 if TYPE_CHECKING:
+    from tarsia.adapter import Outline
     from tarsia.core.site import Site
 
 NAME = "sites"
@@ -21,6 +22,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``tarsia sites``."""
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or mini-1; no weights are loaded")
     parser.add_argument("--json", action="store_true", help="one JSON object a site instead of a table")
+    parser.add_argument(
+        "--four-bits",
+        metavar="FORM",
+        help="what would be in 4 bits: nf4, say, or as a recipe has it; and why not the rest",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     base = open_outline(args.model, processor=False)
     sites, untouched = base.sites, base.anatomy.untouched(base.model)
+    if args.four_bits is not None:
+        return _rounded(args, base)
     sizes = {name: parameter.numel() for name, parameter in base.model.named_parameters()}
     if args.json:
         for site in sites:
@@ -41,6 +49,19 @@ def run(args: argparse.Namespace) -> int:
     output.table(title, COLUMNS, rows(sites, sizes), right=("sites", "parameters", "share"))
     for name, why in untouched.items():
         print(f"untouched: {name} ({why})")
+    return 0
+
+
+def _rounded(args: argparse.Namespace, base: Outline) -> int:
+    """Print which weights the form would round, and why it leaves the others."""
+    from tarsia.adapter.four_bits import choose
+    from tarsia.cli import adapted, rounded
+
+    report = choose(adapted.described(args.four_bits), base.model, base.sites).report(base.sites)
+    if args.json:
+        output.line(report)
+    else:
+        rounded.show(report)
     return 0
 
 
