@@ -1,4 +1,6 @@
 /* The public functions: arguments are checked, a kernel is taken, work is cut into ranges and spread over the team. */
+#define _DEFAULT_SOURCE /* mincore */
+
 #include "tarsia4.h"
 
 #include "kernel.h"
@@ -6,11 +8,16 @@
 
 #include <stdlib.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 enum {
     SCALES_AT_ONCE = 1024,     /* blocks: 4 KiB of scales on the stack */
     PIECE = 256 * VECTOR_BLOCK, /* numbers of a long range that go together */
     ROWS_AHEAD = 12,           /* of a narrow tile, asked for in advance */
-    PAST_CACHES = 8 << 20      /* bytes from which on an output is no cache's: reading it in first would be in vain */
+    PAST_CACHES = 8 << 20      /* bytes of output from which on it is no cache's */
 };
 
 int tarsia4_abi(void) { return TARSIA4_ABI; }
@@ -208,6 +215,20 @@ static void decode_ranges(void *data, int64_t first, int64_t last) {
 #endif
 }
 
+/* Whether `out` is so long that no cache keeps it: then reading it in first would be in vain. Not so where its pages
+ * are still to be made (the one in the middle stands for all): the system writes zeros there, through the caches. */
+static int past_caches(const char *out, int64_t bytes) {
+    if (bytes < PAST_CACHES) return 0;
+#if defined(__linux__)
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), middle = (uintptr_t)(out + bytes / 2) / page * page;
+    unsigned char there = 0;
+    return mincore((void *)middle, 1, &there) == 0 && (there & 1);
+#else
+    (void)out;
+    return 1;
+#endif
+}
+
 int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
                        void *out, int dtype, int64_t stride, const tarsia4_team *team) {
     if (!kernel_of(isa)) return TARSIA4_BAD_ISA;
@@ -219,7 +240,7 @@ int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int6
     if (rows == 0 || width == 0) return TARSIA4_OK;
     if (!out) return TARSIA4_BAD_ARGUMENT;
     decoding job = {kernel_of(isa), weight, begin, columns, width, begin, limit, stride, out, dtype,
-                    rows * width * number_size(dtype) >= PAST_CACHES};
+                    past_caches(out, rows * width * number_size(dtype))};
     if (width == columns && stride == columns) {
         /* One long range: cut at the edges of blocks, so that a single long row is shared out too and rows that are no
          * whole number of blocks cost no more. */

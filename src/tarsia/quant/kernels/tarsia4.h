@@ -61,8 +61,9 @@ int tarsia4_supported(int isa);
 int tarsia4_quantise(int isa, const void *w, int dtype, int64_t n, int64_t block, const float *levels, uint8_t *codes,
                      float *absmax, const tarsia4_team *team);
 
-/* Rows row0..row1-1, columns col0..col1-1 -> out, `stride` (>= col1 - col0) elements of it from row to row. 8 MiB
- * and more are written past the caches, where the instruction set can and `out` stands at a multiple of 64 bytes. */
+/* Rows row0..row1-1, columns col0..col1-1 -> out, `stride` (>= col1 - col0) elements of it from row to row. 8 MiB and
+ * more go past the caches, where the instruction set can, `out` stands at a multiple of 64 bytes and its memory has
+ * been written before. */
 int tarsia4_dequantise(int isa, const tarsia4_weight *weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
                        void *out, int dtype, int64_t stride, const tarsia4_team *team);
 
