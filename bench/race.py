@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -216,12 +217,16 @@ def counts(step: Step) -> dict[str, int]:
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.flop_counter import FlopCounterMode
 
+    from tarsia.core.packed import Packed
+
     kept: dict[int, int] = {}
     held = []  # storages are kept alive, or an address could be used twice
     parameters: set[int] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         root = tensor if tensor._base is None else tensor._base
+        if isinstance(root, Packed):  # the weight itself, which has no memory but its parts'
+            return tensor
         storage = tensor.untyped_storage()
         if isinstance(root, torch.nn.Parameter):
             parameters.add(storage.data_ptr())
@@ -235,9 +240,22 @@ def counts(step: Step) -> dict[str, int]:
     saved = sum(size for place, size in kept.items() if place not in parameters)
     kept.clear()
     held.clear()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_packed_products()) as counter:
         step()
     return {"saved": saved, "flops": int(counter.get_total_flops())}
+
+
+def _packed_products() -> dict[Any, Callable[..., int]]:
+    """Floating-point operations of products with 4-bit weights, from the shapes of their arguments."""
+    import torch
+
+    import tarsia.quant.ops  # noqa: F401 (registers them)
+
+    def product(x: Sequence[int], *rest: Any, **_: Any) -> int:
+        rows, columns = rest[6:8]  # after codes, scales, nested_scales, offset, levels, block
+        return 2 * (math.prod(x) // x[-1]) * int(rows) * int(columns)
+
+    return {getattr(torch.ops.tarsia, name): product for name in ("linear4", "product4")}
 
 
 def serve(function: str, arguments: Mapping[str, Any]) -> None:
