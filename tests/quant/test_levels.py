@@ -99,6 +99,23 @@ def test_no_machine_decides_a_level() -> None:
     assert here[0].startswith(SCALE_LEVELS) and here[1].startswith(SCALE_CODES)
 
 
+FIRST = """
+import torch
+from tarsia.quant.levels import *
+with {mode}:
+    asked = scale_levels(), scale_codes(), levels("nf4"), *bounds("nf4")
+assert [(t.device.type, t.is_inference()) for t in asked] == [("cpu", False)] * 5, asked
+"""
+
+
+@pytest.mark.parametrize("mode", ['torch.device("meta")', "torch.inference_mode()"])
+def test_who_asks_first_does_not_decide_what_a_table_is(mode: str) -> None:
+    """A table is made once for the whole process: on no other device than the processor, and for training too."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, "-c", FIRST.format(mode=mode)]
+    assert subprocess.run(script, env=environment, capture_output=True, text=True, check=False).stderr == ""
+
+
 def test_a_place_has_the_level_nearest_to_it() -> None:
     codes, table = scale_codes().long(), scale_levels().double()
     place = (torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1).double()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from statistics import NormalDist
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +33,23 @@ _TABLES: dict[str, tuple[float, ...]] = {
 }
 KINDS = tuple(_TABLES)
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _constant(make: Callable[_P, _T]) -> Callable[_P, _T]:
+    """What is made once for all is made of plain tensors on the processor, whoever asks first and within what."""
+
+    @wraps(make)
+    def made(*args: _P.args, **keywords: _P.kwargs) -> _T:
+        with torch.device("cpu"), torch.inference_mode(False):
+            return make(*args, **keywords)
+
+    return made
+
 
 @cache
+@_constant
 def levels(kind: str) -> Tensor:
     """The table of ``kind``, float32 [16], indexed by a code; the largest magnitude that is ever chosen is 1.
 
@@ -59,6 +76,7 @@ def normal_float(outermost: float = OUTERMOST, dtype: torch.dtype = torch.float3
 
 
 @cache
+@_constant
 def bounds(kind: str) -> tuple[Tensor, Tensor]:
     """Where rounding changes from one level to the next, float32 [15], and the codes in the order of their levels.
 
@@ -71,6 +89,7 @@ def bounds(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
+@_constant
 def scale_levels() -> Tensor:
     """The 256 levels of a block scale's own 8 bits, float32, ascending: arXiv:1511.04561's dynamic type.
 
@@ -95,6 +114,7 @@ def scale_levels() -> Tensor:
 
 
 @cache
+@_constant
 def scale_codes() -> Tensor:
     """The code of a scale by where it lies in [-1, 1], uint8 [65536]: bitsandbytes' short cut to the nearest level.
 
