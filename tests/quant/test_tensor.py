@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tarsia.methods  # noqa: F401 (registers every method)
-from tarsia.core.attach import Part, attach, detach
+from tarsia.core.attach import Part, attach, detach, merge, unmerge
 from tarsia.core.errors import AttachError, QuantError
 from tarsia.core.linear import low_rank
 from tarsia.core.method import METHODS
@@ -126,6 +127,30 @@ def test_an_expert_is_taken_out_without_its_numbers(rows: int, nested: bool) -> 
         assert isinstance(one, Weight4) and one.shape == (rows, 64)
         assert one.value.codes.untyped_storage().data_ptr() == experts.value.codes.untyped_storage().data_ptr()
         assert torch.equal(one.dense(), whole[i])
+
+
+@pytest.mark.parametrize("index", [4, -5, 9])
+def test_an_expert_that_is_not_there_is_not_another_one(index: int) -> None:
+    experts = Weight4.of(torch.randn(4, 64, 64), Scheme())
+    with pytest.raises(QuantError, match="one expert"):
+        torch.select(experts, 0, index)
+
+
+def test_a_packed_weight_follows_a_model_that_is_moved_while_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(layer(bias=False))
+    own = model[0].weight
+    attach(model, [replace(_site(), bias=None)], [Part("lora", "language.*.q", METHODS["lora"].configure({}))])
+    merge(model)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model.to("meta")  # stands for another device, to which parameters are brought without being replaced
+    unmerge(model)
+    assert model[0].weight is own
+    assert isinstance(own, Weight4) and own.device.type == own.value.codes.device.type == "meta"
+
+
+def test_a_linear_layer_is_called_by_torchs_own_names() -> None:
+    made, x = layer(), torch.randn(2, 96)
+    assert torch.equal(F.linear(input=x, weight=made.weight, bias=made.bias), made(x))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tarsia.core.errors import AttachError, RouteError
+from tarsia.core.packed import Packed
 from tarsia.core.patch import Base, Forward, Ground, Keywords, Over, Patch, named
 from tarsia.core.segments import Route
 from tarsia.core.site import Kind, Site
@@ -164,7 +165,7 @@ class Slot(nn.Module):
                     do="undo that first, for instance with accelerate's remove_hook_from_submodules(model)",
                 )
             if own is not None and now is not None and own.device != now.device:
-                own.data = own.data.to(now.device)  # the model was moved meanwhile
+                _move(own, now.device)  # the model was moved meanwhile
         module._parameters.update(self.kept or {})
         self.kept, self.folded = None, {}
 
@@ -205,6 +206,14 @@ class _Call:
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return self.pile(args[0] if args else None)
+
+
+def _move(own: nn.Parameter, device: torch.device) -> None:
+    """Bring a tensor to ``device``: the same object, which for a packed one is more than its data."""
+    if isinstance(own, Packed):
+        torch.utils.swap_tensors(own, nn.Parameter(own.detach().to(device), requires_grad=False))
+    else:
+        own.data = own.data.to(device)
 
 
 def _plain(value: Any) -> bool:

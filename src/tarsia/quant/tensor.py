@@ -127,8 +127,8 @@ def _matrix(weight: Any, what: str) -> tuple[Any, ...]:
     return arguments(weight, weight.value.shape[0])
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, *_matrix(weight, "linear"), bias)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(input, *_matrix(weight, "linear"), bias)
 
 
 def _product(y: Tensor, weight: Tensor) -> Tensor:
@@ -146,7 +146,9 @@ def _clone(weight: Weight4, **_: Any) -> Weight4:
 def _to(weight: Weight4, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Weight4:
     """Bytes move to ``device``; ``dtype`` is only what the numbers are made in when nobody says."""
     if dtype is not None and not dtype.is_floating_point:
-        raise QuantError("A weight in 4 bits stands for floating-point numbers.", given=dtype)
+        raise QuantError(
+            "A weight in 4 bits stands for floating-point numbers.", given=dtype, do="use weight.dense().to(dtype)"
+        )
     moved = {name: t.to(device=device, non_blocking=non_blocking) for name, t in weight.value.tensors.items()}
     return Weight4(weight.value.having(moved, dtype=dtype or weight.dtype))
 
@@ -155,13 +157,14 @@ def _select(weight: Weight4, dim: int, index: int) -> Weight4:
     """One expert of [experts, out, in], its codes and scales as views: each must fill whole blocks of scales."""
     value = weight.value
     size, block = math.prod(value.shape[1:]), value.scheme.block
-    if dim != 0 or weight.ndim != 3 or size % block:
+    if dim != 0 or weight.ndim != 3 or size % block or not -len(weight) <= index < len(weight):
         raise QuantError(
             "Only one expert of a weight [experts, out, in] can be taken out, of whole blocks.",
-            given=f"{tuple(weight.shape)}, dimension {dim}, blocks of {block}",
+            given=f"{index} of {tuple(weight.shape)}, dimension {dim}, blocks of {block}",
+            do="use weight.dense(), or load this layer in 16 bits",
         )
     first, last = index % len(weight) * size, (index % len(weight) + 1) * size
-    return Weight4(_part(value, first, last))
+    return Weight4(_part(value, first, last), weight.levels)
 
 
 def _part(value: Quantised, first: int, last: int) -> Quantised:
