@@ -316,7 +316,7 @@ def test_each_change_is_seen_in_its_part_alone(checkpoint, print_, name):
         return
     with pytest.raises(BaseMismatch, match=parts[0]):
         print_.check(now)
-    if parts[0] in ("processor", "template"):
+    if parts[0] in ("processor", "template", "quantisation"):
         print_.check(now, allow=parts)
     else:
         with pytest.raises(ConfigError, match="can not be allowed"):
