@@ -101,8 +101,8 @@ def test_no_machine_decides_a_level() -> None:
 
 FIRST = """
 import torch
-from tarsia.quant.levels import *
 with {mode}:
+    from tarsia.quant.levels import *
     asked = scale_levels(), scale_codes(), levels("nf4"), *bounds("nf4")
 assert [(t.device.type, t.is_inference()) for t in asked] == [("cpu", False)] * 5, asked
 """

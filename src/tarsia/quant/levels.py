@@ -33,12 +33,16 @@ _TABLES: dict[str, tuple[float, ...]] = {
 }
 KINDS = tuple(_TABLES)
 
+# plain tensors on the processor, within whatever this is imported; not made by a function, so that graphs take them in
+with torch.device("cpu"), torch.inference_mode(False):
+    _LEVELS = {kind: torch.tensor(table, dtype=torch.float64).to(torch.float32) for kind, table in _TABLES.items()}
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 def _constant(make: Callable[_P, _T]) -> Callable[_P, _T]:
-    """What is made once for all is made of plain tensors on the processor, whoever asks first and within what."""
+    """What is made once for all is made in the same way, whoever asks first and within what."""
 
     @wraps(make)
     def made(*args: _P.args, **keywords: _P.kwargs) -> _T:
@@ -48,8 +52,6 @@ def _constant(make: Callable[_P, _T]) -> Callable[_P, _T]:
     return made
 
 
-@cache
-@_constant
 def levels(kind: str) -> Tensor:
     """The table of ``kind``, float32 [16], indexed by a code; the largest magnitude that is ever chosen is 1.
 
@@ -58,7 +60,7 @@ def levels(kind: str) -> Tensor:
     """
     if kind not in _TABLES:
         raise ConfigError("There is no such 4-bit type.", given=kind, allowed=", ".join(KINDS))
-    return torch.tensor(_TABLES[kind], dtype=torch.float64).to(torch.float32)
+    return _LEVELS[kind]
 
 
 def normal_float(outermost: float = OUTERMOST, dtype: torch.dtype = torch.float32) -> Tensor:
