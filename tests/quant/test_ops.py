@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -204,6 +205,18 @@ def test_a_weight_that_asks_for_a_gradient_is_refused() -> None:
     for operator, x, more in ((ops.linear4, torch.randn(2, 130), (None,)), (ops.product4, torch.randn(2, 48), ())):
         with pytest.raises(QuantError, match="no gradient"):
             operator(x, *stored, *more)
+
+
+def test_a_derivative_in_forward_mode_is_refused_and_never_zero() -> None:
+    held = arguments(weight())
+    for operator, given_ in ((ops.linear, (*held, None)), (ops.product, held)):
+        x = torch.randn(3, 130 if operator is ops.linear else 48)
+        with pytest.raises(QuantError, match="forward mode"):
+            torch.func.jvp(lambda x, act=operator, rest=given_: act(x, *rest), (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(QuantError, match="forward mode"):
+            operator(forward_ad.make_dual(x, x), *given_)
+        with forward_ad.dual_level():
+            assert torch.equal(operator(x, *given_), operator(x.clone(), *given_))
 
 
 def test_what_is_kept_for_the_way_back_is_packed() -> None:

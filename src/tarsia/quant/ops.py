@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
 from tarsia.core.errors import QuantError
@@ -123,12 +124,24 @@ def _kept(ctx: Any) -> tuple[Any, ...]:
 
 def _differentiable(operator: Any, function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     def run(x: Tensor, *a: Any) -> Tensor:
+        if forward_ad._current_level >= 0:
+            _no_tangent(x, *a)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *a)):
             return function.apply(x, *a)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowAutograd():
             return operator(x, *a)  # type: ignore[no-any-return]
 
     return run
+
+
+def _no_tangent(*given: Any) -> None:
+    """Raise QuantError where forward-mode differentiation would go through, which nothing here carries on."""
+    numbers = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in numbers):
+        raise QuantError(
+            "A product with a weight in 4 bits has no derivative in forward mode.",
+            do="differentiate backward (torch.autograd.grad), or multiply with weight.dense()",
+        )
 
 
 def _autocast(operator: Any, device: str) -> Callable[..., Tensor]:
@@ -174,6 +187,7 @@ def _unobserved(x: Tensor, *a: Any) -> bool:
     """Whether all are plain tensors on the processor, and no mode, transform, autocast or profiler is at work."""
     if (
         torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled("cpu")
         or torch._C._autograd._profiler_enabled()
