@@ -1,6 +1,8 @@
 """A checkpoint in 4 bits, written and read: bitsandbytes and Transformers are the oracle both ways."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -141,6 +143,14 @@ def test_what_bitsandbytes_wrote_opens_without_it(nested, tmp_path, monkeypatch)
             if nested:
                 assert torch.equal(value.nested_scales, state.state2.absmax)
                 assert torch.equal(value.offset, state.offset)
+
+
+def test_what_was_read_is_not_kept_beside_the_model(written):
+    host = opened(written[0])
+    codes = [weakref.ref(p.value.codes) for p in host.model.parameters() if isinstance(p, Weight4)]
+    host.model.to("meta")  # stands for another device
+    gc.collect()
+    assert codes and not any(held() is not None for held in codes)
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])

@@ -169,7 +169,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def shards(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a base. Raises AdapterError where there are none."""
-    """The safetensors files of a checkpoint. Raises AdapterError where there are none."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return (whole,)

@@ -273,7 +273,8 @@ def _loaded(
             raise asked.refusal from None
         raise
     if held is not None:
-        return model, taken(held, model, tuple(anatomy.sites(model)), asked.taken)
+        values, asked.taken = asked.taken, {}  # the model keeps `asked`: these bytes would stay when it is moved
+        return model, taken(held, model, tuple(anatomy.sites(model)), values)
     found = asked.found
     if found is None or found.names != found.losses.keys():
         raise AdapterError(
