@@ -125,7 +125,8 @@ def adapted_by_peft(folder: str, rank: int, four_bits: str | None = None) -> nn.
             bnb_4bit_quant_type=four_bits,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+            # a bare "vision_tower" is not recognised, and the tower would be in 4 bits after all
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         )
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **options)
     names = "|".join(f"{role}_proj" for role in ROLES)
