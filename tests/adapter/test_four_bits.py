@@ -1,6 +1,7 @@
 """A base opened straight into 4 bits: what is, what is not, and that nothing else changes; each refusal."""
 
 import json
+import platform
 from copy import deepcopy
 
 import pytest
@@ -14,6 +15,7 @@ from tarsia.core.attach import Part, attach, detach
 from tarsia.core.errors import AdapterError, BaseMismatch, ConfigError, QuantError, SelectionError
 from tarsia.core.site import Component, Kind, Role
 from tarsia.methods.lora import LoRAConfig
+from tarsia.quant import native
 from tarsia.quant.codec import Scheme, decode, encode
 from tarsia.quant.tensor import Weight4
 
@@ -212,6 +214,18 @@ def test_numbers_that_are_not_finite(bad, llava, tmp_path):
     assert refusal.value.what.startswith("model.language_model.layers.1.mlp.up_proj.weight: ")
     assert "1 of " in str(refusal.value.given)
     assert opened(folder, FourBits(select="vision")).model is not None
+
+
+@pytest.mark.parametrize("forced", ["foo", "neon" if platform.machine() == "x86_64" else "avx512"])
+def test_a_kernel_that_can_not_be_forced(forced, llava, monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, forced)
+    native.library.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=native.VARIABLE) as refusal:
+            opened(llava, FourBits())
+    finally:
+        native.library.cache_clear()
+    assert refusal.value.given == forced
 
 
 def test_a_tensor_of_another_shape(llava, tmp_path):

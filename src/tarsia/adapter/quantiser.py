@@ -148,8 +148,8 @@ class Round(ConversionOps):  # type: ignore[misc]
         shape = model.get_parameter(full_layer_name)
         try:
             made = _rounded(weight, shape, config)
-        except QuantError as error:
-            config.refusal = error.about(full_layer_name)
+        except TarsiaError as error:
+            config.refusal = _told(error, full_layer_name)
             raise config.refusal from None
         assert config.found is not None
         config.found.losses[full_layer_name] = made[1]
@@ -173,11 +173,16 @@ class Take(ConversionOps):  # type: ignore[misc]
             value = from_tensors("weight", parts)
             if value.shape != tuple(shape.shape):
                 raise QuantError("The shape is not the configuration's.", given=value.shape, allowed=tuple(shape.shape))
-        except QuantError as error:
-            config.refusal = error.about(full_layer_name)
+        except TarsiaError as error:
+            config.refusal = _told(error, full_layer_name)
             raise config.refusal from None
         config.taken[full_layer_name] = value
         return {"weight": nn.Parameter(Weight4(value.having({}, dtype=shape.dtype)), requires_grad=False)}
+
+
+def _told(error: TarsiaError, name: str) -> TarsiaError:
+    """A refusal of the weight ``name``; one that is not of a weight, but of the kernel say, as it is."""
+    return error.about(name) if isinstance(error, QuantError) else error
 
 
 def _kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
