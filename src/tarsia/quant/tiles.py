@@ -16,11 +16,12 @@ from torch import Tensor
 from tarsia.core.errors import QuantError
 from tarsia.quant.native import Kernel
 
-ARENA = 1 << 20
-"""Bytes of the buffer for each thread that multiplies: half of a core's second cache. Measured among 1/4 to 4 MiB."""
+ARENA = 16 << 20
+"""Bytes of the buffer. Measured with two threads among 2 to 32 MiB: products of small tiles lose more than a larger
+buffer, which still lies in a processor's last cache, costs; most layers of a small model are one tile."""
 
-CORES = 4
-"""For at most so many threads."""
+WIDTH = 2048
+"""About how many numbers of a sum a tile has."""
 
 GRAIN = 64
 """Tiles begin at multiples of this many numbers: where blocks of scales do, and products are fast."""
@@ -64,7 +65,7 @@ def forward(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Te
         _transposed(kernel, weight, x, bias, y)
         return
     # in half precision a sum is made whole, and rounded once
-    width = 512 if work is torch.float32 else columns
+    width = WIDTH if work is torch.float32 else columns
     for rows, spans in forward_tiles(n, columns, _numbers(work), width):
         out = y[:, slice(*rows)]
         for span in spans:
@@ -81,7 +82,7 @@ def forward(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Te
 def _transposed(kernel: Kernel, weight: bytes, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y^T = W x^T: the tile and x^T both run along their rows, which is what products are fastest at."""
     columnwise = x.t().contiguous()
-    width = 2048 if x.dtype is torch.float32 else x.shape[1]
+    width = WIDTH if x.dtype is torch.float32 else x.shape[1]
     for rows, spans in forward_tiles(y.shape[1], x.shape[1], _numbers(x.dtype), width):
         out = torch.empty((rows[1] - rows[0], len(x)), dtype=x.dtype)
         for columns in spans:
@@ -107,7 +108,7 @@ def backward(kernel: Kernel, weight: bytes, y: Tensor, x: Tensor) -> None:
         x.copy_(wide)
         return
     n, width, numbers = y.shape[1], x.shape[1], _numbers(work)
-    height = max(128, numbers // width) if work is torch.float32 else max(1024, -(-n // ROUNDINGS))
+    height = WIDTH if work is torch.float32 else max(1024, -(-n // ROUNDINGS))
     for columns, spans in backward_tiles(n, width, numbers, height):
         out = x[:, slice(*columns)]
         for rows in spans:
@@ -121,7 +122,7 @@ def backward(kernel: Kernel, weight: bytes, y: Tensor, x: Tensor) -> None:
 
 def _numbers(dtype: torch.dtype) -> int:
     """How many numbers a tile may have."""
-    return ARENA * min(torch.get_num_threads(), CORES) // dtype.itemsize
+    return ARENA // dtype.itemsize
 
 
 @lru_cache(maxsize=256)
