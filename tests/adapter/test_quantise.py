@@ -2,6 +2,8 @@
 
 import gc
 import json
+import logging.handlers
+import queue
 import weakref
 
 import pytest
@@ -305,6 +307,21 @@ def test_a_state_that_is_broken(part, act, written, tmp_path):
     with pytest.raises((QuantError, AdapterError)) as refusal:
         opened(folder)
     assert "layers.1.mlp.up_proj" in str(refusal.value)
+
+
+def test_a_refusal_is_not_told_by_transformers_too(written, tmp_path):
+    heard = queue.SimpleQueue()
+    handler = logging.handlers.QueueHandler(heard)
+    theirs = logging.getLogger("transformers.modeling_utils")
+    theirs.addHandler(handler)
+    try:
+        with pytest.raises(QuantError):
+            opened(damaged(written[0], tmp_path / "bad", "nested_absmax", lambda t: t.fill_(float("nan"))))
+        assert heard.empty()
+        theirs.warning("afterwards")
+        assert heard.get_nowait().getMessage() == "afterwards"
+    finally:
+        theirs.removeHandler(handler)
 
 
 def test_weights_of_another_model(written, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -266,12 +267,17 @@ def _loaded(
         config = copy.deepcopy(anatomy.config)
         config.quantization_config = asked.in_place()
         options = {"config": config}
+    # Transformers would tell of a refusal as of a defect, with a traceback, before it is told here
+    theirs, untold = logging.getLogger("transformers.modeling_utils"), lambda _: asked.refusal is None
+    theirs.addFilter(untold)
     try:
         model = _model(folder, dtype, **options)
     except AdapterError:
         if asked.refusal is not None:
             raise asked.refusal from None
         raise
+    finally:
+        theirs.removeFilter(untold)
     if held is not None:
         values, asked.taken = asked.taken, {}  # the model keeps `asked`: these bytes would stay when it is moved
         return model, taken(held, model, tuple(anatomy.sites(model)), values)
