@@ -170,6 +170,9 @@ def test_a_linear_layer_is_called_by_torchs_own_names() -> None:
         lambda w: F.linear(w, torch.ones(4, 96)),
         lambda w: Weight4(w, requires_grad=True),
         lambda w: w.requires_grad_().sum(),
+        lambda w: setattr(w, "data", torch.zeros(48, 96)),
+        lambda w: w.share_memory_(),
+        lambda w: w.__dlpack__(),
     ],
 )
 def test_what_would_unpack_it_is_refused(act: Callable[[Tensor], Any]) -> None:

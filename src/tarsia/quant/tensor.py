@@ -92,6 +92,8 @@ class Weight4(Packed):
     ) -> Any:
         if function in _PRODUCTS:
             return _PRODUCTS[function](*args, **(kwargs or {}))
+        if function in _UNASKED:
+            raise _refusal(function)
         return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -100,13 +102,17 @@ class Weight4(Packed):
     ) -> Any:
         handler = _PLUMBING.get(function)
         if handler is None:
-            raise QuantError(
-                "This can not be done with a weight in 4 bits.",
-                given=str(function),
-                allowed="linear, y @ weight, detach, clone, to(device or dtype), weight[expert]",
-                do="use weight.dense(), or load this layer in 16 bits",
-            )
+            raise _refusal(function)
         return handler(*args, **(kwargs or {}))
+
+
+def _refusal(function: Any) -> QuantError:
+    return QuantError(
+        "This can not be done with a weight in 4 bits.",
+        given=str(function),
+        allowed="linear, y @ weight, detach, clone, to(device or dtype), weight[expert]",
+        do="use weight.dense(), or load this layer in 16 bits",
+    )
 
 
 def arguments(weight: Weight4, rows: int) -> tuple[Any, ...]:
@@ -193,6 +199,8 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     Tensor.mm: _product,
     Tensor.__matmul__: _product,
 }
+# what torch does to a tensor's storage without asking the dispatcher: here it is empty, and would be read or ignored
+_UNASKED = {Tensor.share_memory_, Tensor.__dlpack__, Tensor.data.__set__}  # type: ignore[attr-defined]
 _PLUMBING: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _keep,
     _aten.alias.default: _keep,
