@@ -203,6 +203,19 @@ def test_the_commands_open_the_base_as_the_adapter_says(ran, world, tmp_path, ca
     assert "different forms" in capsys.readouterr().err
 
 
+def test_an_adapter_of_a_rounded_base_names_it_over_files_in_4_bits(ran, world, tmp_path, capsys):
+    assert main(["quantise", world["model"], "--out", str(tmp_path / "four"), "--json"]) == 0
+    adapter = str(small.Path(world["out"]) / "adapter")
+    capsys.readouterr()
+    assert main(["ask", str(tmp_path / "four"), "what is this?", "--adapter", adapter, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert f"open the base that it was trained on: {world['model']}" in said
+    assert str(tmp_path / "four") in said and "four_bits" not in said
+    ask = ["ask", str(tmp_path / "four"), "what is this?", "--device", "cpu", "--four-bits", "nf4"]
+    assert main(ask) == 2
+    assert "quantised already" in capsys.readouterr().err
+
+
 def test_a_base_that_its_files_hold_in_4_bits(world, tmp_path):
     assert main(["quantise", world["model"], "--out", str(tmp_path / "four"), "--json"]) == 0
     values = {key: value for key, value in world.items() if key != "four_bits"}

@@ -32,6 +32,10 @@ _FILES = (*_TEXTS, "*.safetensors")
 _TWICE = ("consolidated*", "*/*.safetensors")  # the same weights in another program's form
 
 
+class QuantisedAlready(ConfigError):
+    """A base that is to be rounded to 4 bits, and whose files hold some already."""
+
+
 @dataclass(frozen=True, eq=False)
 class Host:
     """A base model, in eval mode, with its processor, anatomy, sites and fingerprint.
@@ -254,7 +258,7 @@ def _loaded(
     if form is None and held is None:
         return _model(folder, dtype), None
     if form is not None and held is not None:
-        raise ConfigError(
+        raise QuantisedAlready(
             "The base is quantised already.",
             given=f"{folder}: {held.kind}",
             do="leave four_bits out, or give a base in 16 bits",

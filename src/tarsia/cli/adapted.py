@@ -13,6 +13,7 @@ from tarsia.cli import output
 
 if TYPE_CHECKING:
     from tarsia.adapter import Adapter, FourBits, Host
+    from tarsia.core.errors import TarsiaError
     from tarsia.data import Sample
 
 AS_TRAINED = "as trained"
@@ -52,13 +53,19 @@ def opened(args: argparse.Namespace) -> Host:
     an adapter that is missing, broken or of another base is refused, and so is one whose outputs are not those of
     the day it was saved."""
     from tarsia.adapter import load, open_base, prove, put
+    from tarsia.adapter.host import QuantisedAlready
     from tarsia.core.attach import activate
 
     output.no_bars()
     names = named(args.adapter)
     variables = _variables(args.variable)
     form, chosen = _form(args)
-    host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables, four_bits=form)
+    try:
+        host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables, four_bits=form)
+    except QuantisedAlready as error:
+        if chosen:
+            raise
+        raise _trained_elsewhere(args.adapter, error) from None
     for name, folder in zip(names, args.adapter, strict=True):
         adapter = load(folder, host)
         put(host, adapter, name, allow=("quantisation",) if chosen else ())
@@ -91,6 +98,19 @@ def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
             do="choose one for all on purpose: --four-bits none, or --four-bits nf4",
         )
     return next(iter(forms.values()), None), False
+
+
+def _trained_elsewhere(folders: Sequence[str], error: TarsiaError) -> TarsiaError:
+    """The refusal of adapters that were trained over a rounded base, where the files hold the 4 bits."""
+    from tarsia.adapter import load
+    from tarsia.core.errors import BaseMismatch
+
+    bases = sorted({base for folder in folders if (base := load(folder).base) is not None})
+    return BaseMismatch(
+        "The adapter was trained over a base that was rounded as it was opened, and this one's files are in 4 bits.",
+        given=error.given,
+        do=f"open the base that it was trained on{': ' if bases else ''}{', '.join(bases)}",
+    )
 
 
 def described(text: str) -> FourBits:
