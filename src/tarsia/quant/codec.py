@@ -93,7 +93,11 @@ def encode(weight: Tensor, scheme: Scheme) -> Quantised:
             given=f"{weight.dtype} {tuple(weight.shape)}",
             allowed="float32, bfloat16 or float16, of at least one number",
         )
-    codes, scales = quantise(weight, scheme)
+    return assembled(*quantise(weight, scheme), scheme, tuple(weight.shape), weight.dtype)
+
+
+def assembled(codes: Tensor, scales: Tensor, scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype) -> Quantised:
+    """The value of codes and float32 scales, which are rounded in their turn where the scheme nests them."""
     nested_scales = offset = None
     if scheme.nested:
         offset = scales.mean()
@@ -104,7 +108,7 @@ def encode(weight: Tensor, scheme: Scheme) -> Quantised:
                 do="quantise it without nesting, or look at what the weight holds",
             )
         scales, nested_scales = nest(scales - offset)
-    return Quantised(codes, scales, nested_scales, offset, scheme, tuple(weight.shape), weight.dtype)
+    return Quantised(codes, scales, nested_scales, offset, scheme, shape, dtype)
 
 
 def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -195,6 +199,7 @@ __all__ = [
     "NESTED_BLOCK",
     "Quantised",
     "Scheme",
+    "assembled",
     "decode",
     "encode",
     "linear",

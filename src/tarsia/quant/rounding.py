@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tarsia.core.errors import QuantError
 from tarsia.quant import ops
-from tarsia.quant.codec import Quantised, Scheme, nest, scales
+from tarsia.quant.codec import Quantised, Scheme, assembled, scales
 from tarsia.quant.levels import bounds, levels
 
 PIECE = 1 << 18
@@ -58,7 +58,12 @@ def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, do
     flat, table = weight.detach().reshape(-1), levels(scheme.kind).to(weight.device)
     count, block = flat.numel(), scheme.block
     if not count:
-        raise QuantError("This is no weight to be quantised.", given=f"{weight.dtype} {tuple(weight.shape)}")
+        raise QuantError(
+            "This is no weight to be quantised.",
+            given=f"{weight.dtype} {tuple(weight.shape)}",
+            allowed="at least one number",
+            do="leave this layer out of the selection",
+        )
     codes = torch.empty((-(-count // 2), 1), dtype=torch.uint8, device=weight.device)
     fine = torch.empty(-(-count // block), device=weight.device)
     for first, last in _pieces(count):
@@ -66,18 +71,8 @@ def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, do
         codes[first // 2 : -(-last // 2)] = part
         fine[first // block : -(-last // block)] = scale
         _tell(done, flat, last)
-    nested_scales = offset = None
-    if scheme.nested:
-        with _one_thread():
-            offset = fine.mean()
-        if not offset.isfinite():
-            raise QuantError(
-                "The scales of this weight are too large to have a mean in float32.",
-                given=f"scales up to {fine.max():.3g}",
-                do="quantise it without nesting, or look at what the weight holds",
-            )
-        fine, nested_scales = nest(fine - offset)
-    return Quantised(codes, fine, nested_scales, offset, scheme, tuple(weight.shape), dtype or weight.dtype)
+    with _one_thread():
+        return assembled(codes, fine, scheme, tuple(weight.shape), dtype or weight.dtype)
 
 
 def lost(weight: Tensor, value: Quantised, done: Done | None = None) -> Loss:
