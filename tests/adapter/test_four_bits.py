@@ -177,7 +177,6 @@ def test_no_such_levels():
         ("language.99", "names a layer that is not there"),
         ("language.*.qkv", "matches nothing"),
         ("vision.-1", "only sites that no gradient can reach"),
-        ("language.*.norm", "none that this method patches"),
         ("@lm_hed", "No path of this model matches"),
     ],
 )
@@ -185,6 +184,23 @@ def test_a_selection_that_matches_nothing(select, match, llava):
     with pytest.raises(SelectionError, match=match[1:]) as refusal:
         opened(llava, FourBits(select=select))
     assert refusal.value.what.startswith("What is to be in 4 bits: ")
+
+
+@pytest.mark.parametrize(
+    "select, why",
+    [
+        ("language.*.norm", "a norm"),
+        ("language.*.{q,norm}", "a norm"),
+        ("*.*.norm", "a norm"),
+        ("@*embed_tokens", "an embedding"),
+    ],
+)
+def test_a_selection_of_what_can_not_be_in_4_bits(select, why, llava):
+    with pytest.raises(ConfigError, match=f"can not be in 4 bits: {why}") as refusal:
+        opened(llava, FourBits(select=f"vision; {select}"))
+    assert refusal.value.given == select
+    assert "linear layers" in refusal.value.allowed and "down" in refusal.value.allowed
+    assert "method" not in str(refusal.value)
 
 
 def test_no_selection():

@@ -241,7 +241,7 @@ def test_a_selection_that_matches_nothing(wide, tmp_path):
 
 def test_experts_are_refused_where_they_are_named(tmp_path):
     folder = saved(tmp_path / "base", "qwen3_vl_moe")
-    refused(SelectionError, "none that", tmp_path, folder, FourBits(select="language.*.gate_up"))
+    refused(ConfigError, "bitsandbytes has no form", tmp_path, folder, FourBits(select="language.*.gate_up"))
 
 
 def test_layers_that_bitsandbytes_keeps_in_single_precision(tmp_path):

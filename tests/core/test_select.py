@@ -83,6 +83,7 @@ def test_default_roles_hold_where_none_is_named() -> None:
         ("language.*.{q,gaet}", "did you mean gate"),
         ("language.*.{q,}", "(nothing)"),
         ("language.q", "write language.*.q"),
+        ("language.head", "such as @lm_head"),
         ("language.{q,v}", "write language.*.{q,v}"),
         ("language.*.q,v", "write language.*.{q,v}"),
         ("language.*.{q", "is not component.layers.roles"),

@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 from torch import nn
 
 from tarsia.core.errors import AdapterError, ConfigError, SelectionError
-from tarsia.core.select import parse, select
+from tarsia.core.select import Term, parse, select
 from tarsia.core.site import Component, Kind, Role, Site
 from tarsia.quant.codec import Quantised, Scheme
 from tarsia.quant.rounding import Loss
@@ -162,19 +162,29 @@ def choose(form: FourBits, model: nn.Module, sites: Sequence[Site], kinds: Colle
 
 def _named(term: str, model: nn.Module, sites: Sequence[Site], kinds: Collection[Kind]) -> list[Site]:
     """What one term of a selection names, without what can not be in 4 bits. Raises as ``choose`` does."""
+    (parsed,) = parse(term)
     try:
-        found = select(term, sites, kinds, ROLES)
+        found = select(term, sites, tuple(Kind), ROLES)
     except SelectionError as error:
         what = f"What is to be in 4 bits: {error.what[:1].lower()}{error.what[1:]}"
         raise SelectionError(what, given=error.given, allowed=error.allowed, do=error.do) from None
     able = [site for site in found if _obstacle(site, model, kinds) is None]
-    if not able:
-        raise ConfigError(
-            f"{found[0].path} can not be in 4 bits: {_obstacle(found[0], model, kinds)}.",
-            given=term,
-            do="leave it out of four_bits' select",
-        )
+    for role in parsed.roles or (None,):
+        if not any(role in (None, site.role) for site in able):
+            first = next(site for site in found if role in (None, site.role))
+            raise ConfigError(
+                f"{first.path} can not be in 4 bits: {_obstacle(first, model, kinds)}.",
+                given=term,
+                allowed=f"linear layers that are not tied: roles {', '.join(_roles(parsed, model, sites, kinds))}",
+                do="leave it out of the selection of what is to be in 4 bits",
+            )
     return able
+
+
+def _roles(term: Term, model: nn.Module, sites: Sequence[Site], kinds: Collection[Kind]) -> list[str]:
+    """What of the components that a term names could be in 4 bits; of all where that is nothing."""
+    able = [site for site in sites if _obstacle(site, model, kinds) is None]
+    return sorted({s.role for s in able if s.component in term.components} or {s.role for s in able})
 
 
 def taken(form: FourBits, model: nn.Module, sites: Sequence[Site], values: Mapping[str, Quantised]) -> Quantisation:

@@ -75,11 +75,14 @@ def _term(text: str) -> Term:
     match = _TERM.fullmatch(rest.strip())
     if match is None:
         words = re.findall(r"[a-zA-Z_]\w*", rest)
+        written = f"{component}.*.{'{' + ','.join(words) + '}' if len(words) > 1 else (words or ['q'])[0]}"
         raise SelectionError(
             f"The selection {text!r} is not component.layers.roles.",
             given=rest or "(nothing after the dot)",
             allowed="layers * | 3 | -1 | 2..5 | -4.. | ..3, then a role or {role,role}",
-            do=f"write {component}.*.{'{' + ','.join(words) + '}' if len(words) > 1 else (words or ['q'])[0]}",
+            do="it is in no layer: write @ and its path, as `tarsia sites MODEL` prints it, such as @lm_head"
+            if words == [Role.HEAD]
+            else f"write {written}",
         )
     layers = _number(match["only"] or match["first"]), _number(match["only"] or match["last"])
     roles = match["roles"]
