@@ -334,6 +334,14 @@ def test_who_looks_on_sees_the_operator() -> None:
         ops.linear(x, *stored, torch.randn(47))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_operator_and_not_what_it_gave_once() -> None:
+    stored = arguments(weight())
+    traced = torch.jit.trace(lambda x: ops.product(ops.linear(x, *stored, None), *stored), torch.randn(3, 130))
+    x = torch.randn(3, 130)
+    assert torch.equal(traced(x), ops.product(ops.linear(x, *stored, None), *stored))
+
+
 def test_a_tensor_that_is_elsewhere_is_not_read() -> None:
     stored = list(arguments(weight()))
     stored[2] = stored[2].to("meta")

@@ -188,6 +188,7 @@ def _unobserved(x: Tensor, *a: Any) -> bool:
     if (
         torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled("cpu")
         or torch._C._autograd._profiler_enabled()
