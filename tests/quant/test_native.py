@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,14 @@ def test_doctor_is_content_with_the_kernel() -> None:
     finding = machine.kernel(*machine.kernel_here())
     assert finding.state is machine.State.OK and finding.do is None
     assert machine.kernel(None, "install torch").state is machine.State.FAIL
+
+
+@pytest.mark.parametrize("forced", ["foo", "neon" if platform.machine() == "x86_64" else "avx512"])
+def test_doctor_fails_where_nothing_in_4_bits_would_run(monkeypatch: pytest.MonkeyPatch, forced: str) -> None:
+    monkeypatch.setenv(native.VARIABLE, forced)
+    finding = machine.kernel(*machine.kernel_here())
+    assert finding.state is machine.State.FAIL
+    assert forced in finding.text and native.VARIABLE in str(finding.do)
 
 
 @pytest.mark.parametrize("do, state", [(None, "ok"), ("pip install triton", "warn")])

@@ -280,21 +280,22 @@ def compiler() -> Finding:
     return Finding("compiler", State.OK, path)
 
 
-def kernel_here() -> tuple[str, str | None] | tuple[None, str]:
-    """What runs where a weight is in 4 bits, and what to do where it could be faster; None where torch is not there."""
+def kernel_here() -> tuple[str | None, str | None, bool]:
+    """What runs where a weight is in 4 bits (None: torch is not there), what to do where it could be faster, and
+    whether everything in 4 bits is refused."""
     try:
         from tarsia.quant import native
     except ImportError:
-        return None, "install torch"
+        return None, "install torch", True
     status = native.status()
-    return status.text, status.do
+    return status.text, status.do, status.refused
 
 
-def kernel(text: str | None, do: str | None, name: str = "4-bit kernel") -> Finding:
+def kernel(text: str | None, do: str | None, refused: bool = False, name: str = "4-bit kernel") -> Finding:
     """What multiplies weights in 4 bits."""
     if text is None:
         return Finding(name, State.FAIL, "torch can not be imported", do)
-    return Finding(name, State.OK if do is None else State.WARN, text, do)
+    return Finding(name, State.FAIL if refused else State.OK if do is None else State.WARN, text, do)
 
 
 def gpu_kernel() -> Iterator[Finding]:
@@ -307,7 +308,7 @@ def gpu_kernel() -> Iterator[Finding]:
         return  # the kernel's own finding says so
     if torch.cuda.is_available():
         status = cuda.status()
-        yield kernel(status.text, status.do, "4-bit on a GPU")
+        yield kernel(status.text, status.do, status.refused, "4-bit on a GPU")
 
 
 def base(folder: Path) -> Finding:

@@ -47,10 +47,14 @@ _TEAM = struct.Struct("Pi4x")  # tarsia4_team
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What runs and why, in one sentence; ``do`` says what to do where it is not the best that this machine has."""
+    """What runs and why, in one sentence; ``do`` says what to do where it is not the best that this machine has.
+
+    ``refused``: nothing runs, for what is forced is not there, and each use raises ConfigError.
+    """
 
     text: str
     do: str | None = None
+    refused: bool = False
 
     def __str__(self) -> str:
         return self.text
@@ -117,7 +121,7 @@ def status() -> Status:
     try:
         return _find(build.KERNELS / build.LIBRARY, os.environ.get(VARIABLE, ""))[1]
     except ConfigError as error:
-        return Status(f"none: {error.what} ({error.given})", f"one of {error.allowed}; or unset {VARIABLE}")
+        return Status(f"none: {error.what} ({error.given})", f"one of {error.allowed}; or unset {VARIABLE}", True)
 
 
 def _find(path: Path, forced: str) -> tuple[Kernel | None, Status]:
