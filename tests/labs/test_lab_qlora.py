@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from tarsia.core.errors import ConfigError
 from tarsia.labs import parity
 from tarsia.labs.chapters.qlora import CHAPTER, compared
+from tarsia.labs.frame.chapter import Desk
 
 
 def rights(worse=0, job="commands"):
@@ -34,6 +38,19 @@ def test_an_interval_holds_its_mean():
     for name, row in compared(rights(1)).rows.items():
         if "less" in name:
             assert row["from"] <= row["points"] <= row["to"]
+
+
+@pytest.mark.parametrize("planted,says", [({"quantised": ""}, "another form"), ({"base": "b"}, "different bases")])
+def test_results_that_do_not_belong_together_are_refused(planted, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "drive", lambda out, show: None)
+    for run in parity.RUNS:
+        held = {"right": [1.0, 0.0], "base": "a", "quantised": "nf4" if run.kind == "QLoRA" else ""}
+        held |= planted if run == parity.Run("commands", "QLoRA", 3) else {}
+        path = tmp_path / "results" / f"{run.name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(held), encoding="utf8")
+    with pytest.raises(ConfigError, match=says):
+        CHAPTER.measure(Desk(tmp_path, {}, lambda share, what: None))
 
 
 def test_the_runs_differ_in_their_base_alone(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from tarsia.core.errors import ConfigError
 from tarsia.evaluate.bootstrap import Interval, mean_of_means, paired
 from tarsia.labs import parity, replay
 from tarsia.labs.frame.chapter import Bound, Chapter, Desk, Found
@@ -32,11 +33,22 @@ def measure(desk: Desk) -> Found:
     }
     found = compared(rights)
     bases = {str(result["base"]) for result in results.values()}
-    return Found(found.rows, found.series, {"mini-1": bases.pop()} if len(bases) == 1 else {})
+    if len(bases) > 1:
+        raise ConfigError(
+            "The runs stand on different bases.", given=", ".join(sorted(bases)), do=f"remove {desk.work} and run again"
+        )
+    return Found(found.rows, found.series, {"mini-1": bases.pop()})
 
 
 def _result(desk: Desk, run: parity.Run) -> dict[str, Any]:
+    """What a run measured. Raises ConfigError where its base was in another form than the run's name says."""
     found: dict[str, Any] = replay.stored(desk.work, run.name)
+    if bool(found["quantised"]) != (run.kind == "QLoRA"):
+        raise ConfigError(
+            "A run's base was in another form than it should have been.",
+            given=f"{run.name}: {found['quantised'] or 'not quantised'}",
+            do="remove its result and run it again",
+        )
     return found
 
 
