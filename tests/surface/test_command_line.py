@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -104,6 +105,19 @@ def test_a_refusal_is_shown_without_traceback(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == ["tarsia: It can not be.", "  given:   this", "  allowed: that", "  to do:   the other"]
+
+
+def test_a_warning_in_the_log_looks_like_any_notice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def action(_: object) -> int:
+        logging.getLogger("tarsia.quant.native").warning("slower than %s", "it could be")
+        return 0
+
+    verb(monkeypatch, action)
+    for _ in range(2):
+        assert tarsia.cli.main(["doctor"]) == 0
+        assert capsys.readouterr() == ("", "tarsia: warning: slower than it could be\n")
 
 
 def test_a_gpu_that_is_too_small_is_told_in_words(

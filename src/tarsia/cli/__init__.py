@@ -6,9 +6,11 @@ reads the output any more, 143 a run that SIGTERM ended. Anything else is a defe
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tarsia.cli.parser import parser
 
@@ -23,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. ``argv`` leaves out the program's name."""
     try:
         args = parser().parse_args(argv)
-        code: int = args.run(args)
+        with _log_on_stderr():
+            code: int = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
         print(error.args[0] if error.args else "interrupted", file=sys.stderr)
@@ -41,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tarsia: {refusal}", file=sys.stderr)
         return 2
     return code
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Show what is logged as every other notice is, so that one sees whose it is."""
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("tarsia: warning: %(message)s"))
+    shown.setLevel(logging.WARNING)
+    log = logging.getLogger("tarsia")
+    log.addHandler(shown)
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
 
 
 def _no_memory(error: Exception) -> Exception | None:

@@ -23,7 +23,7 @@ def kernels() -> ModuleType | None:
     """Triton's kernels (`tarsia.quant.gpu.linear`), or None where the reference runs; why is in the log."""
     found, said = _find(os.environ.get(VARIABLE, ""))
     if said.do is not None:
-        logging.getLogger(__name__).warning("%s; to do: %s", said.text, said.do)
+        logging.getLogger(__name__).warning("4-bit products: %s; to do: %s", said.text, said.do)
     return found
 
 

@@ -112,7 +112,7 @@ def library() -> Kernel | None:
     """The kernel that runs here, or None where the reference does. Raises ConfigError where one is forced in vain."""
     kernel, status = _find(build.KERNELS / build.LIBRARY, os.environ.get(VARIABLE, ""))
     if status.do is not None:
-        logging.getLogger(__name__).warning("%s; to do: %s", status.text, status.do)
+        logging.getLogger(__name__).warning("4-bit products: %s; to do: %s", status.text, status.do)
     return kernel
 
 
