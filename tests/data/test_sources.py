@@ -81,7 +81,7 @@ def content(sample: Sample) -> object:
 
 
 def packed(folder: Path) -> str:
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(Path(jsonl(folder)).read_bytes()))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(Path(jsonl(folder, mtime=0)).read_bytes()))
     return str(folder / "a.jsonl.gz")
 
 
@@ -165,7 +165,7 @@ def test_a_source_is_a_frozen_description() -> None:
         ("a.csv", b'question,answer\n"q,q\n', "not a CSV file"),
         ("a.csv", b"question,answer\nq,\n", "no known format"),
         ("a.jsonl.gz", b"{}", "can not be unpacked"),
-        ("a.json.gz", gzip.compress(b"[]")[:-9], "can not be unpacked"),
+        ("a.json.gz", gzip.compress(b"[]", mtime=0)[:-9], "can not be unpacked"),
         ("a.jsonl", b"[" * 100_000, "Row 0 of a is not JSON"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.jsonl", b"", "no rows"),
