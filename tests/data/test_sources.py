@@ -81,7 +81,7 @@ def content(sample: Sample) -> object:
 
 
 def packed(folder: Path) -> str:
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(Path(jsonl(folder, mtime=0)).read_bytes()))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(Path(jsonl(folder)).read_bytes()))
     return str(folder / "a.jsonl.gz")
 
 
