@@ -214,6 +214,13 @@ def test_an_adapter_of_a_rounded_base_names_it_over_files_in_4_bits(ran, world, 
     ask = ["ask", str(tmp_path / "four"), "what is this?", "--device", "cpu", "--four-bits", "nf4"]
     assert main(ask) == 2
     assert "quantised already" in capsys.readouterr().err
+    assert main([*ask[:-1], "none"]) == 2
+    assert "no other numbers to open" in capsys.readouterr().err
+    said = json.loads((tmp_path / "four" / "config.json").read_text())
+    del said["quantization_config"]
+    (tmp_path / "four" / "config.json").write_text(json.dumps(said))
+    assert main(ask[:-2]) == 2
+    assert "config.json does not say so" in capsys.readouterr().err
 
 
 def test_a_base_that_its_files_hold_in_4_bits(world, tmp_path):

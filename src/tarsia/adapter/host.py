@@ -13,10 +13,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from tarsia.adapter.fingerprint import Fingerprint
+from tarsia.adapter.fingerprint import Fingerprint, shards
 from tarsia.adapter.four_bits import FourBits, Quantisation, taken
 from tarsia.adapter.origin import Origins, nowhere
-from tarsia.adapter.reading import read_json
+from tarsia.adapter.reading import header, read_json
 from tarsia.adapter.stored import stored_form
 from tarsia.anatomy import Anatomy, anatomy_of
 from tarsia.base import resolve
@@ -255,6 +255,13 @@ def _loaded(
 ) -> tuple[nn.Module, Quantisation | None]:
     """The model, and what of it was rounded to ``form`` as it was read."""
     held = stored_form(read_json(folder / "config.json"), folder)
+    packed = (name for path in shards(folder) for name in header(path)[0] if ".quant_state." in name)
+    if held is None and (unsaid := next(packed, None)):
+        raise AdapterError(
+            "The base's files hold weights in 4 bits, and its config.json does not say so.",
+            given=f"{folder}: {unsaid}",
+            do="fetch its config.json again: quantization_config is missing",
+        )
     if form is None and held is None:
         return _model(folder, dtype), None
     if form is not None and held is not None:

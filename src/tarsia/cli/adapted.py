@@ -55,6 +55,7 @@ def opened(args: argparse.Namespace) -> Host:
     from tarsia.adapter import load, open_base, prove, put
     from tarsia.adapter.host import QuantisedAlready
     from tarsia.core.attach import activate
+    from tarsia.core.errors import ConfigError
 
     output.no_bars()
     names = named(args.adapter)
@@ -66,6 +67,12 @@ def opened(args: argparse.Namespace) -> Host:
         if chosen:
             raise
         raise _trained_elsewhere(args.adapter, error) from None
+    if args.four_bits == "none" and host.quantisation is not None:
+        raise ConfigError(
+            "The base's files hold 4 bits: there are no other numbers to open.",
+            given=f"--four-bits none, {args.model}",
+            do="leave --four-bits out, or give the base in 16 bits",
+        )
     for name, folder in zip(names, args.adapter, strict=True):
         adapter = load(folder, host)
         put(host, adapter, name, allow=("quantisation",) if chosen else ())
