@@ -6,6 +6,7 @@ Weights are taken in turn from so many that none is in the cache when its turn c
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -79,10 +80,8 @@ def _pack(weight: Tensor, _: int) -> Callable[[int], Any]:
 def _theirs(weight: Tensor) -> list[Any]:
     from bitsandbytes import functional
 
-    def made() -> Any:
-        return functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-
-    return _copies(made, 0.52 * weight.numel())
+    made = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return _copies(lambda: deepcopy(made), 0.52 * weight.numel())
 
 
 def _their_product(weight: Tensor, rows: int) -> Callable[[int], Any]:
