@@ -49,7 +49,7 @@ def test_what_is_left_of_the_error_is_the_tail_of_its_singular_values(kind: str,
 
 def test_at_full_rank_nothing_is_left() -> None:
     w = torch.randn(32, 48)
-    model, patch, q = attached(w, LoRAConfig(32, 32.0), origin=lambda site: w)
+    model, _, q = attached(w, LoRAConfig(32, 32.0), origin=lambda site: w)
     x = torch.randn(9, 48)
     assert (w - q).norm() > 0.05 * w.norm()
     with torch.no_grad():

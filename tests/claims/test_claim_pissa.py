@@ -112,7 +112,8 @@ def test_a_small_move_survives_bf16() -> None:
         patch.A += 1e-4 * patch.A
         change = patch.B0.double() @ (patch.A.double() - patch.A0.double())
         wanted, given = x.double() @ change.t(), patch.update(x).double()
-        lost = x @ patch.A.bfloat16().t() @ patch.B.bfloat16().t() - x @ patch.A0.bfloat16().t() @ patch.B0.bfloat16().t()
+        a, b, a0, b0 = (t.bfloat16().t() for t in (patch.A, patch.B, patch.A0, patch.B0))
+        lost = x @ a @ b - x @ a0 @ b0
     assert (given - wanted).norm() <= 0.02 * wanted.norm()
     assert (lost.double() - wanted).norm() >= 0.9 * wanted.norm()
 
