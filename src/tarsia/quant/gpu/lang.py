@@ -1,4 +1,4 @@
-"""Triton's language, as the other modules take it: it has no annotations, and here alone the type checker is told.
+"""Triton's language, as the other modules take it.
 
 What kernels are given is a ``tl.tensor``, be it a pointer, a number or a tile; an optional pointer may be None.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run on the processor: TRITON_INTERPRET, as it was when Triton was imported."""
