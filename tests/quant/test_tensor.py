@@ -67,6 +67,16 @@ def test_it_multiplies_as_its_numbers_do(out: int, into: int, lead: tuple[int, .
     torch.testing.assert_close(upstream @ weight, upstream @ dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+def test_views_of_the_other_sign_are_read_with_it(rows: int) -> None:
+    made = layer()
+    x, y = torch.randn(rows, 96), torch.randn(rows, 48)
+    turned = torch._neg_view(made.bias.detach())
+    torch.testing.assert_close(made(torch._neg_view(x)), made(-x))
+    torch.testing.assert_close(torch._neg_view(y) @ made.weight, -(y @ made.weight))
+    torch.testing.assert_close(F.linear(x, made.weight, turned), F.linear(x, made.weight, -made.bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_that_is_moved_to_another_dtype_keeps_its_bytes(dtype: torch.dtype) -> None:
     made = layer()

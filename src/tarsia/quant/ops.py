@@ -198,8 +198,9 @@ def _unobserved(x: Tensor, *a: Any) -> bool:
     return (
         type(x) in _PLAIN
         and type(codes) in _PLAIN
-        and (bias is None or (type(bias) in _PLAIN and bias.is_cpu))
+        and (bias is None or (type(bias) in _PLAIN and bias.is_cpu and not bias.is_neg()))
         and x.is_cpu
+        and not x.is_neg()  # a view whose numbers are stored with the other sign
         and codes.is_cpu
         and scales.is_cpu
         and levels.is_cpu
