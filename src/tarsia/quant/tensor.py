@@ -175,20 +175,17 @@ def _select(weight: Weight4, dim: int, index: int) -> Weight4:
 
 def _part(value: Quantised, first: int, last: int) -> Quantised:
     """The numbers ``first`` to ``last``, one entry of the first dimension: views where nested scales end there."""
-    block = value.scheme.block
-    stored = {"codes": value.codes[first // 2 : last // 2]}
-    if value.nested_scales is not None and first % (block * NESTED_BLOCK) == 0:
-        low, high = first // (block * NESTED_BLOCK), -(-last // (block * NESTED_BLOCK))
-        stored |= {
-            "scales": value.scales[first // block : last // block],
-            "nested_scales": value.nested_scales[low:high],
-        }
-        return value.having(stored, shape=value.shape[1:])
-    flat = scales(value)[first // block : last // block]
-    scheme = replace(value.scheme, nested=False)
-    return value.having(
-        {**stored, "scales": flat}, nested_scales=None, offset=None, scheme=scheme, shape=value.shape[1:]
-    )
+    begin, end = first // value.scheme.block, last // value.scheme.block
+    codes, shape = value.codes[first // 2 : last // 2], value.shape[1:]
+    if value.nested_scales is None:
+        return value.having({"codes": codes, "scales": value.scales[begin:end]}, shape=shape)
+    low, high = begin // NESTED_BLOCK, -(-end // NESTED_BLOCK)
+    nested = {"scales": value.scales[low * NESTED_BLOCK : end], "nested_scales": value.nested_scales[low:high]}
+    groups = value.having({"codes": codes, **nested}, shape=shape)
+    if begin % NESTED_BLOCK == 0:
+        return groups
+    flat = scales(groups)[begin - low * NESTED_BLOCK :]
+    return groups.having({"scales": flat}, nested_scales=None, offset=None, scheme=replace(value.scheme, nested=False))
 
 
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
