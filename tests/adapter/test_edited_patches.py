@@ -52,7 +52,7 @@ def refused(host: Host, held: Adapter, path: str, **changes: Any) -> None:
     ],
     ids=["whole numbers", "complex", "one number", "empty"],
 )
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"loftq", "bitfit", "full"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"loftq"}))
 def test_tensors_that_no_patch_has(method: str, edit: Callable[[Tensor], Tensor], host: Host) -> None:
     held = adapter(host, method)
     path = next(path for path, patched in held.patches.items() if patched.tensors)

@@ -63,7 +63,7 @@ class BitFit(Patch):
         if bias is None:
             return weight, None
         wide = torch.promote_types(bias.dtype, self.change.dtype)
-        return weight, (bias.to(wide) + self.change.to(wide)).to(bias.dtype)
+        return weight, (bias.to(wide) + self.change.to(wide).view_as(bias)).to(bias.dtype)
 
     def forward(self, x: Any, base: Base) -> Any:
         return base(x) + self.change.to(x.dtype) if self.added else super().forward(x, base)
