@@ -75,3 +75,7 @@ class BaseMismatch(AdapterError):
 
 class TrainingError(TarsiaError):
     """A run that can not go on: no gradient, not a number, no space."""
+
+
+class PlanError(TarsiaError):
+    """Something that can not be foreseen, or a machine that does not give what a plan needs."""

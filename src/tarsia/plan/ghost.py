@@ -1,0 +1,304 @@
+"""Computing without numbers: tensors of the right shape whose memory is never touched.
+
+Inside `Ghost` a floating-point tensor that a model would hold or compute is a *ghost*: an ordinary tensor on the
+processor, of the right shape, strides and dtype, whose pages nobody ever writes to and which therefore take no
+memory. An operation that reads a ghost gives ghosts and computes nothing. An operation that reads none is run as it
+is: ids, masks, grids and positions are real, so that code which looks at them goes the way it goes in earnest.
+
+What a model of 70 billion parameters does in a step is seen in this way on a machine with little memory: which
+tensors come and go, in which order, and how large they are. (Torch's own fake tensors are of a class of their own, which
+code that asks for plain parameters takes another way with.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tarsia.core.errors import PlanError
+from tarsia.plan.ledger import Ledger
+
+_aten = torch.ops.aten
+SMALL: Final = 1 << 14
+"""Numbers in a fresh tensor up to which it is made really: tables of frequencies and the like."""
+
+Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Sizes, strides and dtype of a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One kind of operation: its name and what it reads and gives; ``inputs`` and ``outputs`` are sizes and dtypes."""
+
+    name: str
+    phase: str
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+
+
+class Ghost(TorchDispatchMode):
+    """Compute without numbers inside; every storage is noted in ``ledger``, every operation counted in ``ops``."""
+
+    def __init__(self, ledger: Ledger, workspace: Callable[[Op], int] | None = None) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.ops: Counter[Op] = Counter()
+        self._shapes: dict[Any, Any] = {}
+        self._workspace = workspace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(t is not Tensor and t is not nn.Parameter for t in types):
+            return NotImplemented
+        given = list(_tensors(args, kwargs.values()))
+        if not any(self._is_ghost(t) for t in given):
+            return self._really(func, args, kwargs, given)
+        return self._unreal(func, args, kwargs, given)
+
+    def haunt(self, tensor: Tensor) -> None:
+        """Take a tensor for a ghost from now on."""
+        self.ledger.see(tensor, "given").ghost = True
+
+    def _is_ghost(self, tensor: Tensor) -> bool:
+        block = self.ledger.block(tensor)
+        return block is not None and block.ghost
+
+    def _really(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> Any:
+        """Run an operation that reads no ghost; a large fresh tensor of floating-point numbers is one."""
+        if not given and func in _FRESH:
+            spec = self._spec_of(func, args, kwargs)
+            if isinstance(spec, tuple) and spec[2].is_floating_point and _count(spec[0]) > SMALL:
+                return self._made(func, spec)
+        out = func(*args, **kwargs)
+        for tensor in _tensors((out,)):
+            self.ledger.see(tensor, func.name())
+        return out
+
+    def _unreal(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> Any:
+        special = _SPECIAL.get(func)
+        if special is not None:
+            return special(self, func, args, kwargs)
+        if func.is_view or func in _PLUMBING:
+            out = func(*args, **kwargs)
+            for tensor in _tensors((out,)):
+                self.ledger.see(tensor, func.name())
+            return out
+        if func._schema.is_mutable:
+            return self._written(func, args, kwargs)
+        return self._functional(func, args, kwargs)
+
+    def _functional(self, func: Any, args: Any, kwargs: Any) -> Any:
+        specs = self._spec_of(func, args, kwargs)
+        return self._given(func, specs, args, kwargs)
+
+    def _given(self, func: Any, specs: Any, args: Any, kwargs: Any) -> Any:
+        if specs is _SHARED:
+            return func(*args, **kwargs)
+        made = self._build(func, specs)
+        outputs = tuple(spec for spec in _flat(specs) if spec is not None)
+        self._note(func, args, kwargs, outputs)
+        if func is _aten.add.Tensor and sys._getframe(3).f_code.co_name == "_engine_run_backward":
+            a, b = args[0], args[1]
+            if isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype == made.dtype:
+                self.ledger.taken_over(made, a)
+        return made
+
+    def _note(self, func: Any, args: Any, kwargs: Any, outputs: tuple[Spec, ...]) -> None:
+        inputs = tuple((tuple(t.shape), t.stride(), t.dtype) for t in _tensors(args, kwargs.values()))
+        op = Op(func.name(), self.ledger.phase, inputs, outputs)
+        self.ops[op] += 1
+        if self._workspace is not None:
+            self.ledger.scratch(self._workspace(op), op.name)
+
+    def _build(self, func: Any, specs: Any) -> Any:
+        if specs is None or isinstance(specs, _Value):
+            return specs.value if isinstance(specs, _Value) else None
+        if isinstance(specs, tuple) and len(specs) == 3 and isinstance(specs[2], torch.dtype):
+            return self._made(func, specs)
+        return type(specs)(self._build(func, spec) for spec in specs)
+
+    def _made(self, func: Any, spec: Spec) -> Tensor:
+        size, stride, dtype = spec
+        if dtype.is_floating_point:
+            made = torch.empty_strided(size, stride, dtype=dtype)
+        else:
+            # whoever reads these as indices finds one that exists
+            made = torch.empty_strided(size, stride, dtype=dtype).zero_()
+        self.ledger.see(made, func.name()).ghost = True
+        return made
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation that writes into its arguments: they are ghosts afterwards."""
+        names = [a.name for a in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        written = [a for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        for argument in written:
+            for tensor in _tensors((given.get(argument.name),)):
+                self.ledger.see(tensor, func.name()).ghost = True
+        self._note(func, args, kwargs, ())
+        fresh = [r for r in func._schema.returns if r.alias_info is None]
+        if not func._schema.returns:
+            return None
+        if not fresh:
+            out = tuple(given[a.name] for a in written[: len(func._schema.returns)])
+            return out[0] if len(out) == 1 else out
+        specs = self._spec_of(func, args, kwargs)
+        return self._build(func, specs)
+
+    def _spec_of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Shapes that an operation gives, asked of torch's own shape functions, once for each kind of call."""
+        key = (func, _frozen(args), _frozen(kwargs))
+        try:
+            return self._shapes[key]
+        except KeyError:
+            pass
+        except TypeError:
+            return self._ask(func, args, kwargs)
+        found = self._shapes[key] = self._ask(func, args, kwargs)
+        return found
+
+    def _ask(self, func: Any, args: Any, kwargs: Any) -> Any:
+        seen: dict[int, Tensor] = {}
+        try:
+            out = func(*_meta(args, seen), **_meta(kwargs, seen))
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise PlanError(
+                "What this operation gives is not known without running it.",
+                given=f"{func.name()}: {str(error).splitlines()[0][:200]}",
+                do="plan without what calls it, or report it: this is a gap in Tarsia's plan",
+            ) from error
+        held = {t.untyped_storage()._cdata for t in seen.values()}
+        if any(t.untyped_storage()._cdata in held for t in _tensors((out,))):
+            return _SHARED
+        return _specs(out)
+
+
+class _Shared:
+    """Instead of shapes: what an operation gives lies in what it is given."""
+
+
+_SHARED: Final = _Shared()
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """Something that is no tensor."""
+
+    value: Any
+
+
+def _tensors(*groups: Iterable[Any]) -> Iterable[Tensor]:
+    for group in groups:
+        for value in group:
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, list | tuple):
+                yield from _tensors(value)
+
+
+def _count(size: Sequence[int]) -> int:
+    count = 1
+    for n in size:
+        count *= n
+    return count
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in value.items())
+    return (type(value), value)
+
+
+def _meta(value: Any, seen: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return seen[id(value)]
+    if isinstance(value, list | tuple):
+        return type(value)(_meta(v, seen) for v in value)
+    if isinstance(value, dict):
+        return {k: torch.device("meta") if k == "device" else _meta(v, seen) for k, v in value.items()}
+    return value
+
+
+def _specs(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_specs, value))
+    return None if value is None else _Value(value)
+
+
+def _flat(specs: Any) -> Iterable[Any]:
+    if isinstance(specs, tuple) and len(specs) == 3 and isinstance(specs[2], torch.dtype):
+        yield specs
+    elif isinstance(specs, list | tuple):
+        for spec in specs:
+            yield from _flat(spec)
+
+
+def _scalar(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
+    """A number that nobody knows: one that no check refuses."""
+    dtype = args[0].dtype
+    return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
+
+
+def _true(mode: Ghost, func: Any, args: Any, kwargs: Any) -> bool:
+    return True
+
+
+def _index(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
+    """A mask is turned into the places where it is set, whose number then is that of the rows."""
+    tensor, indices, *rest = args
+    places: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            places.append(index)
+            continue
+        if mode._is_ghost(index):
+            raise PlanError(
+                "Which entries are chosen depends on numbers that are not known before the run.",
+                given=f"{func.name()} with a mask {tuple(index.shape)}",
+            )
+        places.extend(index.nonzero(as_tuple=True))
+    args = (tensor, places, *rest)
+    if func._schema.is_mutable:
+        return mode._written(func, args, kwargs)
+    return mode._functional(func, args, kwargs)
+
+
+_SPECIAL: Final[dict[Any, Callable[..., Any]]] = {
+    _aten._local_scalar_dense.default: _scalar,
+    _aten.equal.default: _true,
+    _aten.is_nonzero.default: _true,
+    _aten.index.Tensor: _index,
+    _aten.index_put_.default: _index,
+    _aten._index_put_impl_.default: _index,
+    _aten.index_put.default: _index,
+}
+_PLUMBING: Final = {
+    _aten.set_.source_Storage,
+    _aten.resize_.default,
+    _aten._unsafe_view.default,
+    _aten.lift_fresh.default,
+}
+_FRESH: Final = {
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.zeros.default,
+    _aten.ones.default,
+    _aten.full.default,
+    _aten.randn.default,
+    _aten.rand.default,
+}
