@@ -1,0 +1,180 @@
+"""One configuration in this process: ``python -m bench.grid.measure SEED FOLDER`` prints a line of JSON.
+
+Whatever would leave a trace in the process's memory (building the world, planning, recording every allocation) is done
+in copies of the process that are made once everything is imported; then the run itself, with no instrument at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from bench.grid.configurations import configuration
+from bench.grid.worlds import speak
+
+BEGINS: Final = "measured: "
+"""What the line of results begins with, among all that libraries print."""
+KIB: Final = 1024
+
+Values = dict[str, Any]
+
+
+def main(seed: int, folder: Path) -> Values:
+    """All that is measured and planned of one seed; whatever fails is an ``error``, with the part that failed."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401 (what any run imports)
+
+    import tarsia.train  # noqa: F401
+
+    speak()
+    torch.set_num_threads(1)
+    found: Values = {"seed": seed}
+    seconds = {"imports": round(time.process_time(), 2)}
+    parts: dict[str, Callable[[], Values]] = {
+        "built": lambda: built(seed, folder),
+        "planned": lambda: planned(folder),
+        "live": lambda: live_bytes(folder),
+    }
+    for name, part in parts.items():
+        found[name] = apart(part)
+        seconds[name] = found[name].pop("seconds")
+        if "error" in found[name] and name != "planned":
+            return found | {"seconds": seconds, "error": f"{name}: {found[name]['error']}"}
+    found["process"] = guarded(lambda: process(folder))
+    seconds["process"] = found["process"].pop("seconds")
+    failed = [f"{name}: {found[name]['error']}" for name in ("process", "planned") if "error" in found[name]]
+    return found | {"seconds": seconds} | ({"error": "; ".join(failed)} if failed else {})
+
+
+def built(seed: int, folder: Path) -> Values:
+    """Write the configuration's files. Returns the bytes of the weights' files."""
+    configuration(seed).write(folder)
+    return {"files": sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))}
+
+
+def planned(folder: Path) -> Values:
+    """What the plan foretells of the recipe: the seam to ``tarsia.plan``."""
+    from bench.grid.foretold import foretold
+
+    return foretold(_recipe(folder, "planned"))
+
+
+def live_bytes(folder: Path) -> Values:
+    """The run with every allocation recorded: the peak, when it was, and what stays throughout."""
+    from tarsia.train import Step, fit
+    from tarsia.train.memory import live
+
+    recipe = _recipe(folder, "live")
+    held: Values = {}
+    steps = 0
+    with live() as watched:
+        watched.mark("loading")
+        host = recipe.open()
+        watched.mark("preparing")
+        for event in fit(recipe, host=host):
+            if isinstance(event, Step):
+                steps += 1
+                if not held:
+                    held = _held(host.model)
+            if steps == recipe.steps:
+                watched.mark("saving")
+    if steps != recipe.steps:
+        raise RuntimeError(f"{steps} of {recipe.steps} steps were seen")
+    return {"peak": watched.peak, "phase": watched.phase, "peaks": watched.peaks, "held": held}
+
+
+def process(folder: Path) -> Values:
+    """The run as a user has it. Returns the process's memory before it, and the most there ever was, in bytes."""
+    from tarsia.train import fit
+
+    recipe = _recipe(folder, "process")
+    before = _status()
+    losses = [event.loss for event in fit(recipe) if type(event).__name__ == "Step"]
+    after = _status()
+    return {"before": before["VmRSS"], "peak": after["VmHWM"], "losses": losses}
+
+
+def _recipe(folder: Path, part: str) -> Any:
+    """The recipe, with folders of this part's own for what a run writes, so that none goes on with another's."""
+    from tarsia.train import Recipe
+
+    recipe = Recipe.load(folder / "recipe.yaml")
+    changed = [f"out={folder / part}"]
+    if recipe.features is not None:
+        changed.append(f"features.path={folder / part}-features")
+    return Recipe.load(folder / "recipe.yaml", changed)
+
+
+def _held(model: Any) -> Values:
+    """Bytes of what stays from step to step, by category, each storage once."""
+    import torch
+
+    from tarsia.core.attach import patches
+    from tarsia.core.packed import Packed
+    from tarsia.train.run import NAME
+
+    own = [p for patch in patches(model, NAME).values() for p in patch.parameters()]
+    mine = {id(parameter) for parameter in own}
+    weights, quantised = [], []
+    for value in [*model.parameters(), *model.buffers()]:
+        if isinstance(value, Packed):
+            quantised += list(value.value.tensors.values())  # type: ignore[attr-defined]
+        elif id(value) not in mine:
+            weights.append(value)
+    optimisers = [held for held in gc.get_objects() if isinstance(held, torch.optim.Optimizer)]
+    states = [v for o in optimisers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    groups = {"weights": weights, "quantised": quantised, "patches": own, "states": states}
+    return {name: _bytes(tensors) for name, tensors in groups.items()}
+
+
+def _bytes(tensors: list[Any]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _status() -> dict[str, int]:
+    """The memory entries of /proc/self/status in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="utf8").splitlines())
+    return {words[0][:-1]: int(words[1]) * KIB for words in lines if words[0].startswith(("Vm", "Rss"))}
+
+
+def guarded(part: Callable[[], Values]) -> Values:
+    """What ``part`` returns, or its error in words; with the processor's seconds."""
+    began = time.process_time()
+    try:
+        found = part()
+    except Exception as error:  # whatever a configuration comes to is a result
+        print(traceback.format_exc(), file=sys.stderr)
+        found = {"error": f"{type(error).__name__}: {error}"[:800]}
+    return found | {"seconds": round(time.process_time() - began, 2)}
+
+
+def apart(part: Callable[[], Values]) -> Values:
+    """What ``part`` returns in a copy of this process, whose memory it leaves alone."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        with os.fdopen(write, "w", encoding="utf8") as pipe:
+            pipe.write(json.dumps(guarded(part)))
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, encoding="utf8") as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    found: Values = json.loads(text) if text else {"error": f"the copy ended with the status {status}", "seconds": 0.0}
+    return found
+
+
+if __name__ == "__main__":
+    print(BEGINS + json.dumps(main(int(sys.argv[1]), Path(sys.argv[2]))))
