@@ -42,7 +42,8 @@ class Host:
 
     ``name`` is as the user wrote it, ``path`` the folder that it was read from (None for a model that was
     built in memory). ``variables`` are what its chat template leaves open, a date say. ``quantisation`` is what
-    is in 4 bits, rounded as it was opened or so in its files; None where nothing is.
+    is in 4 bits, rounded as it was opened or so in its files; None where nothing is. ``resolution`` is the most
+    pixels along the longer side of a picture that it is shown (None: as many as there are).
     """
 
     name: str
@@ -54,6 +55,7 @@ class Host:
     fingerprint: Fingerprint
     variables: Mapping[str, str] = field(default_factory=dict)
     quantisation: Quantisation | None = None
+    resolution: int | None = None
 
     @cached_property
     def origin(self) -> Origin:
@@ -115,6 +117,7 @@ def open_base(
     processor: bool = True,
     variables: Mapping[str, str] | None = None,
     four_bits: FourBits | None = None,
+    resolution: int | None = None,
 ) -> Host:
     """Load a base from a folder, a hub id or an embedded name such as "mini-1".
 
@@ -122,6 +125,7 @@ def open_base(
     ``four_bits`` rounds weights to 4 bits as they are read, one after the other, from the numbers of the files:
     the 16-bit model is never in memory, and ``dtype`` is only what is computed in. A base whose files are in
     bitsandbytes' 4 bits, or were written by ``tarsia quantise``, is opened as it is, and takes no ``four_bits``.
+    ``resolution`` is the host's.
     Raises ConfigError for an option or a name that makes no sense, AnatomyError for a model that is not
     understood, AdapterError for files that are broken or missing, QuantError for weights that are no numbers,
     SelectionError for a selection of ``four_bits`` that matches nothing.
@@ -145,6 +149,7 @@ def open_base(
         fingerprint=fingerprint,
         variables=dict(variables or {}),
         quantisation=quantisation,
+        resolution=resolution,
     )
 
 

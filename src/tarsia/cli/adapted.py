@@ -54,6 +54,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         "judge an adapter over the files' own numbers on purpose (default: as the adapters were trained)",
     )
     parser.add_argument(
+        "--resolution",
+        metavar="N",
+        default=AS_TRAINED,
+        help="most pixels along a picture's longer side: larger ones are shrunk; none: they are shown as they are "
+        "(default: as the adapters were trained)",
+    )
+    parser.add_argument(
         "--variable",
         metavar="NAME=TEXT",
         action="append",
@@ -76,8 +83,10 @@ def opened(args: argparse.Namespace) -> Host:
     acting = _acting(args.compose, names)
     variables = _variables(args.variable)
     form, chosen = _form(args)
+    place = {"dtype": args.precision, "device": args.device}
+    resolution = _resolution(args)
     try:
-        host = open_base(args.model, dtype=args.precision, device=args.device, variables=variables, four_bits=form)
+        host = open_base(args.model, **place, variables=variables, four_bits=form, resolution=resolution)
     except QuantisedAlready as error:
         if chosen:
             raise
@@ -161,6 +170,45 @@ def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
             do="choose one for all on purpose: --four-bits none, or --four-bits nf4",
         )
     return next(iter(forms.values()), None), False
+
+
+def _resolution(args: argparse.Namespace) -> int | None:
+    """The most pixels along a picture's longer side; what is not as the base alone would see it is said on stderr.
+
+    Raises ConfigError where it is no number, or the adapters were trained at different ones and none is chosen.
+    """
+    from tarsia.adapter import resolution_of
+    from tarsia.core.errors import ConfigError
+
+    trained = {folder: found for folder in args.adapter for found in resolution_of(folder)}
+    if args.resolution == AS_TRAINED:
+        if len(set(trained.values())) > 1:
+            raise ConfigError(
+                "The adapters were trained on pictures of different sizes.",
+                given="; ".join(f"{folder}: resolution {found or 'none'}" for folder, found in trained.items()),
+                do="choose one for all on purpose: --resolution 336, say, or --resolution none",
+            )
+        found = next(iter(trained.values()), None)
+        if found is not None:
+            print(
+                f"tarsia: note: pictures have at most {found} pixels along the longer side, as in the adapter's "
+                "training (--resolution)",
+                file=sys.stderr,
+            )
+        return found
+    if args.resolution != "none" and not (args.resolution.isdecimal() and int(args.resolution)):
+        raise ConfigError(
+            "That is no resolution.", given=f"--resolution {args.resolution}", allowed="a whole number above 0, or none"
+        )
+    chosen = None if args.resolution == "none" else int(args.resolution)
+    for folder, found in trained.items():
+        if found != chosen:
+            print(
+                f"tarsia: warning: the adapter in {folder} was trained at resolution {found or 'none'}, and is shown "
+                f"pictures at {chosen or 'none'}, as asked for",
+                file=sys.stderr,
+            )
+    return chosen
 
 
 def _trained_elsewhere(folders: Sequence[str], error: TarsiaError) -> TarsiaError:

@@ -80,7 +80,7 @@ def lint_recipe(recipe: Recipe, rows: int | None = ROWS, progress: Progress | No
 
     given = sources(recipe)
     base = open_outline(recipe.model)
-    encoder = Encoder(base.processor, recipe.max_length, variables=recipe.variables)
+    encoder = Encoder(base.processor, recipe.max_length, variables=recipe.variables, resolution=recipe.resolution)
     parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
     return lint(given, encoder, rows=rows, context=base.context, aim=Aim(base.sites, parts), progress=progress)
 

@@ -83,8 +83,9 @@ class Encoder:
     that the tokenizer is given, and from there by the tokenizer's own offsets.
 
     ``max_length`` (tokens a row) cuts text at a row's end, never a picture. ``variables`` are the
-    template's. Raises DataError for a processor with which labels can not be exact: no chat template,
-    a tokenizer without offsets or without a padding token.
+    template's. Pictures of more than ``resolution`` pixels along the longer side are shrunk to that before
+    the processor gets them. Raises DataError for a processor with which labels can not be exact: no chat
+    template, a tokenizer without offsets or without a padding token.
     """
 
     def __init__(
@@ -94,9 +95,11 @@ class Encoder:
         *,
         padding_side: Literal["left", "right"] = "right",
         variables: Mapping[str, object] | None = None,
+        resolution: int | None = None,
     ) -> None:
-        if max_length is not None and max_length < 1:
-            raise ConfigError("`max_length` must be at least 1.", given=max_length)
+        for name, limit in (("max_length", max_length), ("resolution", resolution)):
+            if limit is not None and limit < 1:
+                raise ConfigError(f"`{name}` must be at least 1.", given=limit)
         tokenizer: Any = getattr(processor, "tokenizer", None)
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -107,6 +110,7 @@ class Encoder:
         if tokenizer.pad_token_id is None:
             raise DataError("The tokenizer has no padding token.", do="set tokenizer.pad_token")
         self.processor, self.max_length, self.padding_side = processor, max_length, padding_side
+        self.resolution = resolution
         self.template = Template(processor, variables)
         self._offsets = _measuring(tokenizer.backend_tokenizer)
         added = tokenizer.added_tokens_decoder
@@ -192,7 +196,7 @@ class Encoder:
     def _process(
         self, samples: Sequence[Sample], rendered: Sequence[Rendered]
     ) -> tuple[dict[str, Tensor], tuple[_Expanded, ...]]:
-        pictures = [[picture.load() for picture in sample.pictures] for sample in samples]
+        pictures = [[picture.load(self.resolution) for picture in sample.pictures] for sample in samples]
         special = {self._adds_special(r) for r in rendered}
         if len(special) != 1:
             raise DataError("Only some rows of a batch begin with the first token.", do="mend the chat template")
@@ -262,8 +266,8 @@ class Encoder:
             raise DataError(
                 f"Row {sample.row} of {sample.source}: `max_length` would cut a picture.",
                 given=f"max_length {self.max_length}, the last picture ends at token {end} of {len(owners)}",
-                do=f"set max_length to more than {end} so that an answer is left, show smaller pictures, or take the "
-                "row out",
+                do=f"set max_length to more than {end} so that an answer is left, set a resolution to show smaller "
+                "pictures, or take the row out",
             )
 
     def _said(self, sample: Sample, text: _Expanded, span: Span) -> list[int]:

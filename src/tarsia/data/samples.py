@@ -79,16 +79,17 @@ class Picture:
     source: str
     row: int
 
-    def load(self) -> Image.Image:
+    def load(self, resolution: int | None = None) -> Image.Image:
         """Decode to 8-bit RGB, turned upright by its EXIF orientation, on white where it is transparent.
 
-        Raises DataError, naming row and file, where the file is missing, unreadable, cut off, of zero
-        size, larger than PIL's limit for decompression bombs, or deeper than 8 bits a channel.
+        One whose longer side has more than ``resolution`` pixels is shrunk to that. Raises DataError, naming row
+        and file, where the file is missing, unreadable, cut off, of zero size, larger than PIL's limit for
+        decompression bombs, or deeper than 8 bits a channel.
         """
         try:
             picture = self._open()
             self._check(picture)
-            return _on_white(ImageOps.exif_transpose(picture)).convert("RGB")
+            return _shrunk(_on_white(ImageOps.exif_transpose(picture)).convert("RGB"), resolution)
         except FileNotFoundError:
             raise self.error("is missing", "put the file there, or take the row out") from None
         except Image.DecompressionBombError as error:
@@ -120,6 +121,15 @@ class Picture:
     def error(self, what: str, do: str) -> DataError:
         """A DataError that names the row, its source and the picture."""
         return DataError(f"A picture of row {self.row} of {self.source} {what}.", given=self.name, do=do)
+
+
+def _shrunk(picture: Image.Image, resolution: int | None) -> Image.Image:
+    """At most ``resolution`` pixels along the longer side, as long for its width as it was; never enlarged."""
+    longer = max(picture.size)
+    if resolution is None or longer <= resolution:
+        return picture
+    width, height = (max(1, round(side * resolution / longer)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

@@ -58,6 +58,7 @@ class Chat:
     def __init__(self, host: Host) -> None:
         self.model: Any = host.model
         self.processor: Any = host.processor
+        self.resolution = host.resolution
         self.template = Template(host.processor, host.variables)
         self.tokenizer: Any = host.processor.tokenizer
         if self.tokenizer.pad_token_id is None:
@@ -127,7 +128,7 @@ class Chat:
 
         All samples must have as many pictures: then every processor takes a list of pictures for each row.
         """
-        pictures = [[picture.load() for picture in sample.pictures] for sample in samples]
+        pictures = [[picture.load(self.resolution) for picture in sample.pictures] for sample in samples]
         if len({len(row) for row in pictures}) > 1:
             raise ValueError("rows of one batch must have as many pictures")
         begun = bool(self.tokenizer.bos_token) and texts[0].startswith(self.tokenizer.bos_token)

@@ -88,6 +88,7 @@ def examine(
         form=host.form,
         precision=str(next(host.model.parameters()).dtype).removeprefix("torch."),
         adapters=tuple(map(str, active(host))),
+        resolution=host.resolution,
         metric=asking.metric,
         max_new_tokens=asking.max_new_tokens,
         scoring="; ".join(dict.fromkeys(ways)),

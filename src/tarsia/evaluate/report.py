@@ -68,7 +68,8 @@ class Result(BaseModel):
 class Report(BaseModel):
     """One evaluation of one model. ``base`` is its name, ``digest`` the digest of its files' weights, ``form`` what
     these were quantised to (``Host.form``; None where that is not known), ``precision`` what was computed in,
-    ``adapters`` what acted. ``scoring`` says how answers were scored; ``seed`` and ``resamples`` are the bootstrap's.
+    ``adapters`` what acted. ``resolution`` is the most pixels along a picture's longer side (None: as many as there
+    are). ``scoring`` says how answers were scored; ``seed`` and ``resamples`` are the bootstrap's.
     """
 
     model_config = FROZEN
@@ -78,6 +79,7 @@ class Report(BaseModel):
     form: str | None = None
     precision: str
     adapters: tuple[str, ...]
+    resolution: int | None = None
     metric: str
     max_new_tokens: int
     scoring: str
@@ -100,9 +102,10 @@ class Report(BaseModel):
     def table(self) -> Table:
         """A table for people: one line a source, shares in percent, and how many free answers were cut if any were."""
         acting = " + ".join(self.adapters) or "no adapter"
+        shown = "" if self.resolution is None else f", pictures of {self.resolution} pixels at most"
         cut = [f"cut at {self.max_new_tokens}"] if any(r.cut for r in self.results) else []
         table = _table(
-            f"{_titled(self.base, self.digest, self.form)}, {acting}: {self.metric}, {LEVEL:.0%} intervals",
+            f"{_titled(self.base, self.digest, self.form)}, {acting}{shown}: {self.metric}, {LEVEL:.0%} intervals",
             ("source", "rows", "free", *cut, "constrained", "answers", "loss"),
         )
         for r in self.results:
@@ -172,12 +175,13 @@ class Comparison(BaseModel):
 def compare(before: Report, after: Report) -> Comparison:
     """What changed, source by source, on the same rows.
 
-    Raises ConfigError where base, precision, metric, sources, rows or answers differ.
+    Raises ConfigError where base, precision, metric, resolution, sources, rows or answers differ.
     """
     for name, a, b in [
         ("bases", before.digest, after.digest),
         ("precisions", before.precision, after.precision),
         ("metrics", before.metric, after.metric),
+        ("resolutions", before.resolution, after.resolution),
         ("lengths of answers", before.max_new_tokens, after.max_new_tokens),
         ("sources", [r.source for r in before.results], [r.source for r in after.results]),
     ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,17 +17,20 @@ from tarsia import __version__
 from tarsia.adapter import Adapter, Host, Probe, probe, save
 from tarsia.core.attach import detach, slots
 from tarsia.core.errors import ConfigError
+from tarsia.data import Sample
 from tarsia.train.checkpoint import locked, write
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, read_log
 from tarsia.train.exact import deterministic, threads
 from tarsia.train.fast import FOLLOWED, fast
 from tarsia.train.features import features
 from tarsia.train.loss import followed
+from tarsia.train.memory import Phase, phase
 from tarsia.train.optimiser import peaks, set_rates
 from tarsia.train.recipe import Recipe
 from tarsia.train.run import NAME, Run, claim, find_checkpoint, machine, prepare
 from tarsia.train.step import backward, loss_shares
 from tarsia.train.store import Store
+from tarsia.train.taken import Meter
 from tarsia.train.watch import check_finite
 
 Evaluator: TypeAlias = Callable[[Host, int], Mapping[str, Any]]
@@ -52,10 +56,12 @@ def fit(
     """
     out = Path(recipe.out)
     with locked(out):
+        meter = Meter()
         checkpoint, notices = find_checkpoint(recipe, out)
         wanted = recipe.threads if checkpoint is None else checkpoint.values["threads"]
         with threads(wanted) as count, ExitStack() as stack:
             run = prepare(recipe, host, count)
+            run.meter = meter
             run.fast = stack.enter_context(_training(run))
             if recipe.features is not None:
                 store = Store(Path(recipe.features.path), recipe.features.bytes)
@@ -124,7 +130,29 @@ def _foreseen(run: Run) -> tuple[str, ...]:
         unseen.append(f"All {run.step} steps were done already: only what comes after them is done again.")
     if not run.encoder.closes:
         unseen.append("When to stop will not be learnt: the chat template writes no control token after an answer.")
-    return tuple(unseen)
+    return (*unseen, *_in_vain(run))
+
+
+def _in_vain(run: Run) -> tuple[str, ...]:
+    """Whether the first row with a picture that is shrunk is as large for the model as if it were not."""
+    limit = run.recipe.resolution
+    if limit is None:
+        return ()
+    rows = (run.mixture[n] for n in range(run.recipe.batch * run.recipe.accumulate))
+    row = next((row for row in rows if any(max(p.load().size) > limit for p in row.pictures)), None)
+    if row is None or _size(run, row, limit) < _size(run, row, None):
+        return ()
+    return (
+        f"resolution {limit} saves nothing for row {row.row} of {row.source}: this base's processor makes as many "
+        "pixels and tokens of the smaller pictures.",
+    )
+
+
+def _size(run: Run, row: Sample, resolution: int | None) -> int:
+    """Numbers that the model is given for the whole row."""
+    encoder = copy.copy(run.encoder)
+    encoder.max_length, encoder.resolution = None, resolution
+    return sum(value.numel() for value in encoder.batch([row]).inputs.values())
 
 
 def _events(
@@ -155,7 +183,12 @@ def _events(
         yield from _evaluation(run, evaluator)
     if run.features is not None:
         yield Notice(run.features.summary())
-    adapter = Adapter.of(run.host, NAME, run.parts, {**_card(run), **card}, probe=_probe(run))
+    proof = _probe(run)
+    if run.meter is not None:
+        memory = run.meter.event(run)
+        yield memory
+        card = {"memory": asdict(memory), **card}
+    adapter = Adapter.of(run.host, NAME, run.parts, {**_card(run), **card}, probe=proof)
     save(adapter, out / "adapter")
     yield Finished(adapter, str(out / "adapter"), run.seconds)
 
@@ -174,8 +207,10 @@ def _step(run: Run) -> Step:
     run.prove(batches)
     rates = set_rates(run.optimiser, run.schedule.share(run.step))
     parameters = [p for patch in run.patches.values() for p in patch.parameters()]
-    with run.random(), deterministic(run.device):
+    watching = nullcontext() if run.meter is None else run.meter.over(run, batches)
+    with watching, run.random(), deterministic(run.device):
         losses = backward(run.model, batches, number, run.weights)
+        phase(Phase.UPDATE)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         size = check_finite(norm, run.patches, number, batches)
         run.watch.observe(number, batches)

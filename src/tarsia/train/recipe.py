@@ -230,7 +230,8 @@ class Recipe(BaseModel):
     share of all steps where it lies below 1. ``clip`` bounds the 2-norm of the gradient. ``precision`` is the
     frozen base's: patches are float32 always. ``device`` auto is a GPU where there is one. ``checkpointing``
     recomputes activations in the backward pass. ``save_every`` and ``eval_every`` are in steps; the last step
-    is always saved. ``variables`` are the chat template's own, a date say.
+    is always saved. ``variables`` are the chat template's own, a date say. ``resolution`` is the most pixels
+    along the longer side of a picture: a larger one is shrunk before the base's processor gets it.
     ``features`` keeps the outputs of a frozen vision tower on disk. ``four_bits`` rounds the base's weights to
     4 bits as it is opened: it, and nothing that is trained.
     """
@@ -258,6 +259,7 @@ class Recipe(BaseModel):
     eval_every: Positive | None = None
     max_length: Positive | None = None
     variables: Mapping[str, str] = Field(default_factory=dict)
+    resolution: Positive | None = None
     threads: Positive | None = None
     features: FeatureRecipe | None = None
     four_bits: FourBitsRecipe | None = None
@@ -359,8 +361,9 @@ class Recipe(BaseModel):
         Only inside a method's tables (ranks by glob, for one) the order has a meaning and counts.
         """
         values = _computed(self.resolved)
-        if self.four_bits is None:
-            del values["four_bits"]  # a run that began before there was this key goes on
+        for key in ("four_bits", "resolution"):
+            if values[key] is None:
+                del values[key]  # a run that began before there was this key goes on
         values["parts"] = [
             {key: list(value.items()) if isinstance(value, Mapping) else value for key, value in part.items()}
             for part in values["parts"]
@@ -372,7 +375,14 @@ class Recipe(BaseModel):
         from tarsia.adapter import open_base
 
         form = None if self.four_bits is None else self.four_bits.form
-        return open_base(self.model, dtype=self.precision, device=self.device, variables=self.variables, four_bits=form)
+        return open_base(
+            self.model,
+            dtype=self.precision,
+            device=self.device,
+            variables=self.variables,
+            four_bits=form,
+            resolution=self.resolution,
+        )
 
     def steps_for(self, rows: int) -> int:
         """Optimiser steps of the whole run where the sources hold ``rows`` rows together."""

@@ -37,6 +37,7 @@ from tarsia.train.optimiser import state as optimiser_state
 from tarsia.train.packing import packed, prove, shared
 from tarsia.train.recipe import Recipe, differences
 from tarsia.train.step import named
+from tarsia.train.taken import Meter
 from tarsia.train.watch import GradientWatch
 
 NAME: Final = "in-training"
@@ -65,6 +66,8 @@ class Run:
     seconds: float = 0.0
     fast: tuple[str, ...] = ()
     features: Cache | None = None
+    meter: Meter | None = None
+    """What watches the memory of its steps, if anything does."""
     lengths: dict[tuple[int, int], int] = field(default_factory=dict)
     """Tokens of the rows that were met, by source and row, where rows are grouped."""
     proved: bool = False
@@ -268,7 +271,7 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
     _check_form(recipe, host)
     if recipe.batching == "packed":
         anatomy_of(host.model.config).counting()
-    encoder = Encoder(host.processor, recipe.max_length, variables=host.variables)
+    encoder = Encoder(host.processor, recipe.max_length, variables=host.variables, resolution=host.resolution)
     parts = tuple(Part(part.method, part.select, part.configure()) for part in recipe.parts)
     chosen = [_chosen(host, part) for part in parts]
     pictures = _show([held for held, source in zip(sources, recipe.data.train, strict=True) if source.weight])
@@ -308,7 +311,8 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
 
 
 def _check_form(recipe: Recipe, host: Host) -> None:
-    """Raise ConfigError where a base that was opened elsewhere is not in the 4 bits that the recipe says, or is."""
+    """Raise ConfigError where a base that was opened elsewhere is not in the 4 bits that the recipe says, or is, or is
+    shown pictures of another size."""
     asked = None if recipe.four_bits is None else recipe.four_bits.form
     held = None if host.quantisation is None else host.quantisation.asked
     if asked != held:
@@ -316,6 +320,13 @@ def _check_form(recipe: Recipe, host: Host) -> None:
             "The base that is open is not in the form that the recipe says.",
             given="as its files hold it" if held is None else held.text,
             allowed="as its files hold it" if asked is None else asked.text,
+            do="open it with recipe.open()",
+        )
+    if recipe.resolution != host.resolution:
+        raise ConfigError(
+            "The base that is open is shown pictures of another size than the recipe says.",
+            given=f"resolution {host.resolution}",
+            allowed=f"resolution {recipe.resolution}",
             do="open it with recipe.open()",
         )
 

@@ -67,13 +67,13 @@ def key(picture: Picture) -> object:
     return object()  # like no other: the id of a picture in memory is given to another one once it is gone
 
 
-def look(picture: Picture) -> tuple[Look, Image.Image | DataError]:
-    """Look at a picture; the second is its decoded pixels, or why there are none."""
+def look(picture: Picture, resolution: int | None = None) -> tuple[Look, Image.Image | DataError]:
+    """Look at a picture as it is at this resolution; the second is its decoded pixels, or why there are none."""
     header = _header(picture)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on a file; what matters of them is in the header
-            shown = picture.load()
+            shown = picture.load(resolution)
     except DataError as error:
         why = error.what.removeprefix(f"A picture of row {picture.row} of {picture.source} ").removesuffix(".")
         return Look(header, f"{picture.name} {why}"), error

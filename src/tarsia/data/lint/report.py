@@ -175,7 +175,7 @@ def _view(survey: Survey, where: Where, codes: tuple[str, ...]) -> View:
 def _again(survey: Survey, source: Surveyed, row: Row) -> tuple[tuple[str, ...], tuple[Run, ...]]:
     """A row's thumbnails and runs; no runs where its tokens are not known."""
     sample = source.given.rows[row.number]
-    pictures = tuple(_thumbnail(picture) for picture in sample.pictures)
+    pictures = tuple(_thumbnail(picture, survey.encoder.resolution) for picture in sample.pictures)
     if not row.tokens:
         return pictures, ()
     entire = copy.copy(survey.encoder)
@@ -184,9 +184,9 @@ def _again(survey: Survey, source: Surveyed, row: Row) -> tuple[tuple[str, ...],
     return pictures, runs(entire.batch([sample]), survey.encoder.processor, limit)
 
 
-def _thumbnail(picture: Picture) -> str:
+def _thumbnail(picture: Picture, resolution: int | None) -> str:
     try:
-        shown = picture.load()
+        shown = picture.load(resolution)
     except DataError as error:
         return error.what
     shown.thumbnail(_THUMBNAIL)

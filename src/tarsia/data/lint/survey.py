@@ -167,8 +167,9 @@ class Survey:
 
 @dataclass
 class _Gallery:
-    """Pictures that were looked at, each once."""
+    """Pictures that were looked at, each once, at the encoder's resolution."""
 
+    resolution: int | None
     looks: list[Look] = field(default_factory=list)
     places: dict[object, int] = field(default_factory=dict)
 
@@ -178,9 +179,9 @@ class _Gallery:
         bad: DataError | None = None
         for picture in sample.pictures:
             name = key(picture)
-            pixels = _load(picture) if name in self.places else None
+            pixels = _load(picture, self.resolution) if name in self.places else None
             if pixels is None:
-                seen, pixels = look(picture)
+                seen, pixels = look(picture, self.resolution)
                 self.places[name] = len(self.looks)
                 self.looks.append(seen)
             places.append(self.places[name])
@@ -258,7 +259,7 @@ def survey(
     progress: Progress | None = None,
 ) -> Survey:
     """Look at up to ``rows`` rows of every source (None: all of them). A row that fails is a fact, never the end."""
-    gallery = _Gallery()
+    gallery = _Gallery(encoder.resolution)
     surveyed = []
     for source in given:
         walk = _Walk(encoder, gallery, source)
@@ -284,9 +285,9 @@ def spaced(total: int, rows: int | None) -> Sequence[int]:
     return [a + (i * 0x9E3779B1 & 0xFFFFFFFF) * (b - a) // 2**32 for i, (a, b) in enumerate(pairwise(edges))]
 
 
-def _load(picture: Picture) -> Image.Image | DataError:
+def _load(picture: Picture, resolution: int | None) -> Image.Image | DataError:
     try:
-        return picture.load()
+        return picture.load(resolution)
     except DataError as error:
         return error
 
