@@ -99,6 +99,57 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """What the run took, in bytes, measured (``tarsia.train.taken``) at the step that took most.
+
+    ``peak`` is ``weights + quantised + patches + states + other + step``. Of a run that went on, what was measured
+    since.
+    """
+
+    kind: ClassVar[str] = "memory"
+    device: str
+    weights: int
+    """The base's tensors in their own precision, buffers too; what several share is counted once."""
+    quantised: int
+    """The base's weights in 4 bits: codes, scales, levels."""
+    patches: int
+    states: int = field(compare=False)
+    """The optimiser's, before that step: the first one finds none."""
+    other: int = field(compare=False)
+    """Other tensors on the device, of whatever the process does."""
+    step: int | None = field(compare=False)
+    """What came on top in the step, at its peak: inputs, activations, gradients, all that is temporary."""
+    inputs: int | None = field(compare=False)
+    """Part of ``step``: the micro-batches."""
+    gradients: int | None = field(compare=False)
+    """Those of the patches, as the update finds them; a part of ``step`` where the peak is after the first."""
+    peak: int | None = field(compare=False)
+    """Bytes of tensors on the device at once, at most; on a GPU of its allocator's blocks. None: never watched."""
+    phase: str | None = field(compare=False)
+    """forward, backward or update: where the peak was."""
+    phases: Mapping[str, int] = field(compare=False)
+    """The peak within each phase of that step."""
+    number: int | None = field(compare=False)
+    """The step, from 1."""
+    batch: Mapping[str, Any] = field(compare=False)
+    """Its micro-batches: ``batches``; of the largest ``rows``, ``tokens``, ``labelled``, ``pictures``, ``shapes``."""
+    watched: int = field(compare=False)
+    """Steps in which the peak was measured: those with larger batches than all before, on a GPU all."""
+    unwatched: str = field(compare=False)
+    """Why a step was not measured that should have been; "" where none was left out."""
+    allocated: int | None = field(compare=False)
+    """On a GPU the most of the whole run, with loading and evaluation: ``max_memory_allocated``."""
+    reserved: int | None = field(compare=False)
+    """Likewise ``max_memory_reserved``."""
+    process: int | None = field(compare=False)
+    """The most that the process held in memory from before loading; None where the system does not tell."""
+    before: Mapping[str, int] | None = field(compare=False)
+    """What it held before loading: ``anonymous``, ``files`` (pages of files, mapped weights for one), ``shared``."""
+    after: Mapping[str, int] | None = field(compare=False)
+    """Likewise at the end; memory that a step has freed is kept until then."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The end: the adapter as a value, and the folder that holds it."""
 
@@ -108,7 +159,7 @@ class Finished:
     seconds: float = field(compare=False)
 
 
-Event: TypeAlias = Started | Notice | Step | Evaluated | Saved | Finished
+Event: TypeAlias = Started | Notice | Step | Evaluated | Saved | Memory | Finished
 
 
 def as_json(event: Event) -> str:

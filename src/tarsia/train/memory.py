@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Final
 
 import torch
@@ -39,7 +40,6 @@ ERROR: Final = 2
 class Phase(StrEnum):
     """The parts of a step."""
 
-    INPUTS = "inputs"
     FORWARD = "forward"
     BACKWARD = "backward"
     UPDATE = "update"
@@ -73,6 +73,7 @@ class Live:
         self.marks: list[tuple[int, str]] = []
         """Each mark: how many entries of ``line`` came before it, and its name."""
         self._signs: list[tuple[Tensor, str | int]] = []
+        self._thread = get_ident()
 
     @property
     def peak(self) -> int:
@@ -107,6 +108,8 @@ class Live:
         self._sign(name)
 
     def _sign(self, what: str | int) -> None:
+        if get_ident() != self._thread:  # as nothing of other threads is seen
+            return
         # a byte of its own in the record: its place among the others is exact, which no clock's reading is
         self._signs.append((torch.empty(1, dtype=torch.uint8), what))
 
@@ -132,6 +135,44 @@ class Live:
                 held += change
                 self.line.append((moment - began, held))
         self._signs.clear()
+
+
+class OnDevice:
+    """The most that a CUDA device's allocator had handed out at once, in each phase; its blocks are of 512 bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.reserved = 0
+        """The most that it had taken from the device."""
+        self.allocated = 0
+        """The most that it had handed out at once, whenever it was."""
+        self._device, self._name = device, ""
+        self._peaks: dict[str, int] = {}
+
+    def mark(self, name: str) -> None:
+        """What follows until the next one is called so."""
+        peak = torch.cuda.max_memory_allocated(self._device)
+        self.allocated = max(self.allocated, peak)
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self._device))
+        self._peaks[self._name] = max(self._peaks.get(self._name, 0), peak)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._name = name
+
+    @contextmanager
+    def step(self) -> Iterator[dict[str, int]]:
+        """Gives the peak of each phase that is said inside, once it has ended."""
+        self.mark("")
+        self._peaks.clear()
+        peaks: dict[str, int] = {}
+        with listening(self.mark):
+            yield peaks
+        self.mark("")
+        peaks |= self._peaks
+
+
+def forget() -> None:
+    """Forget the peaks that CUDA devices had up to now."""
+    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def can_watch() -> bool:

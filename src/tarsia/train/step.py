@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tarsia.core.errors import TrainingError
 from tarsia.data.encode import IGNORED, Batch
 from tarsia.train.loss import bare_hidden, head_losses
+from tarsia.train.memory import Phase, phase
 
 
 def predicted(labels: Tensor) -> Tensor:
@@ -173,7 +174,9 @@ def backward(
         owners = [batch.sources[row] for row in learnt(batch)]
         if not owners:
             continue
+        phase(Phase.FORWARD)
         losses = token_losses(model, batch.inputs, batch.labels)
+        phase(Phase.BACKWARD)
         for source, value in zip(owners, _finite(losses, batch, step), strict=True):
             total[source] += value
         if losses.requires_grad:  # rows without pictures reach nothing where tower or projector alone is trained
