@@ -1,5 +1,8 @@
-"""``python -m bench.grid SEED``: one configuration, its files kept. ``python -m bench.grid development`` or ``held-out``:
-a set, with a line for each in that folder, from where it stopped. The folder is TARSIA_GRID."""
+"""``python -m bench.grid SEED`` runs one configuration and keeps its files; ``development`` or ``held-out`` a whole set.
+
+A set has a line for each of its seeds in a file of its name, and goes on from where it stopped. All of it lies in the
+folder TARSIA_GRID.
+"""
 
 from __future__ import annotations
 

@@ -18,15 +18,15 @@ from bench.grid.worlds import FAMILIES, RESOLUTIONS, World, build
 DEVELOPMENT: Final = range(80)
 HELD_OUT: Final = range(10_000, 10_060)
 STEPS: Final = 3
-BUDGET: Final = 150.0
+BUDGET: Final = 170.0
 """Billions of operations that a run may take, by ``Configuration.work``."""
 
-SIZES: Final = 60
-"""How often sizes alone are drawn again before the recipe is too."""
+TIMES: Final = 40
+"""How often lengths alone are drawn again before all else is too."""
 TOO_MUCH: Final = "too much work"
 UNTIED: Final = "tables that can not be tied"
-OF_SIZES: Final = (TOO_MUCH, UNTIED)
-"""What other sizes can mend."""
+NO_PLACE: Final = "prompts in a tower that has all pictures in one sequence"
+QWEN: Final = "qwen"
 
 T = TypeVar("T")
 Values = dict[str, Any]
@@ -53,7 +53,7 @@ BLOCKS: Final[Mapping[str, tuple[str, ...]]] = {
 WHERE: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     **dict.fromkeys((*LOW_RANK, "vera", "oft"), ANYWHERE),
     **dict.fromkeys(NECKS, BLOCKS),
-    **dict.fromkeys(LEADS, {"language": ("language",)}),
+    **{name: {"language": ("language",)} for name in LEADS},
     "full": {**BLOCKS, "projector": ("projector",)},
     "bitfit": {"vision": ("vision", "vision.-3.."), "projector": ("projector",), "language": ("language",)},
     "ia3": {"language": ("language", "language.*.{k,v}"), "vision": ("vision",)},
@@ -89,7 +89,7 @@ class Configuration:
     def work(self) -> float:
         """Billions of operations of the run, from the sizes alone; a rough figure."""
         world, recipe = self.world, self.recipe
-        rows = recipe["batch"] * recipe["accumulate"]
+        rows: int = recipe["batch"] * recipe["accumulate"]
         seen = sum(self.rows.pictures) / len(self.rows.pictures)
         words = 2.5 * (self.rows.question + self.rows.answer)
         patches, tokens = _picture(world)
@@ -106,8 +106,7 @@ class Configuration:
         import yaml
 
         base = folder / "base"
-        if not (base / "config.json").is_file():
-            build(self.world, base, self.seed)
+        build(self.world, base, self.seed)
         rows = self.rows.write(folder / "rows", self.seed)
         places = {"model": str(base), "data": {"train": [{"path": str(rows)}]}, "out": str(folder / "out")}
         values = {**self.recipe, **places}
@@ -125,15 +124,20 @@ def configuration(seed: int) -> Configuration:
     redrawn: list[str] = []
     for _ in range(1000):
         recipe, pictures, resolution = _recipe(chance, method), _pictures(chance), chance.choice(RESOLUTIONS)
-        for _ in range(SIZES):
-            world = _world(chance, family, resolution)
+        world = _world(chance, family, resolution)
+        for _ in range(TIMES):
             drawn = Configuration(seed, world, _rows(chance, recipe, pictures, resolution), recipe)
             why = refused(drawn)
             if why is None:
                 return replace(drawn, redrawn=tuple(redrawn))
             redrawn.append(why)
-            if why not in OF_SIZES:
+            if why == NO_PLACE:
+                family = chance.choice(tuple(FAMILIES))
+            if why not in (TOO_MUCH, UNTIED):
                 break
+            # fewer layers, words and rows, so that wide models are not left out
+            world = replace(world, layers=max(4, world.layers - 1), tied=world.tied and why != UNTIED)
+            recipe = _fewer(recipe) if why == TOO_MUCH and chance.random() < 0.08 else recipe
     raise ValueError(f"seed {seed}: {family} with {method}: {', '.join(sorted(set(redrawn)))}")
 
 
@@ -154,10 +158,13 @@ def refused(drawn: Configuration) -> str | None:
         "nothing to pack": recipe["batching"] == "packed" and recipe["batch"] == 1,
         "LoftQ over weights that are not in 4 bits": any(m == "loftq" and c not in quantised for m, c in parts),
         "full training of weights in 4 bits": any(m == "full" and c in quantised for m, c in parts),
-        "no biases to train": any((m, c) == ("bitfit", "language") for m, c in parts)
-        and world.family not in _BIASED,
+        "no biases to train": any((m, c) == ("bitfit", "language") for m, c in parts) and world.family not in _BIASED,
         "features of a tower that is trained": "features" in recipe and "vision" in seen,
+        "features of a tower that ends with a projector that is trained": "features" in recipe
+        and "projector" in seen
+        and world.family.startswith(QWEN),
         "features of no picture": "features" in recipe and not drawn.pictures,
+        NO_PLACE: world.family.startswith(QWEN) and not set(methods).isdisjoint(SHOWN),
         UNTIED: world.tied and world.family in _UNTIED,
         TOO_MUCH: drawn.work > BUDGET,
     }
@@ -251,7 +258,17 @@ def _recipe(chance: random.Random, method: str) -> Values:
         values["four_bits"] = {"kind": kind, "nested": chance.random() < 0.7, "select": select}
     if chance.random() < 0.2:
         values["features"] = {}
+    if chance.random() < 0.15:
+        values["resolution"] = chance.choice((96, 160))
     return values
+
+
+def _fewer(recipe: Values) -> Values:
+    """The recipe with a row less in a micro-batch where that still packs, else a micro-batch less where that groups."""
+    least = {"packed": (2, 1), "grouped": (1, 2), "plain": (1, 1)}[recipe["batching"]]
+    if recipe["batch"] > least[0]:
+        return recipe | {"batch": recipe["batch"] - 1}
+    return recipe | {"accumulate": max(least[1], recipe["accumulate"] - 1)}
 
 
 def _more(chance: random.Random) -> int:

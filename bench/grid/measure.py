@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,24 +82,25 @@ def live_bytes(folder: Path) -> Values:
         for event in fit(recipe, host=host):
             if isinstance(event, Step):
                 steps += 1
-                if not held:
-                    held = _held(host.model)
-            if steps == recipe.steps:
-                watched.mark("saving")
+                held = held or _held(host.model)
+                watched.mark("saving" if steps == recipe.steps else "between")
     if steps != recipe.steps:
         raise RuntimeError(f"{steps} of {recipe.steps} steps were seen")
     return {"peak": watched.peak, "phase": watched.phase, "peaks": watched.peaks, "held": held}
 
 
 def process(folder: Path) -> Values:
-    """The run as a user has it. Returns the process's memory before it, and the most there ever was, in bytes."""
+    """The run as a user has it. Returns the process's memory before it, the most there ever was, what the run says."""
     from tarsia.train import fit
+    from tarsia.train.events import Memory, Step
 
     recipe = _recipe(folder, "process")
     before = _status()
-    losses = [event.loss for event in fit(recipe) if type(event).__name__ == "Step"]
+    events = list(fit(recipe))
     after = _status()
-    return {"before": before["VmRSS"], "peak": after["VmHWM"], "losses": losses}
+    (memory,) = (event for event in events if isinstance(event, Memory))
+    losses = [event.loss for event in events if isinstance(event, Step)]
+    return {"before": before["VmRSS"], "peak": after["VmHWM"], "losses": losses, "memory": asdict(memory)}
 
 
 def _recipe(folder: Path, part: str) -> Any:
@@ -150,7 +152,7 @@ def guarded(part: Callable[[], Values]) -> Values:
     began = time.process_time()
     try:
         found = part()
-    except Exception as error:  # whatever a configuration comes to is a result
+    except Exception as error:  # noqa: BLE001 (whatever a configuration comes to is its result)
         print(traceback.format_exc(), file=sys.stderr)
         found = {"error": f"{type(error).__name__}: {error}"[:800]}
     return found | {"seconds": round(time.process_time() - began, 2)}

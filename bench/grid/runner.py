@@ -78,6 +78,7 @@ def described(found: Configuration) -> Line:
         "four_bits": found.recipe.get("four_bits"),
         **{key: found.recipe[key] for key in ("precision", "batch", "accumulate", "batching", "checkpointing", "clip")},
         "features": "features" in found.recipe,
+        "shrunk": found.recipe.get("resolution"),
         "work": round(found.work, 1),
         "redrawn": len(found.redrawn),
     }

@@ -67,9 +67,5 @@ def tokenizer(size: int, marks: Sequence[str], named: Mapping[str, str], bos: bo
     steps = [processors.ByteLevel(trim_offsets=False), *([first] if bos else [])]
     made.post_processor = processors.Sequence(steps)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens=dict(named),
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=dict(named)
     )

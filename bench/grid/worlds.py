@@ -91,7 +91,6 @@ def still(name: str) -> Any:
 
         base: Any = getattr(transformers, name)
 
-
         class Still(base):  # type: ignore[misc]
             @classmethod
             def get_attributes(cls) -> list[str]:
@@ -388,11 +387,7 @@ _QWEN_MARKS: Final = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|v
 _QWEN_MARKER: Final = "<|vision_start|><|image_pad|><|vision_end|>"
 _IDEFICS_MARKS: Final = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 _ONE: Final = {"image_token": "<image>"}
-_SOFT: Final = {
-    "boi_token": "<start_of_image>",
-    "eoi_token": "<end_of_image>",
-    "image_token": "<image_soft_token>",
-}
+_SOFT: Final = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 _CONTEXT: Final = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
