@@ -17,12 +17,20 @@ from tarsia.core.method import METHODS
 from tarsia.data import Source, read
 from tarsia.data.formats import FORMATS, Place, Row, read_row
 from tarsia.data.samples import Sample
-from tarsia.train.recipe import DataRecipe, FeatureRecipe, FourBitsRecipe, PartRecipe, Recipe, TrainSource
+from tarsia.train.recipe import (
+    DataRecipe,
+    FeatureRecipe,
+    FourBitsRecipe,
+    OptimiserRecipe,
+    PartRecipe,
+    Recipe,
+    TrainSource,
+)
 
 PAGE = (source.ROOT / "docs" / "recipes.md").read_text(encoding="utf8")
 MODELS: tuple[type[BaseModel], ...] = (
     *(Recipe, PartRecipe, DataRecipe, Source, TrainSource),
-    *(FeatureRecipe, FourBitsRecipe),
+    *(FeatureRecipe, FourBitsRecipe, OptimiserRecipe),
 )
 CONFIGS = sorted({method.config for method in METHODS.values()}, key=lambda config: str(config.__name__))
 

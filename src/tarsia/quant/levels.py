@@ -41,7 +41,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _constant(make: Callable[_P, _T]) -> Callable[_P, _T]:
+def constant(make: Callable[_P, _T]) -> Callable[_P, _T]:
     """What is made once for all is made in the same way, whoever asks first and within what."""
 
     @wraps(make)
@@ -78,7 +78,7 @@ def normal_float(outermost: float = OUTERMOST, dtype: torch.dtype = torch.float3
 
 
 @cache
-@_constant
+@constant
 def bounds(kind: str) -> tuple[Tensor, Tensor]:
     """Where rounding changes from one level to the next, float32 [15], and the codes in the order of their levels.
 
@@ -91,13 +91,14 @@ def bounds(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
-@_constant
-def scale_levels() -> Tensor:
-    """The 256 levels of a block scale's own 8 bits, float32, ascending: arXiv:1511.04561's dynamic type.
+@constant
+def dynamic_levels(signed: bool) -> Tensor:
+    """The 256 levels of arXiv:1511.04561's dynamic type, float32, ascending: finer towards zero, from 0 or -1 to 1.
 
-    For each of seven powers of ten the middles of 2^i equal steps of [0.1, 1] with both signs, then 0 and 1. An edge
-    is an end plus a multiple of the step, rounded once. (bitsandbytes asks ``torch.linspace``, which rounds twice
-    where it was built without a fused multiplication: its table differs by up to two last places between machines.)
+    For each of seven powers of ten the middles of equal steps of [0.1, 1], 2^i of them with both signs or 2^(i + 1)
+    without, then 0 and 1. An edge is an end plus a multiple of the step, rounded once. (bitsandbytes asks
+    ``torch.linspace``, which rounds twice where it was built without a fused multiplication: its table differs by up
+    to two last places between machines.)
     """
 
     def edges(count: int) -> Tensor:
@@ -109,14 +110,19 @@ def scale_levels() -> Tensor:
 
     table = [torch.tensor([0.0, 1.0])]
     for i in range(7):
-        e = edges(2**i)
+        e = edges(2**i if signed else 2 ** (i + 1))
         middles = (e[:-1] + e[1:]) / 2 * torch.tensor(10.0 ** (i - 6))
-        table += [middles, -middles]
+        table += [middles, -middles] if signed else [middles]
     return torch.cat(table).sort().values
 
 
+def scale_levels() -> Tensor:
+    """The 256 levels of a block scale's own 8 bits, float32, ascending: the dynamic type with both signs."""
+    return dynamic_levels(True)
+
+
 @cache
-@_constant
+@constant
 def scale_codes() -> Tensor:
     """The code of a scale by where it lies in [-1, 1], uint8 [65536]: bitsandbytes' short cut to the nearest level.
 

@@ -18,6 +18,7 @@ from tarsia.quant.tensor import Weight4
 from tarsia.train.heap import kept_heap
 from tarsia.train.lean import lean
 from tarsia.train.loss import followed, plain_head
+from tarsia.train.paged import PagedAdamW
 
 FOLLOWED = "The model changes what its head gives (a soft cap, a scale), so all logits of a batch are made at once."
 
@@ -39,6 +40,8 @@ def fast(model: nn.Module, optimiser: torch.optim.AdamW) -> Iterator[tuple[str, 
             lines.append("loss by chunks through the frozen head")
         fused = all(group["fused"] for group in optimiser.param_groups)
         lines.append("AdamW in one pass" if fused else "AdamW as torch does it: the patches are not on a processor")
+        if isinstance(optimiser, PagedAdamW):
+            lines.append(f"AdamW's {optimiser.line}")
         lines.append("freed memory is kept" if kept else "freed memory is not kept: the C library can not be told to")
         yield tuple(lines)
 

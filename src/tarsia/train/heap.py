@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import torch
+
 TRIM, MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 NEVER: Final = -1
 LARGEST: Final = (2**30, 2**25)
@@ -34,3 +36,23 @@ def kept_heap() -> Iterator[bool]:
         for what, value in USUAL.items():
             library.mallopt(what, value)
         library.malloc_trim(0)
+
+
+def give_back(device: torch.device) -> None:
+    """Return freed memory to the system, or to the GPU, while it is kept otherwise."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is an allocator that had no memory, on a GPU or on a processor."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and any(words in told for words in _REFUSALS)
+
+
+_REFUSALS: Final = ("can't allocate memory", "std::bad_alloc", "not enough memory")
+"""What torch's allocators for processors say, and C++'s own."""

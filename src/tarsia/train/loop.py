@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ from tarsia import __version__
 from tarsia.adapter import Adapter, Host, Probe, probe, save
 from tarsia.core.attach import detach, slots
 from tarsia.core.errors import ConfigError
-from tarsia.data import Sample
+from tarsia.data import Batch, Sample
 from tarsia.train.checkpoint import locked, write
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, read_log
 from tarsia.train.exact import deterministic, threads
@@ -26,9 +27,11 @@ from tarsia.train.features import features
 from tarsia.train.loss import followed
 from tarsia.train.memory import Phase, phase
 from tarsia.train.optimiser import peaks, set_rates
+from tarsia.train.paged import PagedAdamW
+from tarsia.train.pressure import relieved
 from tarsia.train.recipe import Recipe
 from tarsia.train.run import NAME, Run, claim, find_checkpoint, machine, prepare
-from tarsia.train.step import backward, loss_shares
+from tarsia.train.step import Losses, backward, loss_shares
 from tarsia.train.store import Store
 from tarsia.train.taken import Meter
 from tarsia.train.watch import check_finite
@@ -89,7 +92,8 @@ def _training(run: Run) -> Iterator[tuple[str, ...]]:
         model.train()
         if run.recipe.checkpointing:
             _recompute(model, True)
-        with fast(model, run.optimiser) as lines:
+        paged = run.optimiser.opened() if isinstance(run.optimiser, PagedAdamW) else nullcontext()
+        with paged, fast(model, run.optimiser) as lines:
             yield lines
     finally:
         if run.recipe.checkpointing:
@@ -194,22 +198,26 @@ def _events(
 
 
 def _news(run: Run) -> Iterator[Notice]:
-    """What the cache of features has to say: what it keeps, once, and all that went wrong with its folder."""
+    """What the cache of features has to say: what it keeps, once, and all that went wrong with its folder.
+
+    And what the optimiser has: that its states had to leave the memory.
+    """
     if run.features is not None:
         yield from map(Notice, run.features.news())
+    if isinstance(run.optimiser, PagedAdamW):
+        yield from map(Notice, run.optimiser.news())
 
 
 def _step(run: Run) -> Step:
     """One optimiser step: all its micro-batches, the checks, the update."""
     began = time.perf_counter()
     number = run.step + 1
-    batches = run.batches()
-    run.prove(batches)
+    batches = relieved(run, partial(_given, run))
     rates = set_rates(run.optimiser, run.schedule.share(run.step))
     parameters = [p for patch in run.patches.values() for p in patch.parameters()]
     watching = nullcontext() if run.meter is None else run.meter.over(run, batches)
-    with watching, run.random(), deterministic(run.device):
-        losses = backward(run.model, batches, number, run.weights)
+    with watching, deterministic(run.device):
+        losses = relieved(run, partial(_learn, run, batches))
         phase(Phase.UPDATE)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         size = check_finite(norm, run.patches, number, batches)
@@ -235,6 +243,19 @@ def _step(run: Run) -> Step:
         loss_shares=loss_shares(losses.contributions),
         tokens_per_second=tokens / seconds,
     )
+
+
+def _given(run: Run) -> tuple[Batch, ...]:
+    """The next step's micro-batches, proved where rows are packed."""
+    batches = run.batches()
+    run.prove(batches)
+    return batches
+
+
+def _learn(run: Run, batches: Sequence[Batch]) -> Losses:
+    """The gradients of the next step. Random numbers move on only where all of it went well."""
+    with run.random():
+        return backward(run.model, batches, run.step + 1, run.weights)
 
 
 def _evaluation(run: Run, evaluator: Evaluator | None) -> Iterator[Evaluated]:

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tarsia.train.paged import Form, PagedAdamW
+
 Decay = Literal["cosine", "linear", "constant"]
 _EVEN: Mapping[str, float] = MappingProxyType({})
 
@@ -39,11 +41,13 @@ def adamw(
     betas: tuple[float, float],
     weight_decay: float,
     paces: Mapping[str, float] = _EVEN,
+    form: Form | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101, algorithm 2) over the named tensors of each part.
 
     Matrices decay; vectors (biases, norms, scales) do not. ``paces`` says how many times its part's rate a tensor
-    learns at, where that is not 1. A group knows its part's index, the part's peak rate and its pace.
+    learns at, where that is not 1. A group knows its part's index, the part's peak rate and its pace. ``form`` is that
+    of the states, where they are in 8 bits or can leave the device's memory.
     """
     groups = []
     for index, (tensors, rate) in enumerate(zip(parts, rates, strict=True)):
@@ -62,6 +66,8 @@ def adamw(
                     "weight_decay": weight_decay if decayed else 0.0,
                 }
             )
+    if form is not None and (form.paged or form.bits != 32):
+        return PagedAdamW(groups, betas, form)
     # one pass over all tensors in place of ten for each; on a GPU the same option keeps its counts elsewhere
     on_cpu = all(p.device.type == "cpu" for tensors in parts for p in tensors.values())
     return torch.optim.AdamW(groups, betas=betas, fused=True if on_cpu else None)
@@ -88,6 +94,8 @@ def peaks(optimiser: torch.optim.Optimizer) -> tuple[dict[str, tuple[float, ...]
 
 def state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of the optimiser's state, by ``{parameter}/{name}``."""
+    if isinstance(optimiser, PagedAdamW):
+        return optimiser.stored()
     found = {}
     for group in optimiser.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -98,6 +106,9 @@ def state(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what ``state`` gave. Raises KeyError for a tensor that belongs to no parameter."""
+    if isinstance(optimiser, PagedAdamW):
+        optimiser.adopt(tensors)
+        return
     members = {
         name: parameter
         for group in optimiser.param_groups

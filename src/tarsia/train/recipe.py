@@ -23,6 +23,7 @@ from tarsia.train.reading import parse_value, read_yaml
 
 if TYPE_CHECKING:
     from tarsia.adapter import FourBits, Host
+    from tarsia.train.paged import Form
 
 RATES: Final[Mapping[str, float]] = {method: advise(method)["lr"] for method in sorted(KNOWN)}
 """Peak learning rates where a part names none: those for models of billions of parameters (``tarsia advise``)."""
@@ -30,8 +31,12 @@ RATES: Final[Mapping[str, float]] = {method: advise(method)["lr"] for method in 
 _UNHASHED: Final = (
     *("out", "threads", "device", "save_every", "eval_every", "data.eval"),
     *("features.path", "features.limit"),
+    *("optimiser.paged", "optimiser.budget", "optimiser.path"),
 )
 """Keys that do not change what is computed but for the last bits; a resume looks at threads and device apart."""
+
+LEAST_BUDGET: Final = 1 << 13
+"""Bytes: two pages of an optimiser's states."""
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -127,10 +132,76 @@ class FeatureRecipe(BaseModel):
     @property
     def bytes(self) -> int:
         """``limit`` as a number. Raises ConfigError where it is none."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", str(self.limit))
-        if found is None or not float(found[1]):
-            raise ConfigError("That is no size.", given=repr(self.limit), do='for example features.limit: "4GB"')
-        return int(float(found[1]) * (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " ")))
+        return _size(self.limit, "features.limit")
+
+
+def _size(given: int | str, key: str) -> int:
+    """Bytes of a number, or of a text such as "4GB" (powers of 1000) or "4GiB" (of 1024)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", str(given))
+    if found is None or not float(found[1]):
+        raise ConfigError("That is no size.", given=repr(given), do=f'for example {key}: "4GB"')
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " ")))
+
+
+class OptimiserRecipe(BaseModel):
+    """AdamW's states: in 32 or 8 bits (arXiv:2110.02861), and whether they can leave the device's memory.
+
+    With ``paged`` they leave it where a step would run out of memory, and come back; with a ``budget`` (bytes, or a
+    text such as "2GB") no more of them are ever there. On a GPU they go to pinned memory of the host, on a processor
+    into the folder ``path`` (the run's own ``out/pages`` where none is named). A text is words: "paged 8-bit".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[32, 8] = 32
+    paged: bool = False
+    budget: Positive | str | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, values: Any) -> Any:
+        if not isinstance(values, str):
+            return values
+        known: dict[str, dict[str, Any]] = {"paged": {"paged": True}, "8-bit": {"bits": 8}, "32-bit": {"bits": 32}}
+        words = values.split()
+        if not words or set(words) - set(known) or {"8-bit", "32-bit"} <= set(words):
+            raise ConfigError(
+                "That says nothing of an optimiser's states.",
+                given=f"optimiser: {values!r}",
+                allowed="paged, 8-bit, 32-bit, paged 8-bit, or a table",
+            )
+        return {key: value for word in words for key, value in known[word].items()}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        useless = [key for key in ("budget", "path") if getattr(self, key) is not None]
+        if useless and not self.paged:
+            raise ConfigError(
+                "States that are not paged never leave the device's memory.",
+                given=f"optimiser.{useless[0]} without optimiser.paged",
+                do=f"set optimiser.paged: true, or leave {useless[0]} out",
+            )
+        _ = self.bytes
+        return self
+
+    @property
+    def bytes(self) -> int | None:
+        """``budget`` as a number; None where there is none. Raises ConfigError for what is no size, or too small."""
+        size = None if self.budget is None else _size(self.budget, "optimiser.budget")
+        if size is not None and size < LEAST_BUDGET:
+            raise ConfigError(
+                "A budget that small holds no two pages of states.",
+                given=f"optimiser.budget {size:,} bytes",
+                allowed=f"{LEAST_BUDGET:,} bytes or more",
+            )
+        return size
+
+    def form(self, out: Path) -> Form:
+        """As the optimiser knows it, in a run whose folder is ``out``."""
+        from tarsia.train.paged import Form
+
+        return Form(self.bits, self.paged, self.bytes, out / "pages" if self.path is None else Path(self.path))
 
 
 class FourBitsRecipe(BaseModel):
@@ -232,6 +303,7 @@ class Recipe(BaseModel):
     recomputes activations in the backward pass. ``save_every`` and ``eval_every`` are in steps; the last step
     is always saved. ``variables`` are the chat template's own, a date say. ``resolution`` is the most pixels
     along the longer side of a picture: a larger one is shrunk before the base's processor gets it.
+    ``optimiser`` is where AdamW's states are, and in how many bits.
     ``features`` keeps the outputs of a frozen vision tower on disk. ``four_bits`` rounds the base's weights to
     4 bits as it is opened: it, and nothing that is trained.
     """
@@ -263,6 +335,7 @@ class Recipe(BaseModel):
     threads: Positive | None = None
     features: FeatureRecipe | None = None
     four_bits: FourBitsRecipe | None = None
+    optimiser: OptimiserRecipe | None = None
     out: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -364,6 +437,8 @@ class Recipe(BaseModel):
         for key in ("four_bits", "resolution"):
             if values[key] is None:
                 del values[key]  # a run that began before there was this key goes on
+        if self.optimiser is None or self.optimiser.bits == 32:
+            del values["optimiser"]  # where states of 32 bits are changes no number
         values["parts"] = [
             {key: list(value.items()) if isinstance(value, Mapping) else value for key, value in part.items()}
             for part in values["parts"]
@@ -527,5 +602,6 @@ def _fields(model: type[BaseModel], location: Sequence[int | str]) -> Iterator[s
         ("data", "eval"): Source,
         ("features",): FeatureRecipe,
         ("four_bits",): FourBitsRecipe,
+        ("optimiser",): OptimiserRecipe,
     }
     yield from nested[tuple(str(key) for key in location if isinstance(key, str))].model_fields

@@ -297,7 +297,12 @@ def prepare(recipe: Recipe, host: Host | None, threads: int) -> Run:
             mixture=Mixture(sources, [source.weight for source in recipe.data.train], recipe.seed, rows),
             digests=digests,
             optimiser=adamw(
-                named, [part.rate for part in recipe.parts], recipe.betas, recipe.weight_decay, paces(made)
+                named,
+                [part.rate for part in recipe.parts],
+                recipe.betas,
+                recipe.weight_decay,
+                paces(made),
+                None if recipe.optimiser is None else recipe.optimiser.form(Path(recipe.out)),
             ),
             schedule=schedule,
             watch=GradientWatch(made, pictures),
