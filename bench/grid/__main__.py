@@ -1,7 +1,7 @@
-"""``python -m bench.grid SEED`` runs one configuration and keeps its files; ``development`` or ``held-out`` a whole set.
+"""Configurations of the grid, run and measured; all files lie in the folder TARSIA_GRID.
 
-A set has a line for each of its seeds in a file of its name, and goes on from where it stopped. All of it lies in the
-folder TARSIA_GRID.
+python -m bench.grid SEED                      one, whose files are kept
+python -m bench.grid development|held-out      a whole set: a line for each in a file of its name, from where it stopped
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ SETS = {"development": DEVELOPMENT, "held-out": HELD_OUT}
 
 
 def main(words: Sequence[str]) -> int:
-    """Returns 1 where a configuration failed."""
+    """Returns 1 where a configuration failed, 2 where there is nothing such to run."""
     if len(words) != 1 or (words[0] not in SETS and not words[0].isdecimal()):
         print(__doc__, file=sys.stderr)
         return 2
     place, word = home(), words[0]
     place.mkdir(parents=True, exist_ok=True)
     if word.isdecimal():
-        lines = [run(int(word), place / f"{int(word):05d}")]
+        folder = place / f"{int(word):05d}"
+        lines = [run(int(word), folder)]
         print(json.dumps(lines[0], indent=1))
-        print(f"files: {place / f'{int(word):05d}'}", file=sys.stderr)
+        print(f"its files: {folder}", file=sys.stderr)
         return int("error" in lines[0])
     failed = 0
     for line in series(SETS[word], place / f"{word}.jsonl"):
