@@ -26,9 +26,9 @@ from tarsia.core.site import Site
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
-_CONFIG = ("config.json",)
-_TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
-_FILES = (*_TEXTS, "*.safetensors")
+CONFIG = ("config.json",)
+TEXTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+FILES = (*TEXTS, "*.safetensors")
 _TWICE = ("consolidated*", "*/*.safetensors")  # the same weights in another program's form
 
 
@@ -131,9 +131,9 @@ def open_base(
     SelectionError for a selection of ``four_bits`` that matches nothing.
     """
     place = _device(device)
-    chosen = _dtype(dtype, place)
-    folder = _folder(name)
-    anatomy = _anatomy(folder)
+    chosen = dtype_of(dtype, place)
+    folder = folder_of(name)
+    anatomy = anatomy_in(folder)
     fingerprint = Fingerprint.of_folder(folder)
     model, quantisation = _loaded(folder, anatomy, chosen, four_bits)
     if quantisation is not None and quantisation.asked is not None:
@@ -143,7 +143,7 @@ def open_base(
         name=name,
         path=folder,
         model=model,
-        processor=_processor(folder) if processor else None,
+        processor=processor_in(folder) if processor else None,
         anatomy=anatomy,
         sites=tuple(anatomy.sites(model)),
         fingerprint=fingerprint,
@@ -175,21 +175,22 @@ def open_outline(name: str, *, processor: bool = True, weights: bool = False) ->
 
     ``weights`` sees to it that the files with the weights are in ``path`` too.
     """
-    folder = _folder(name, _FILES if weights else _TEXTS if processor else _CONFIG)
-    anatomy = _anatomy(folder)
+    folder = folder_of(name, FILES if weights else TEXTS if processor else CONFIG)
+    anatomy = anatomy_in(folder)
     model = _shapes(folder, anatomy)
     return Outline(
         name=name,
         path=folder,
         model=model,
-        processor=_processor(folder) if processor else None,
+        processor=processor_in(folder) if processor else None,
         anatomy=anatomy,
         sites=tuple(anatomy.sites(model)),
         context=getattr(anatomy.config.get_text_config(), "max_position_embeddings", None),
     )
 
 
-def _dtype(dtype: str, place: torch.device) -> torch.dtype:
+def dtype_of(dtype: str, place: torch.device) -> torch.dtype:
+    """What a precision, "auto" too, means on a device. Raises ConfigError for an unknown one."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
         return torch.bfloat16 if native_bf16(place) else torch.float32
@@ -212,7 +213,8 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _folder(name: str, wanted: Sequence[str] = _FILES) -> Path:
+def folder_of(name: str, wanted: Sequence[str] = FILES) -> Path:
+    """The folder that a base lies in; of a hub id the ``wanted`` files are fetched. Raises as ``open_base`` does."""
     found = resolve(name)
     folder = Path(found).expanduser()
     if folder.is_dir():
@@ -236,7 +238,7 @@ def _folder(name: str, wanted: Sequence[str] = _FILES) -> Path:
 
     try:
         # what is not understood is refused before its weights are fetched
-        _anatomy(Path(snapshot_download(found, allow_patterns=list(_CONFIG))))
+        anatomy_in(Path(snapshot_download(found, allow_patterns=list(CONFIG))))
         return Path(snapshot_download(found, allow_patterns=list(wanted), ignore_patterns=list(_TWICE)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -247,7 +249,8 @@ def _folder(name: str, wanted: Sequence[str] = _FILES) -> Path:
         ) from None
 
 
-def _anatomy(folder: Path) -> Anatomy:
+def anatomy_in(folder: Path) -> Anatomy:
+    """Of a base's folder. Raises AnatomyError for a family that is not known."""
     return anatomy_of(read_json(folder / "config.json"))
 
 
@@ -360,7 +363,8 @@ def _model(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
     return model
 
 
-def _processor(folder: Path) -> Any:
+def processor_in(folder: Path) -> Any:
+    """A base's processor of pictures and texts. Raises AdapterError where the files do not make one."""
     from transformers import AutoProcessor
 
     try:

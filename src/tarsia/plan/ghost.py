@@ -104,7 +104,7 @@ class Ghost(TorchDispatchMode):
         made = self._build(func, specs)
         outputs = tuple(spec for spec in _flat(specs) if spec is not None)
         self._note(func, args, kwargs, outputs)
-        if func is _aten.add.Tensor and sys._getframe(3).f_code.co_name == "_engine_run_backward":
+        if func is _aten.add.Tensor and _of_the_engine():
             a, b = args[0], args[1]
             if isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype == made.dtype:
                 self.ledger.taken_over(made, a)
@@ -126,12 +126,9 @@ class Ghost(TorchDispatchMode):
 
     def _made(self, func: Any, spec: Spec) -> Tensor:
         size, stride, dtype = spec
-        if dtype.is_floating_point:
-            made = torch.empty_strided(size, stride, dtype=dtype)
-        else:
-            # whoever reads these as indices finds one that exists
-            made = torch.empty_strided(size, stride, dtype=dtype).zero_()
+        made = torch.empty_strided(size, stride, dtype=dtype)
         self.ledger.see(made, func.name()).ghost = True
+        harmless(made)
         return made
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -142,6 +139,7 @@ class Ghost(TorchDispatchMode):
         for argument in written:
             for tensor in _tensors((given.get(argument.name),)):
                 self.ledger.see(tensor, func.name()).ghost = True
+                harmless(tensor)
         self._note(func, args, kwargs, ())
         fresh = [r for r in func._schema.returns if r.alias_info is None]
         if not func._schema.returns:
@@ -192,6 +190,24 @@ class _Value:
     """Something that is no tensor."""
 
     value: Any
+
+
+def _of_the_engine() -> bool:
+    """Whether it is autograd itself that adds two gradients, and no Python of anybody's."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename == __file__ or frame.f_code.co_name in ("inner", "_fn"):
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
+
+
+def harmless(tensor: Tensor) -> None:
+    """Give what may be read as numbers some that no check refuses: finite ones, and places that exist."""
+    if not tensor.is_floating_point():
+        tensor.zero_()
+    elif tensor.numel() <= SMALL:
+        tensor.fill_(1.0)
 
 
 def _tensors(*groups: Iterable[Any]) -> Iterable[Tensor]:

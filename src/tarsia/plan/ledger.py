@@ -114,6 +114,11 @@ class Ledger:
             self.phase = before
             self.marks.append(Mark(self.now, before))
 
+    def begin(self, phase: str) -> None:
+        """What is noted from here on, until what is around it ends, belongs to ``phase``."""
+        self.phase = phase
+        self.marks.append(Mark(self.now, phase))
+
     def label(self, tensors: Iterable[Tensor], category: Category) -> int:
         """Say what these are for. Returns their bytes, each storage counted once."""
         found = {id(block): block for tensor in tensors if (block := self.block(tensor)) is not None}
@@ -121,13 +126,14 @@ class Ledger:
             block.category = category
         return sum(block.size for block in found.values())
 
-    def settle(self) -> None:
-        """Let an heir be born when what it took over goes: in place, as it is where nobody looks on."""
+    def settled(self) -> tuple[Block, ...]:
+        """All blocks up to now. An heir is born when what it took over goes: in place, as where nobody looks on."""
         for heir, old in self._heirs:
             # nothing came between them: the old one was the sum's alone
-            if old.died == heir.born + 1 or (old.died > heir.born and old.died - heir.born <= 2):
+            if old.died == heir.born + 1:
                 heir.born, old.died = old.died, heir.born
         self._heirs.clear()
+        return tuple(self.blocks)
 
 
 def live(blocks: Sequence[Block], end: int) -> list[int]:

@@ -1,0 +1,109 @@
+"""Which steps of a run are the large ones: found without a model, from the rows that will be drawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tarsia.data import Sample
+from tarsia.train.run import Run
+
+SECONDS: Final = 3.0
+"""How long rows are read as training reads them; the others' sizes are then told from these."""
+LOOKED: Final = 20_000
+"""The most draws of a run that are looked at."""
+
+Size = tuple[int, int, int]
+"""Of a row: tokens, labelled tokens, numbers that its pictures are given as."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """``steps`` are the numbers (from 0) of the largest steps, in one way or another; the first step is always there.
+
+    ``rows`` different rows were drawn in ``draws`` draws that were looked at of ``all_draws``; ``read`` of the rows
+    were encoded as training does, in ``seconds`` each.
+    """
+
+    steps: tuple[int, ...]
+    rows: int
+    draws: int
+    all_draws: int
+    read: int
+    seconds: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row that the run draws was read."""
+        return self.read == self.rows and self.draws == self.all_draws
+
+
+def survey(run: Run, seconds: float = SECONDS) -> Survey:
+    """Look at the rows that ``run`` will draw. Those with the most text and the largest pictures are read first."""
+    per_step = run.recipe.batch * run.recipe.accumulate
+    all_draws = run.schedule.steps * per_step
+    draws = max(per_step, min(all_draws, LOOKED) // per_step * per_step)
+    drawn = [run.mixture.row(n) for n in range(draws)]
+    guesses = {place: _guess(run.mixture.sources[place[0]][place[1]]) for place in dict.fromkeys(drawn)}
+    sizes: dict[tuple[int, int], Size] = {}
+    began = time.perf_counter()
+    for place in sorted(guesses, key=lambda p: -sum(guesses[p])):
+        if sizes and time.perf_counter() - began > seconds:
+            break
+        sizes[place] = _size(run, run.mixture.sources[place[0]][place[1]])
+    each = (time.perf_counter() - began) / len(sizes)
+    read = len(sizes)
+    _fill(sizes, guesses)
+    steps = _largest(run, [sizes[place] for place in drawn], per_step)
+    return Survey(steps, len(guesses), draws, all_draws, read, each)
+
+
+def _guess(sample: Sample) -> tuple[float, float]:
+    """What a row's size grows with and is read at once: letters and, as if they were, pixels."""
+    letters = sum(len(message.text) for message in sample.messages)
+    pixels = [width * height for width, height in (picture.load().size for picture in sample.pictures)]
+    return float(letters), sum(pixels) / 200
+
+
+def _size(run: Run, sample: Sample) -> Size:
+    batch = run.encoder.batch([sample])
+    pixels = sum(value.numel() for value in batch.inputs.values() if value.is_floating_point())
+    return batch.labels.shape[1], int((batch.labels >= 0).sum()), pixels
+
+
+def _fill(sizes: dict[tuple[int, int], Size], guesses: dict[tuple[int, int], tuple[float, float]]) -> None:
+    """Give the rows that were not read sizes in proportion: as large as the largest for what was guessed of them."""
+    if len(sizes) == len(guesses):
+        return
+    known = [(sum(guesses[place]) + 1, size) for place, size in sizes.items()]
+    shares = [max(size[i] / guess for guess, size in known) for i in range(3)]
+    for place, guess in guesses.items():
+        if place not in sizes:
+            whole = sum(guess) + 1
+            sizes[place] = (int(shares[0] * whole), int(shares[1] * whole), int(shares[2] * whole))
+
+
+def _largest(run: Run, sizes: Sequence[Size], per_step: int) -> tuple[int, ...]:
+    """The first step, and the step that has the largest micro-batch in each of the ways that memory grows with."""
+    batch, packs = run.recipe.batch, run.packs
+    best: list[tuple[int, int]] = []
+    for start in range(0, len(sizes), per_step):
+        rows = list(sizes[start : start + per_step])
+        if run.recipe.batching == "grouped":
+            rows.sort()
+        parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+        found = [_weight(part, packs) for part in parts]
+        score = [max(column) for column in zip(*found, strict=True)]
+        best = best or [(-1, 0)] * len(score)
+        best = [max(old, (new, -start)) for old, new in zip(best, score, strict=True)]
+    return tuple(dict.fromkeys((0, *(-start // per_step for _, start in best))))
+
+
+def _weight(rows: Sequence[Size], packs: bool) -> tuple[int, int, int, int]:
+    longest = max(row[0] for row in rows)
+    tokens = sum(row[0] for row in rows) if packs else longest * len(rows)
+    labelled, pixels = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    # together what most of the memory is for: a step with little more of one and much less of the others is not taken
+    return tokens, longest, pixels, labelled
