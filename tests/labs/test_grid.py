@@ -12,6 +12,7 @@ from tarsia.evaluate import find, generate
 from tarsia.labs import grid, replay, sources
 from tarsia.labs.experiment import samples
 from tarsia.labs.grid import Curve, Grid, Run, Setting
+from tarsia.labs.runs import score
 
 
 def results(lows, seeds=2):
@@ -94,18 +95,18 @@ def test_a_result_of_other_settings_is_refused(small):
 @pytest.mark.parametrize("job", ["infrared", "scenes"])
 def test_right_is_what_greedy_decoding_says(small, monkeypatch, job):
     """The base on the job and on its own world: the marks without generating are those of what it says."""
-    monkeypatch.setattr(grid, "JOBS", {**grid.JOBS, "scenes": sources.scenes})
-    batches = list(small._batches(job, "held-out", small.host))
+    monkeypatch.setattr(small, "jobs", {**small.jobs, "scenes": sources.scenes})
+    batches = list(small.batches(job, "held-out"))
     some = samples({"x": small.rows(job, "held-out")})["x"]
     judge = find("exact")
     said = generate(small.host, some, 8, 6)
     marks = [float(judge(text, row.messages[-1].text)) for text, row in zip(said, some, strict=True)]
-    assert grid.score(small.host, batches)["right"] == marks
+    assert score(small.host, batches)["right"] == marks
     assert any(marks) == (job == "scenes")
 
 
 def test_a_token_that_is_wrong_makes_its_row_wrong(small):
-    batches = list(small._batches("infrared", "held-out", small.host))
+    batches = list(small.batches("infrared", "held-out"))
     first = batches[0]
     place = (first.labels[2] != -100).nonzero()[-1]
     model = small.host.model
@@ -128,7 +129,7 @@ def test_a_token_that_is_wrong_makes_its_row_wrong(small):
 
     object.__setattr__(small.host, "model", Says())
     try:
-        found = grid.score(small.host, [first])
+        found = score(small.host, [first])
     finally:
         object.__setattr__(small.host, "model", model)
     assert found["right"] == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]

@@ -28,7 +28,7 @@ def desk(tmp_path, monkeypatch):
             split: {"right": [1.0] * right + [0.0] * (10 - right), "loss": loss}
             for split, right in (("validation", valid), ("held-out", held))
         }
-        return {"settings": self.settings(trial), "splits": splits, "trained": 3, "base": "a", "seconds": 1.0}
+        return {"splits": splits, "trained": 3, "base": "a", "seconds": 1.0}
 
     monkeypatch.setattr(Trials, "perform", perform)
     return made

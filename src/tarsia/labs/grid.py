@@ -1,4 +1,4 @@
-"""One desk of short trainings of mini-1 that several chapters read: each setting at the learning rate that suits it.
+"""Short trainings of mini-1 that several chapters read: each setting at the learning rate that suits it.
 
     python -m tarsia.labs.grid OUT
 
@@ -11,35 +11,24 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from tarsia.adapter import Host, open_base
 from tarsia.core.errors import ConfigError
-from tarsia.data import IGNORED, Batch, Encoder, Source, read
-from tarsia.labs import replay, sources
-from tarsia.labs.experiment import PLACE
+from tarsia.data import Batch
 from tarsia.labs.parity import JOBS, TRAIN
-from tarsia.train import Evaluated, Finished, Recipe, fit
-from tarsia.train.step import learnt, only_predicting
+from tarsia.labs.runs import BATCH, Runs, mean
 
 LINEAR: Final = "language.*.{q,k,v,o,gate,up,down}"
 SEEDS: Final = (1, 2)
 STEPS: Final = 100
-BATCH: Final = 4
 MEASURED: Final = {"validation": 200, "held-out": 400}
 """Rows that a run is measured on: rates are chosen on validation rows, and reported on held-out ones."""
 KEPT: Final = (8, 64)
 """Ranks whose trained factors are kept."""
-_ROWS: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +89,11 @@ class Curve:
 
     def loss(self, step: int, split: str = "held-out") -> float:
         """Mean over the seeds."""
-        return _mean([run["splits"][split]["loss"] for run in self.found[step]])
+        return mean([run["splits"][split]["loss"] for run in self.found[step]])
 
     def rights(self, step: int, split: str = "held-out") -> list[float]:
         """For each row the share of the seeds that answered it right."""
-        return [_mean(row) for row in zip(*(run["splits"][split]["right"] for run in self.found[step]), strict=True)]
+        return [mean(row) for row in zip(*(run["splits"][split]["right"] for run in self.found[step]), strict=True)]
 
     @property
     def low(self) -> int:
@@ -121,7 +110,7 @@ class Curve:
     @property
     def accuracy(self) -> float:
         """Percent of held-out rows answered right at ``low``, a mean of the seeds."""
-        return 100 * _mean(self.rights(self.low))
+        return 100 * mean(self.rights(self.low))
 
     @property
     def trained(self) -> int:
@@ -149,60 +138,15 @@ def bracket(loss: Callable[[int], float], start: int, reach: int = 8) -> dict[in
     return known
 
 
-class Grid:
-    """The desk: runs what is asked for and has no result yet in ``out``, with one base for all."""
+class Grid(Runs):
+    """The runs of these settings."""
 
     def __init__(self, out: Path, show: Callable[[str], None] | None = None) -> None:
-        self.out, self._show = out, show
-        self._encoded: dict[tuple[str, str], list[Batch]] = {}
-
-    @cached_property
-    def host(self) -> Host:
-        return open_base("mini-1", dtype=PLACE["precision"], device=PLACE["device"])
-
-    def rows(self, job: str, split: str) -> Path:
-        """The file of a job's rows, which is written where it is not there."""
-        path = self.out / split / f"{job}.parquet"
-        with replay.claimed(self.out / "claims" / f"{split}-{job}", wait=True):
-            if not path.exists():
-                sources.write(path, JOBS[job](TRAIN if split == "train" else MEASURED[split], split))
-        return path
-
-    def recipe(self, run: Run, **changed: Any) -> Recipe:
-        """What a run trains."""
-        values = {
-            "model": "mini-1",
-            "parts": [{**run.setting.part, "lr": run.rate}],
-            "data": {"train": [{"path": str(self.rows(run.setting.job, "train")), "name": run.setting.job}]},
-            "features": {"path": str(self.out / "features")},
-            "out": str(self.out / "training" / run.name),
-            "steps": STEPS,
-            "batch": BATCH,
-            "warmup": 0.06,
-            "save_every": 10_000,
-            "seed": run.seed,
-            "threads": 1,
-        }
-        return Recipe.of({**PLACE, **values, **changed})
-
-    def measured(self, job: str, host: Host) -> dict[str, Any]:
-        """Loss (nats a labelled token) and right answers of the model as it is, by split."""
-        for split in MEASURED:
-            if (job, split) not in self._encoded:
-                self._encoded[job, split] = list(self._batches(job, split, host))
-        return {split: score(host, self._encoded[job, split]) for split in MEASURED}
-
-    def _batches(self, job: str, split: str, host: Host) -> Iterator[Batch]:
-        rows = read(Source(path=str(self.rows(job, split)), name=job))
-        encoder = Encoder(host.processor, variables=host.variables)
-        for first in range(0, len(rows), _ROWS):
-            yield encoder.batch([rows[i] for i in range(first, min(first + _ROWS, len(rows)))])
+        super().__init__(out, JOBS, {"train": TRAIN, **MEASURED}, show)
 
     def first_batches(self, job: str, count: int) -> list[Batch]:
         """The job's first training rows, BATCH at a time."""
-        rows = read(Source(path=str(self.rows(job, "train")), name=job))
-        encoder = Encoder(self.host.processor, variables=self.host.variables)
-        return [encoder.batch([rows[i] for i in range(k * BATCH, (k + 1) * BATCH)]) for k in range(count)]
+        return list(islice(self.batches(job, "train", BATCH), count))
 
     def base(self, curves: Iterable[Curve]) -> str:
         """The digest of the base that all stand on. Raises ConfigError where there are several."""
@@ -214,26 +158,11 @@ class Grid:
         return bases.pop()
 
     def perform(self, run: Run) -> dict[str, Any]:
-        """Train, and measure what was trained before it leaves the model."""
-        made, began = self.recipe(run), time.monotonic()
-        host, finished, splits = self.host, None, None
-        for event in fit(made, lambda host, step: self.measured(run.setting.job, host), host=host):
-            if isinstance(event, Evaluated):
-                splits = event.results
-            finished = event if isinstance(event, Finished) else finished
-        assert finished is not None and splits is not None
-        if run.setting.method == "lora" and run.setting.rank in KEPT:
-            self._keep(run, Path(finished.folder))
-        shutil.rmtree(made.out)
-        return {
-            "run": asdict(run),
-            "settings": SETTINGS,
-            "splits": splits,
-            "trained": sum(line["trained"] for line in finished.adapter.card["coverage"]),
-            "base": host.fingerprint.weights,
-            "loss": finished.adapter.card["loss"],
-            "seconds": round(time.monotonic() - began, 1),
-        }
+        """Train and measure; the factors of a rank in KEPT stay."""
+        setting = run.setting
+        made = self.made(run.name, setting.job, [{**setting.part, "lr": run.rate}], STEPS, run.seed)
+        stays = setting.method == "lora" and setting.rank in KEPT
+        return self.train(made, setting.job, (lambda folder: self._keep(run, folder)) if stays else None)
 
     def _keep(self, run: Run, folder: Path) -> None:
         path = self.factors(run)
@@ -248,20 +177,7 @@ class Grid:
 
     def result(self, run: Run) -> dict[str, Any]:
         """A run's result; it is run where there is none. Raises ConfigError where it is of other settings."""
-        if self._show is not None:
-            self._show(run.name)
-        done = replay.once(self.out, run.name, lambda: self.perform(run))
-        if done is not None and self._show is None:
-            said = " ".join(f"{split} {found['loss']:.4f}" for split, found in done["splits"].items())
-            print(f"{time.strftime('%H:%M:%S')} {run.name}: {said}, {done['seconds']} s", flush=True)
-        found = replay.stored(self.out, run.name)
-        if found["settings"] != SETTINGS or found["run"] != asdict(run):
-            raise ConfigError(
-                "A result is of another run.",
-                given=str(replay.result(self.out, run.name)),
-                do="remove it and run again",
-            )
-        return found
+        return self.kept(run.name, {"run": asdict(run), "settings": SETTINGS}, lambda: self.perform(run))
 
     def curve(self, setting: Setting, seeds: Sequence[int] = SEEDS) -> Curve:
         """The setting over the rates around its best one."""
@@ -269,7 +185,7 @@ class Grid:
 
         def loss(step: int) -> float:
             found[step] = [self.result(Run(setting, step, seed)) for seed in seeds]
-            return _mean([run["splits"]["validation"]["loss"] for run in found[step]])
+            return mean([run["splits"]["validation"]["loss"] for run in found[step]])
 
         bracket(loss, start(setting))
         return Curve(setting, {step: found[step] for step in sorted(found)})
@@ -341,30 +257,6 @@ def searched() -> list[Setting]:
     found += [setting for job in BOTH for setting in (swept(job, 8), whole(job))]
     found += [placed(job, place) for job, places in PLACED.items() for place in places]
     return list(dict.fromkeys(found))
-
-
-@torch.no_grad()
-def score(host: Host, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Mean loss of the labelled tokens, and for each row 1 where each of them is the likeliest after those before.
-
-    That is what greedy decoding would say: the first token that is not the answer's would be said in its place.
-    """
-    losses: list[Tensor] = []
-    right: list[float] = []
-    for batch in batches:
-        with only_predicting(host.model, batch.labels):
-            logits: Tensor = host.model(**batch.inputs, use_cache=False).logits[0]
-        wanted = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED]
-        losses.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
-        wrong = {
-            row for row, same in zip(learnt(batch), (logits.argmax(-1) == wanted).tolist(), strict=True) if not same
-        }
-        right += [float(row not in wrong) for row in range(len(batch.rows))]
-    return {"loss": float(torch.cat(losses).double().mean()), "right": right}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tarsia.labs.runs import Draw
 from tarsia.labs.shift_radar import forms, places, screens
-from tarsia.labs.trials import Chosen, Draw, Trial, Trials
+from tarsia.labs.trials import Chosen, Trial, Trials
 
 KNOWN: Final = "known"
 JOBS: Final[Mapping[str, Draw]] = {"visual": screens, "format": forms, KNOWN: places}

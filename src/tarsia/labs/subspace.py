@@ -29,7 +29,8 @@ from tarsia.core.select import select
 from tarsia.core.site import Kind
 from tarsia.data import Encoder, Source, read
 from tarsia.labs.parity import JOBS
-from tarsia.labs.trials import BATCH, Chosen, Draw, Trial, Trials
+from tarsia.labs.runs import BATCH, Draw
+from tarsia.labs.trials import Chosen, Trial, Trials
 from tarsia.train.exact import deterministic
 from tarsia.train.features import features
 from tarsia.train.optimiser import Schedule, adamw, set_rates
@@ -156,9 +157,8 @@ class Subspaces(Trials):
             projection = Projection.drawn(len(weights), size, 1000 + trial.seed)
             losses = [loss for _, loss in descend(host, weights, projection, rows, trial)]
             host.model.eval()
-            splits = self.measured(trial.job, host)
+            splits = self.measured(trial.job)
         return {
-            "settings": self.settings(trial),
             "splits": splits,
             "trained": size,
             "base": host.fingerprint.weights,

@@ -20,7 +20,8 @@ from tarsia.core.errors import AttachError, ConfigError, SelectionError
 from tarsia.core.method import METHODS
 from tarsia.core.site import Kind
 from tarsia.labs.parity import JOBS
-from tarsia.labs.trials import Chosen, Draw, Part, Trial, Trials
+from tarsia.labs.runs import Draw
+from tarsia.labs.trials import Chosen, Part, Trial, Trials
 
 JOB: Final = "infrared"
 STEPS: Final = 100
@@ -84,7 +85,7 @@ class Trade(Trials):
         try:
             return super().perform(trial)
         except (AttachError, ConfigError, SelectionError) as error:
-            return {"settings": self.settings(trial), "refused": str(error).splitlines()[0]}
+            return {"refused": str(error).splitlines()[0]}
 
 
 def desk(out: Path, show: Callable[[str], None] | None = None) -> Trade:

@@ -10,8 +10,9 @@ from tarsia.labs import subspace
 from tarsia.labs.frame.chapter import Bound, Chapter, Desk, Found
 from tarsia.labs.frame.page import COLOURS, GREY
 from tarsia.labs.frame.tables import Cell
+from tarsia.labs.runs import BATCH, Scores, mean
 from tarsia.labs.subspace import FULL, KINDS, SEEDS, SIZES, STEPS, TASKS
-from tarsia.labs.trials import BATCH, Chosen, Scores, mean
+from tarsia.labs.trials import Chosen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,9 @@ from tarsia.labs import trade
 from tarsia.labs.frame.chapter import Bound, Chapter, Desk, Found
 from tarsia.labs.frame.page import COLOURS, GREY
 from tarsia.labs.frame.tables import Cell
+from tarsia.labs.runs import BATCH, Scores, mean
 from tarsia.labs.trade import JOB, STEPS, WHOLE
-from tarsia.labs.trials import BATCH, Chosen, Scores, mean
+from tarsia.labs.trials import Chosen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,9 @@ from tarsia.labs.frame.chapter import Bound, Chapter, Desk, Found
 from tarsia.labs.frame.page import COLOURS, GREY
 from tarsia.labs.frame.tables import Cell
 from tarsia.labs.placing import BOTH, JOBS, KINDS, KNOWN, PLACED, STEPS
+from tarsia.labs.runs import Scores, mean
 from tarsia.labs.shift_radar import normal, radar
-from tarsia.labs.trials import Chosen, Scores, mean
+from tarsia.labs.trials import Chosen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
