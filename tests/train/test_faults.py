@@ -17,7 +17,7 @@ from tarsia.core.attach import slots
 from tarsia.core.errors import AdapterError, ConfigError, DataError, SelectionError, TrainingError
 from tarsia.train import run as run_module
 from tarsia.train.checkpoint import found, locked, newest
-from tarsia.train.events import Log, Saved, Started, Step
+from tarsia.train.events import Log, Memory, Started, Step
 from tarsia.train.loop import fit
 
 
@@ -178,13 +178,13 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint(fresh, disk, monkeypa
 
 def test_a_full_disk_for_the_adapter_keeps_the_last_checkpoint(fresh, disk):
     def fill(event):
-        disk["full"] = isinstance(event, Saved) and event.step == 8
+        disk["full"] = isinstance(event, Memory)
 
     with pytest.raises(AdapterError, match="The adapter can not be written"):
         small.drive(fit(small.recipe(fresh)), fill)
     disk["full"] = False
     assert not (Path(fresh["out"]) / "adapter").exists()
-    assert [event.kind for event in small.run(fresh)] == ["started", "notice", "finished"]
+    assert [event.kind for event in small.run(fresh)] == ["started", "notice", "memory", "finished"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -112,7 +112,7 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(whole, fresh, stop):
 def test_a_finished_run_has_nothing_left_to_do(fresh):
     small.run(fresh)
     before = tensors(fresh["out"])
-    assert [event.kind for event in small.run(fresh)] == ["started", "notice", "finished"]
+    assert [event.kind for event in small.run(fresh)] == ["started", "notice", "memory", "finished"]
     assert tensors(fresh["out"]) == before
 
 
@@ -231,7 +231,7 @@ def test_an_evaluation_that_fails_costs_no_step(whole, fresh):
     with pytest.raises(DataError):
         small.run(fresh, "eval_every=8", evaluator=broken)
     events = small.run(fresh, "eval_every=8", evaluator=lambda host, step: {"accuracy": 1.0})
-    assert [event.kind for event in events] == ["started", "notice", "evaluated", "finished"]
+    assert [event.kind for event in events] == ["started", "notice", "evaluated", "memory", "finished"]
     assert events[0].resumed == 8
     logged = [e["event"] for e in read_log(Path(fresh["out"]) / "events.jsonl")]
     assert logged.count("evaluated") == 1

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from tarsia.cli import output, rounded
 from tarsia.core.site import Component
-from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, as_json
+from tarsia.train.events import Evaluated, Event, Finished, Memory, Notice, Saved, Started, Step, as_json
 
 MARKS = 20
 """Lines of progress of a whole run where stderr is no terminal."""
@@ -80,6 +80,9 @@ class Screen:
                 evaluation(event)
             case Saved():
                 pass  # shown by what follows: the next step, or the adapter
+            case Memory():
+                self.bar.stop()
+                print(f"memory: {memory(event)}")
             case Finished():
                 self.bar.stop()
                 mix(event)
@@ -150,6 +153,23 @@ def mix(event: Finished) -> None:
         ],
         right=("asked", "rows", "of rows", "tokens", "of tokens", "loss", "of loss"),
     )
+
+
+def memory(event: Memory) -> str:
+    """What the run took, in GB (10^9 bytes)."""
+    if event.peak is None:
+        taken = f"not measured in the steps: {event.unwatched or 'there were none'}"
+    else:
+        parts = ("weights", "quantised", "patches", "states", "other", "step")
+        shares = ", ".join(f"{name} {_gb(size)}" for name in parts if (size := getattr(event, name)))
+        taken = f"{_gb(event.peak)} GB of tensors at most ({shares}), in step {event.number}, {event.phase}"
+    reserved = "" if event.reserved is None else f"; {_gb(event.reserved)} GB reserved"
+    process = "" if event.process is None else f"; the process {_gb(event.process)} GB"
+    return f"{taken}{reserved}{process}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"
 
 
 def _by_source(step: Step) -> str:

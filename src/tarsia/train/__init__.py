@@ -1,6 +1,6 @@
 """From a recipe to an adapter: a run is a value, the loop is a generator of events."""
 
-from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, as_json, read_log
+from tarsia.train.events import Evaluated, Event, Finished, Memory, Notice, Saved, Started, Step, as_json, read_log
 from tarsia.train.loop import Evaluator, fit
 from tarsia.train.recipe import RATES, DataRecipe, PartRecipe, Recipe, TrainSource
 
@@ -11,6 +11,7 @@ __all__ = [
     "Evaluator",
     "Event",
     "Finished",
+    "Memory",
     "Notice",
     "PartRecipe",
     "Recipe",

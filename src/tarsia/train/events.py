@@ -102,8 +102,8 @@ class Saved:
 class Memory:
     """What the run took, in bytes, measured (``tarsia.train.taken``) at the step that took most.
 
-    ``peak`` is ``weights + quantised + patches + states + other + step``. Of a run that went on, what was measured
-    since.
+    ``peak`` is ``weights + quantised + patches + states + other + step``. Of a run that went on, all its stretches
+    count, each as far as its last checkpoint; ``before``, ``after``, ``allocated`` and ``reserved`` are the last one's.
     """
 
     kind: ClassVar[str] = "memory"

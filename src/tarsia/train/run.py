@@ -169,6 +169,7 @@ class Run:
             "log": self.log.sync(),
             "threads": self.threads,
             "machine": machine(self),
+            **({} if self.meter is None else {"memory": self.meter.state()}),
         }
         return Checkpoint(self.step, tensors, values)
 
@@ -198,6 +199,8 @@ class Run:
         self.random.adopt(groups["random"])
         self.watch.restore(values["watch"])
         self.log.cut(values["log"])
+        if self.meter is not None and "memory" in values:
+            self.meter.restore(values["memory"])
         self.step, self.seconds = checkpoint.step, values["seconds"]
 
 

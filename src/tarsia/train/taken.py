@@ -104,6 +104,7 @@ class _Step:
     """One step that was watched: ``peaks`` are all bytes on the device by phase, ``held`` what was there before it."""
 
     number: int
+    device: str
     peaks: Mapping[str, int]
     held: Mapping[str, int]
     gradients: int
@@ -123,6 +124,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._process = Peak()
+        self._earlier: int | None = None
         forget()
         self._device: OnDevice | None = None
         self._largest: tuple[int, ...] = ()
@@ -152,8 +154,10 @@ class Meter:
         with watching as peaks, listening(lambda name: self._note(run, name)):
             yield
         self.watched += 1
-        if self._most is None or max(peaks.values()) > self._most.peak:
-            self._most = _Step(run.step + 1, peaks, self._held, self._gradients, described(batches))
+        # a run that goes on elsewhere begins anew: what one device took says nothing of another
+        if self._most is None or self._most.device != str(run.device) or max(peaks.values()) > self._most.peak:
+            found = described(batches)
+            self._most = _Step(run.step + 1, str(run.device), peaks, self._held, self._gradients, found)
 
     def _larger(self, batches: Sequence[Batch]) -> bool:
         self._steps += 1
@@ -195,6 +199,16 @@ class Meter:
             yield peaks
         peaks.pop("", None)
 
+    def state(self) -> dict[str, Any]:
+        """What was found, as JSON values for a checkpoint."""
+        most = None if self._most is None else asdict(self._most)
+        return {"most": most, "watched": self.watched, "unwatched": self.why, "process": self._process.read()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` gave, in another process."""
+        self._most = None if state["most"] is None else _Step(**state["most"])
+        self.watched, self.why, self._earlier = state["watched"], state["unwatched"], state["process"]
+
     def event(self, run: Run) -> Memory:
         """What was found, up to now."""
         most, process, now = self._most, self._process, resident()
@@ -217,7 +231,7 @@ class Meter:
             unwatched=self.why,
             allocated=None if self._device is None else self._device.allocated,
             reserved=None if self._device is None else self._device.reserved,
-            process=process.read(),
+            process=max((peak for peak in (process.read(), self._earlier) if peak is not None), default=None),
             before=None if process.before is None else asdict(process.before),
             after=None if now is None else asdict(now),
         )
