@@ -130,6 +130,7 @@ class PagedAdamW(torch.optim.AdamW):
         with_gradient = [p for p in self.pages if any(self._members[i.tensor][2].grad is not None for i in p.pieces)]
         for page, buffer in self._turn(with_gradient):
             self._update(page, buffer)
+            del buffer  # else it could not leave, if that is what makes room for the next one
         return loss
 
     def leave(self) -> int:
@@ -160,6 +161,7 @@ class PagedAdamW(torch.optim.AdamW):
             for piece in page.pieces:
                 if piece.tensor in begun:
                     self._copy_out(piece, buffer, found)
+            del buffer
         return found
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
@@ -181,6 +183,7 @@ class PagedAdamW(torch.optim.AdamW):
             for piece in page.pieces:
                 if piece.tensor in given:
                     self._copy_in(piece, buffer, given[piece.tensor])
+            del buffer
 
     def state_dict(self) -> dict[str, Any]:
         """Not torch's: ``stored`` is what there is. Raises TrainingError."""
@@ -196,14 +199,20 @@ class PagedAdamW(torch.optim.AdamW):
     def _turn(self, pages: Sequence[Page], back: bool = True) -> Iterator[tuple[Page, Tensor]]:
         """Bring these pages into the device's memory one after the other; with ``back`` what is changed there stays."""
         self._open()
-        done = 0
+        done, stayed = 0, self._keep
         for page in pages:
             buffer = self._stay(page)
             if buffer is None:
                 break
             yield page, buffer
+            del buffer
             done += 1
         yield from self._stream(pages[done:], back)
+        if self._keep < stayed:
+            self.told.append(
+                f"There is no room for all of the optimiser's states: from now on {self._keep} of "
+                f"{len(self.pages)} pages stay, the others come and go at each step."
+            )
 
     def _stay(self, page: Page) -> Tensor | None:
         """A page that is in memory, or is brought there to stay; None where it is not one of those."""
@@ -231,15 +240,13 @@ class PagedAdamW(torch.optim.AdamW):
             self.store.wait(ticket)
 
     def _room(self, numbers: int) -> Tensor:
-        """Memory for a page. Where there is none fewer pages stay from now on, and that is told.
+        """Memory for a page. Where there is none fewer pages stay from now on.
 
         Raises TrainingError where there is none though all have left.
         """
-        fewer = 0
         while True:
             try:
-                buffer = self.store.room(numbers)
-                break
+                return self.store.room(numbers)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -252,13 +259,6 @@ class PagedAdamW(torch.optim.AdamW):
             last = self._there[-1]
             self._keep = last.index
             self._leave([last])
-            fewer += 1
-        if fewer:
-            self.told.append(
-                f"There is no room for all of the optimiser's states: from now on {self._keep} of "
-                f"{len(self.pages)} pages stay, the others come and go at each step."
-            )
-        return buffer
 
     def _leave(self, pages: Sequence[Page]) -> None:
         for ticket in [self.store.write(page.index, self._places[page.name]["states"]) for page in pages]:

@@ -106,7 +106,9 @@ class FilePages:
 
     def _order(self, do: Callable[[int, Tensor], None], page: int, tensor: Tensor) -> Future[None]:
         assert self._thread is not None, "a store is opened first"
-        return self._thread.submit(do, page, tensor)
+        given = [tensor]
+        # taken out of the list: when the order is done the thread no longer holds what may have to go
+        return self._thread.submit(lambda: do(page, given.pop()))
 
     def _place(self, page: int) -> int:
         return sum(self._sizes[:page])
