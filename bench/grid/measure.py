@@ -127,7 +127,7 @@ def _held(model: Any) -> Values:
     weights, quantised = [], []
     for value in [*model.parameters(), *model.buffers()]:
         if isinstance(value, Packed):
-            quantised += list(value.value.tensors.values())  # type: ignore[attr-defined]
+            quantised += [*value.value.tensors.values(), value.levels]  # type: ignore[attr-defined]
         elif id(value) not in mine:
             weights.append(value)
     optimisers = [held for held in gc.get_objects() if isinstance(held, torch.optim.Optimizer)]
