@@ -74,7 +74,8 @@ def _grown(
         if place[d] and (lower := (*place[:d], place[d] - 1, *place[d + 1 :])) in values
     ]
     if below:
-        return max(below)
+        # the larger an operation, the less each part of it costs: none grows by more than its size
+        return min(below)
     # the least place of all: nothing is smaller, so what is nearest stands for it
     least = min(seconds, key=lambda size: sum(map(math.log2, size)))
     return math.log2(seconds[least])

@@ -10,29 +10,28 @@ import json
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tarsia
-from tarsia.data import Batch
-from tarsia.plan.ghost import Op
+from tarsia.plan.ledger import Ledger
+from tarsia.plan.operations import Operations, by_phase, operations
+from tarsia.plan.rehearse import Outline, rehearsing
 from tarsia.plan.speeds import Kernels
 from tarsia.plan.work import work_of
-from tarsia.train.exact import deterministic, threads
+from tarsia.train.exact import threads
 from tarsia.train.loop import _step, _training
+from tarsia.train.memory import Phase, listening
 from tarsia.train.recipe import Recipe
 from tarsia.train.run import Run, prepare
-from tarsia.train.step import token_losses
 
 LAYERS: Final = 4
 FEW_AND_MANY: Final = ("language.0.q", "language")
@@ -51,50 +50,18 @@ class Overhead(BaseModel):
     step: NotNegative
 
 
-class Recorder(TorchDispatchMode):
-    """Notes the operations that are run inside, as a rehearsal does: those on floating-point numbers, no views."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.ops: Counter[Op] = Counter()
-        self.phase = ""
-
-    def enter(self, phase: str) -> None:
-        """What comes from now on is of this phase."""
-        self.phase = phase
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs, outputs = (
-            tuple((tuple(t.shape), t.stride(), t.dtype) for t in _tensors(group))
-            for group in ((args, tuple((kwargs or {}).values())), (out,))
-        )
-        floats = any(dtype.is_floating_point for _, _, dtype in (*inputs, *outputs))
-        if floats and not func.is_view:
-            written = () if func._schema.is_mutable else outputs
-            self.ops[Op(func.name(), self.phase, inputs, written)] += 1
-        return out
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _tensors(inner)
-
-
 def overhead(kernels: Kernels, device: str) -> Overhead:
     """Measure it with as many threads as torch uses now."""
     with tempfile.TemporaryDirectory() as scratch:
         base = _narrow(Path(scratch))
         few, many = (_Stages.of(_recipe(base, select, device)) for select in FEW_AND_MANY)
-    tensor = max(0.0, many.rest - few.rest) / (many.tensors - few.tensors)
+    rests = few.seconds[Phase.UPDATE], many.seconds[Phase.UPDATE]
+    tensor = max(0.0, rests[1] - rests[0]) / (many.tensors - few.tensors)
     return Overhead(
-        forward=many.beyond("forward", kernels),
-        backward=many.beyond("backward", kernels),
+        forward=many.beyond(Phase.FORWARD, kernels),
+        backward=many.beyond(Phase.BACKWARD, kernels),
         update=tensor,
-        step=max(0.0, few.rest - tensor * few.tensors),
+        step=max(0.0, rests[0] - tensor * few.tensors),
     )
 
 
@@ -102,10 +69,9 @@ def overhead(kernels: Kernels, device: str) -> Overhead:
 class _Stages:
     """What was seen of a tiny run: median seconds of its stages, its trained tensors, the operations of one step."""
 
-    seconds: Mapping[str, float]
-    rest: float
+    seconds: Mapping[Phase, float]
     tensors: int
-    ops: Mapping[Op, int]
+    ops: Operations
 
     @classmethod
     def of(cls, recipe: Recipe) -> _Stages:
@@ -115,48 +81,34 @@ class _Stages:
                 for _ in range(3):
                     _step(run)
                 times = [_timed(run) for _ in range(STEPS)]
-                recorder = Recorder()
-                with recorder:
-                    _both(run, run.batches()[0], recorder.enter)
-            tensors = sum(len(group["params"]) for group in run.optimiser.param_groups)
-        forward, back, rest = (median(column) for column in zip(*times, strict=True))
-        return cls({"forward": forward, "backward": back}, rest, tensors, recorder.ops)
+        tensors = sum(len(group["params"]) for group in run.optimiser.param_groups)
+        with rehearsing(recipe, Outline.of(recipe.model), Ledger()) as (unreal, ghost):
+            ops = operations(unreal, ghost, [0])
+        return cls({phase: median(seen[phase] for seen in times) for phase in Phase}, tensors, ops)
 
-    def beyond(self, phase: str, kernels: Kernels) -> float:
+    def beyond(self, phase: Phase, kernels: Kernels) -> float:
         """Seconds of one operation of a phase beyond its kernel."""
-        held = {op: n for op, n in self.ops.items() if op.phase == phase}
+        held = by_phase(self.ops)[phase]
         busy = sum(n * kernels.seconds(work) for op, n in held.items() for work in work_of(op))
         return max(0.0, self.seconds[phase] - busy) / sum(held.values())
 
 
-def _both(run: Run, batch: Batch, enter: Callable[[str], object]) -> None:
-    """A step's way forward and back; ``enter`` is told where the one ends and the other begins."""
-    with deterministic(run.device):
-        enter("forward")
-        losses = token_losses(run.model, batch.inputs, batch.labels)
-        enter("backward")
-        losses.sum().backward()
-        enter("update")
-    run.optimiser.zero_grad(set_to_none=True)
+def _timed(run: Run) -> dict[Phase, float]:
+    """Seconds of the parts of one step; what comes before the first and the reading of its rows are not among them."""
+    marks: list[tuple[Phase, float]] = []
 
-
-def _timed(run: Run) -> tuple[float, float, float]:
-    """Seconds of one step: forward, backward, and all else but the reading of rows."""
-    marks: list[float] = []
-
-    def mark(_: str = "") -> None:
+    def begins(name: str) -> None:
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
-        marks.append(time.perf_counter())
+        marks.append((Phase(name), time.perf_counter()))
 
-    mark()
-    batches = run.batches()
-    _both(run, batches[0], mark)
-    mark()
-    _step(run)
-    mark()
-    read, forward, backward, whole = (marks[i + 1] - marks[i] for i in (0, 1, 2, 4))
-    return forward, backward, max(0.0, whole - read - forward - backward)
+    with listening(begins):
+        _step(run)
+        begins(Phase.UPDATE)
+    found = dict.fromkeys(Phase, 0.0)
+    for (phase, began), (_, ended) in pairwise(marks):
+        found[phase] += ended - began
+    return found
 
 
 def _narrow(folder: Path) -> Path:

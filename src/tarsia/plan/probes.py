@@ -7,6 +7,7 @@ whose layers take turns; what one layer hands to the next is warm, as it is ther
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,15 +47,19 @@ class Scale:
     rows: tuple[int, ...]
     depths: tuple[int, ...]
     lengths: tuple[int, ...]
-    bytes: tuple[int, ...]
+    numbers: tuple[int, ...]
     pool: int
     """Numbers in the pool of weights."""
 
 
 FULL: Final = Scale(
-    (1, 4, 16, 64, 256, 1024), (4, 16, 64, 256, 1024, 4096), (16, 128, 1024), (2**12, 2**16, 2**20, 2**24), 2**25
+    (1, 4, 16, 64, 256, 1024),
+    (4, 16, 64, 256, 1024, 4096),
+    (16, 64, 256, 1024),
+    (2**10, 2**14, 2**17, 2**20, 2**22),
+    2**25,
 )
-QUICK: Final = Scale((1, 32), (4, 32), (16, 32), (2**10, 2**12), 2**14)
+QUICK: Final = Scale((1, 32), (4, 32), (16, 32), (2**9, 2**10), 2**14)
 DTYPES: Final = ("float32", "bfloat16")
 
 
@@ -90,7 +95,7 @@ def probes(scale: Scale, device: str, dtypes: Sequence[str] = DTYPES) -> Iterato
         pool = Pool(scale.pool, dtype, device)
         coarse = name != "float32"
         yield from _products(scale, name, pool, coarse)
-        yield from _others(scale, name, device, pool)
+        yield from _others(scale, name, pool)
         yield from _attention(scale, name, device)
         yield from _streams(scale, name, device)
         yield from _four_bits(scale, name, device)
@@ -113,15 +118,14 @@ def _product(pool: Pool, m: int, n: int, k: int) -> Call:
     return lambda: torch.mm(x, next(weights).t())
 
 
-def _others(scale: Scale, name: str, device: str, pool: Pool) -> Iterator[Probe]:
+def _others(scale: Scale, name: str, pool: Pool) -> Iterator[Probe]:
     """Products of many small matrices, and convolutions whose windows lie beside each other."""
     few = (scale.rows[0] * 16, scale.rows[-1] // 2)
     for m, n, k in itertools.product(few, (16, 64), (16, 64)):
         yield Probe(Kind.BATCHED, name, (8, m, n, k), partial(_batched, pool, m, n, k))
-    for side, n, window in itertools.product((4, scale.rows[-1] // 64), (16, 256), (4, 14)):
-        side = max(2, side)
-        size = (side * side, n, 3 * window * window)
-        yield Probe(Kind.CONVOLUTION, name, size, partial(_convolution, pool, side, n, window))
+    for side, n in itertools.product((2, max(3, scale.rows[-1] // 64)), (64, 256)):
+        yield Probe(Kind.WINDOW, name, (side * side, n, 3 * 14 * 14), partial(_window, pool, side, n, 14))
+        yield Probe(Kind.FILM, name, (side * side, n, 6 * 14 * 14), partial(_film, pool, side * side, n, 14))
 
 
 def _batched(pool: Pool, m: int, n: int, k: int) -> Call:
@@ -129,15 +133,21 @@ def _batched(pool: Pool, m: int, n: int, k: int) -> Call:
     return lambda: torch.bmm(a, b)
 
 
-def _convolution(pool: Pool, side: int, channels: int, window: int) -> Call:
+def _window(pool: Pool, side: int, channels: int, window: int) -> Call:
     x, w = _like(pool, 1, 3, side * window, side * window), _like(pool, channels, 3, window, window)
     return lambda: F.conv2d(x, w, stride=window)
+
+
+def _film(pool: Pool, places: int, channels: int, window: int) -> Call:
+    # as Qwen-VL's towers cut patches: one window for each, of two pictures on top of each other
+    x, w = _like(pool, places, 3, 2, window, window), _like(pool, channels, 3, 2, window, window)
+    return lambda: F.conv3d(x, w, stride=(2, window, window))
 
 
 def _attention(scale: Scale, name: str, device: str) -> Iterator[Probe]:
     for length, width in itertools.product(scale.lengths, (16, 64)):
         for kind in (Kind.ATTENTION, Kind.ATTENTION_BACK):
-            size = (4, length, length, width)
+            size = (4, length * length, width)
             yield Probe(kind, name, size, partial(_attended, kind, name, device, length, width))
 
 
@@ -162,58 +172,95 @@ def _attended(kind: Kind, name: str, device: str, length: int, width: int) -> Ca
 
 def _streams(scale: Scale, name: str, device: str) -> Iterator[Probe]:
     dtype = getattr(torch, name)
-    for size in scale.bytes:
-        count = size // dtype.itemsize
-        x = torch.full((count // 64, 64), 0.3, dtype=dtype, device=device)
+    for count in scale.numbers:
+        x = torch.full((count // 256, 4, 64), 0.3, dtype=dtype, device=device)
         for kind, make in _STREAMS.items():
-            yield Probe(kind, name, (_measure(kind, count, dtype),), partial(make, x))
+            yield Probe(kind, name, (count,), partial(_kept, make, x))
 
 
-def _measure(kind: Kind, count: int, dtype: torch.dtype) -> int:
-    """What ``Work.size`` says of such an operation on ``count`` numbers."""
-    passes = {Kind.STREAM: 3, Kind.STRIDED: 2, Kind.REDUCE: 1, Kind.GATHER: 2, Kind.SCATTER: 3}
-    return count * passes[kind] * dtype.itemsize if kind in passes else count
+def _kept(make: Callable[[Tensor], Call], x: Tensor) -> Call:
+    """The last results stay alive, as they do for a way back: each new one lies elsewhere in memory."""
+    call, held = make(x), deque[Any](maxlen=max(1, min(64, _HELD // x.nbytes)))
+    return lambda: held.append(call())
 
 
-def _added(x: Tensor) -> Call:
+_HELD: Final = 2**25
+"""Bytes of results that stay alive."""
+
+
+def _strided(x: Tensor) -> Call:
+    shared = x[:, :1].clone()  # by all heads
+    return lambda: x * shared
+
+
+def _in_place(x: Tensor) -> Call:
     y = torch.ones_like(x)
-    return lambda: x + y
+    return lambda: x.mul_(y)
 
 
-def _turned(x: Tensor) -> Call:
-    # as heads are put beside each other: [rows, heads, tokens, width] to [rows, tokens, heads, width]
-    y = x.view(1, 4, -1, 64).transpose(1, 2)
+def _gelu(x: Tensor) -> Call:
+    # which of the two it is can not be told from shapes
+    half = len(x) // 2
+    return lambda: (F.gelu(x[:half]), F.gelu(x[half:], approximate="tanh"))
+
+
+def _crossed(x: Tensor) -> Call:
+    y = x.reshape(-1, 256).t().contiguous().t()
     return lambda: y.clone(memory_format=torch.contiguous_format)
 
 
+def _converted(x: Tensor) -> Call:
+    y = x.to(torch.bfloat16 if x.dtype == torch.float32 else torch.float32)
+    return lambda: y.to(x.dtype)
+
+
+def _chosen(x: Tensor) -> Call:
+    seen = torch.ones(x.numel() // 64, 64, dtype=torch.bool, device=x.device).tril()
+    zero, least = x.new_zeros(()), x.new_full((), -1e9)
+    return lambda: torch.where(seen, zero, least)
+
+
+def _joined(x: Tensor) -> Call:
+    halves = x[..., 32:], x[..., :32]
+    return lambda: torch.cat(halves, -1)
+
+
 def _picked(x: Tensor) -> Call:
-    places = torch.arange(len(x), device=x.device).flip(0)
-    return lambda: x[places]
+    table = x.view(-1, 64)
+    places = torch.arange(len(table), device=x.device).flip(0)
+    return lambda: table[places]
 
 
 def _put(x: Tensor) -> Call:
-    places, y = torch.arange(len(x), device=x.device).flip(0), torch.ones_like(x)
-    return lambda: x.index_put_((places,), y)
+    table = torch.zeros_like(x).view(-1, 64)
+    places, values = torch.arange(len(table), device=x.device).flip(0), torch.ones_like(table)
+    return lambda: table.index_put_((places,), values)
 
 
 _STREAMS: Final[dict[Kind, Callable[[Tensor], Call]]] = {
-    Kind.STREAM: _added,
-    Kind.STRIDED: _turned,
+    Kind.STREAM: lambda x: lambda: x + x,
+    Kind.STRIDED: _strided,
+    Kind.CROSSED: _crossed,
+    Kind.IN_PLACE: _in_place,
+    Kind.CONVERT: _converted,
+    Kind.CHOOSE: _chosen,
+    Kind.JOIN: _joined,
     Kind.CURVE: lambda x: lambda: F.silu(x),
-    Kind.ERF: lambda x: lambda: F.gelu(x, approximate="tanh"),
-    Kind.RANDOM: lambda x: lambda: x.bernoulli_(0.9),
-    Kind.REDUCE: lambda x: lambda: x.sum(-1),
+    Kind.GELU: _gelu,
+    Kind.RANDOM: lambda x: lambda: torch.empty_like(x).bernoulli_(0.9),
+    Kind.REDUCE: lambda x: lambda: x.view(-1, 256).sum(-1),
+    Kind.ACROSS: lambda x: lambda: x.sum(1),
     Kind.NORMALISE: lambda x: lambda: torch.softmax(x, -1),
-    Kind.SORT: lambda x: lambda: torch.sort(x.flatten()),
     Kind.GATHER: _picked,
     Kind.SCATTER: _put,
+    Kind.SORT: lambda x: lambda: torch.sort(x.flatten()),
 }
 
 
 def _four_bits(scale: Scale, name: str, device: str) -> Iterator[Probe]:
-    rows = scale.rows[::2] if name == "float32" else scale.rows[::4]
-    sides = tuple(d for d in scale.depths if 16 <= d <= 2048)
-    for n, k in itertools.product(sides[-2:], sides[-2:]):
+    rows = scale.rows[::2] if name != "float32" else (*scale.rows[::2], scale.rows[-1])
+    sides = tuple(d for d in scale.depths if 32 <= d <= 2048)
+    for n, k in itertools.product(sides, sides):
         for m in rows:
             for kind in (Kind.FOUR_BITS, Kind.FOUR_BITS_BACK):
                 yield Probe(kind, name, (m, n, k), partial(_packed, kind, name, device, m, n, k))
@@ -232,9 +279,9 @@ def _packed(kind: Kind, name: str, device: str, m: int, n: int, k: int) -> Call:
 
 
 def _updates(scale: Scale, device: str) -> Iterator[Probe]:
-    for size in scale.bytes:
+    for count in scale.numbers:
         # four tensors each: parameter, gradient and two states
-        yield Probe(Kind.UPDATE, "float32", (size // 4 * 16,), partial(_update, size // 4, device))
+        yield Probe(Kind.UPDATE, "float32", (4 * count,), partial(_update, count, device))
 
 
 def _update(count: int, device: str) -> Call:

@@ -11,7 +11,7 @@ rule of their own: the operations are those that are run.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,10 +20,11 @@ from typing import Final, Protocol
 from tarsia.plan import cards
 from tarsia.plan.calibrate import Calibration
 from tarsia.plan.cards import Card
-from tarsia.plan.ghost import Op
+from tarsia.plan.operations import Operations, phase_of
 from tarsia.plan.overhead import Overhead
 from tarsia.plan.speeds import Kernels
 from tarsia.plan.work import Kind, Work, work_of
+from tarsia.train.memory import Phase
 
 MODEL: Final = 0.15
 """How far a step may be from the sum of its parts where these were measured, as a share of it, to either side."""
@@ -135,7 +136,7 @@ class StepTime:
     waits: bool
     error: float
     basis: str
-    unknown: Mapping[str, int] = field(default_factory=dict)
+    unknown: Mapping[str, float] = field(default_factory=dict)
     """Operations that no table names, with how often they are run: they are counted by their bytes."""
 
     @property
@@ -164,26 +165,27 @@ class StepTime:
         """What is to be said beside the number."""
         if not self.unknown:
             return ()
-        named = ", ".join(f"{count} {name}" for name, count in sorted(self.unknown.items()))
+        named = ", ".join(f"{count:g} {name}" for name, count in sorted(self.unknown.items()))
         return (f"Operations that are only known by their bytes: {named}.",)
 
 
-def predict(ops: Mapping[Op, int], speeds: Speeds, *, tensors: int, rows: int = 0, per_row: float = 0.0) -> StepTime:
+def predict(ops: Operations, speeds: Speeds, *, tensors: int, rows: int = 0, per_row: float = 0.0) -> StepTime:
     """Seconds of a step that runs these operations so often, trains so many ``tensors`` and reads so many ``rows``.
 
     ``per_row`` is how many seconds it takes to read a row and make tensors of it: measured while planning.
     """
-    kernels: Counter[Kind] = Counter()
-    unknown: Counter[str] = Counter()
+    kernels: defaultdict[Kind, float] = defaultdict(float)
+    unknown: defaultdict[str, float] = defaultdict(float)
     issuing = 0.0
     overhead = speeds.overhead
     for op, count in ops.items():
         for work in work_of(op):
-            kernels[work.kind] += count * speeds.seconds(work)  # type: ignore[assignment]
+            kernels[work.kind] += count * speeds.seconds(work)
             if not work.known:
                 unknown[op.name] += count
-        if op.phase != UPDATE:
-            issuing += count * (overhead.backward if op.phase == BACKWARD else overhead.forward)
+        phase = phase_of(op)
+        if phase is not Phase.UPDATE:
+            issuing += count * (overhead.backward if phase is Phase.BACKWARD else overhead.forward)
     return StepTime(
         kernels=dict(kernels),
         issuing=issuing,
@@ -194,8 +196,3 @@ def predict(ops: Mapping[Op, int], speeds: Speeds, *, tensors: int, rows: int = 
         basis=speeds.basis,
         unknown=dict(unknown),
     )
-
-
-BACKWARD: Final = "backward"
-UPDATE: Final = "update"
-"""Phases of a step, beside the way forward, as the rehearsal names them."""
