@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarsia.core.patch import Base, Over, Patch
+from tarsia.core.patch import Base, Over, Patch, Upon
 from tarsia.core.site import Kind, Site
 
 LINEAR = frozenset({Kind.WEIGHT, Kind.EMBEDDING, Kind.CONV})
 """Kinds of site whose output is linear in their tensors: there the mean of outputs is the output of the mean."""
 
 
-class Once:
+class Once(Upon):
     """A base that several patches stand on side by side: what they all ask it for is worked out once a call."""
 
-    __slots__ = ("base", "folded", "given", "out")
+    __slots__ = ("folded", "given", "out")
 
     def __init__(self, base: Base) -> None:
-        self.base = base
+        super().__init__(base)
         self.given: Any = self  # an x that nobody gives
         self.out: Any = None
         self.folded: tuple[Tensor, Tensor | None] | None = None
@@ -35,19 +35,9 @@ class Once:
         self.folded = self.base.dense() if self.folded is None else self.folded
         return self.folded
 
-    def origin(self) -> Tensor:
-        return self.base.origin()
-
-    def apply(self, weight: Tensor, bias: Tensor | None, x: Any) -> Any:
-        return self.base.apply(weight, bias, x)
-
-    def linear(self, x: Any) -> tuple[Tensor, Tensor | None] | None:
-        """None: whoever has the weight multiplies by it, and this is here so that it is done once."""
-        return None
-
 
 class Given:
-    """What a module has handed on already, as the ground of patches that change it."""
+    """What a module has handed on already, as the ground of patches that change it; it has no weight to ask for."""
 
     __slots__ = ("own", "site")
 
@@ -57,26 +47,14 @@ class Given:
     def __call__(self, x: Any) -> Tensor:
         return self.own
 
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Nothing: a place between parameters has no weight."""
-        raise NotImplementedError
 
-    def origin(self) -> Tensor:
-        raise NotImplementedError
-
-    def apply(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def linear(self, x: Tensor) -> None:
-        """Nothing, as for ``dense``."""
-
-
-class Mean:
+class Mean(Upon):
     """Σ wᵢ yᵢ of what ``parts`` give over one base; Σ wᵢ (Wᵢ, bᵢ) where a site is not linear in its tensors."""
 
     __slots__ = ("kind", "parts", "weights")
 
     def __init__(self, parts: Sequence[Base], weights: Sequence[float], kind: Kind) -> None:
+        super().__init__(parts[0])
         self.parts, self.weights, self.kind = parts, weights, kind
 
     def __call__(self, x: Any) -> Any:
@@ -93,15 +71,6 @@ class Mean:
         if shown is None:
             return mean(weights, self.weights), None
         return mean(weights, self.weights), mean([shown * 0 if b is None else b for b in biases], self.weights)
-
-    def origin(self) -> Tensor:
-        return self.parts[0].origin()
-
-    def apply(self, weight: Tensor, bias: Tensor | None, x: Any) -> Any:
-        return self.parts[0].apply(weight, bias, x)
-
-    def linear(self, x: Any) -> tuple[Tensor, Tensor | None] | None:
-        return None
 
 
 def mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

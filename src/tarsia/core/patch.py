@@ -280,20 +280,19 @@ class Ground:
         return (weight, bias) if plain and not torch.is_autocast_enabled(x.device.type) else None
 
 
-class Over:
-    """A patch over another base, as the base of the next patch."""
+class Upon:
+    """What stands on another base, and leaves to it whatever is none of its own."""
 
-    __slots__ = ("base", "patch")
+    __slots__ = ("base",)
 
-    def __init__(self, patch: Patch, base: Base) -> None:
-        self.patch, self.base = patch, base
+    def __init__(self, base: Base) -> None:
+        self.base = base
 
     def __call__(self, x: Any) -> Any:
-        return self.patch(x, self.base)
+        return self.base(x)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        with loaded(self.patch):
-            return self.patch.fold(*self.base.dense())
+        return self.base.dense()
 
     def origin(self) -> Tensor:
         return self.base.origin()
@@ -302,7 +301,25 @@ class Over:
         return self.base.apply(weight, bias, x)
 
     def linear(self, x: Any) -> tuple[Tensor, Tensor | None] | None:
+        """None: calling this is more than one multiplication, or is what saves it."""
         return None
+
+
+class Over(Upon):
+    """A patch over another base, as the base of the next patch."""
+
+    __slots__ = ("patch",)
+
+    def __init__(self, patch: Patch, base: Base) -> None:
+        super().__init__(base)
+        self.patch = patch
+
+    def __call__(self, x: Any) -> Any:
+        return self.patch(x, self.base)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        with loaded(self.patch):
+            return self.patch.fold(*self.base.dense())
 
 
 def dense(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
