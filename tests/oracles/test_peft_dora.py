@@ -10,57 +10,28 @@ import pytest
 import safetensors.torch
 import torch
 from families import FAMILIES
+from oracles.beside_peft import LIMIT, MOVED, SOME, here, in_peft, logits, move, saved
 
-from tarsia.adapter import Adapter, Host, load, put, save
-from tarsia.core.attach import Part, attach, patches
+from tarsia.adapter import Host, load, put, save
+from tarsia.core.attach import Part
 from tarsia.core.errors import AdapterError
 from tarsia.methods.lora import LoRAConfig
 
-LIMIT = 1e-5
-MOVED = 0.1
-NAMES = ["llava", "qwen2_5_vl", "gemma3"]  # how a file is written knows no family
 CONFIG = LoRAConfig(rank=4, alpha=6.0, ranks={"*.0.*": 2})
 PARTS = (Part("dora", "language", CONFIG), Part("dora", "vision", LoRAConfig(rank=2)))
 
 
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def move(tensors, size=0.05):
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.add_(size * torch.randn(tensor.shape, generator=generator))
-
-
-def saved(family, folder, parts=PARTS):
-    """A moved adapter, saved: inputs, the base's logits and the adapted ones."""
-    host = Host.of(family.build()[0])
-    inputs = family.batch((1, 2))
-    base = logits(host.model, inputs)
-    attach(host.model, host.sites, parts)
-    move([p for patch in patches(host.model, "default").values() for p in patch.parameters()])
-    save(Adapter.of(host, "default", parts), folder)
-    adapted = logits(host.model, inputs)
-    assert (adapted - base).abs().max() >= MOVED
-    return inputs, base, adapted
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_peft_reads_ours(name, tmp_path):
-    inputs, _, adapted = saved(FAMILIES[name], tmp_path / "a")
+    inputs, base, adapted, _ = saved(FAMILIES[name], PARTS, tmp_path / "a")
+    assert (adapted - base).abs().max() >= MOVED
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert (config["peft_type"], config["use_dora"]) == ("LORA", True)
-    model = peft.PeftModel.from_pretrained(FAMILIES[name].build()[0], tmp_path / "a").eval()
-    assert (logits(model, inputs) - adapted).abs().max() <= LIMIT
-    again = Host.of(FAMILIES[name].build()[0])
-    put(again, load(tmp_path / "a"), "again")
-    assert torch.equal(logits(again.model, inputs), adapted)
+    assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
+    assert torch.equal(logits(here(FAMILIES[name], tmp_path / "a"), inputs), adapted)
 
 
-def in_peft(family, folder, **options):
+def pefts(family, folder, **options):
     """PEFT's own, moved and saved."""
     settings = {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["q_proj", "v_proj"]} | options
     model = peft.get_peft_model(family.build()[0], peft.LoraConfig(**settings)).eval()
@@ -70,10 +41,10 @@ def in_peft(family, folder, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_ours_reads_pefts(name, options, tmp_path):
     family, inputs = FAMILIES[name], FAMILIES[name].batch((1, 2))
-    theirs = in_peft(family, tmp_path / "a", **options)
+    theirs = pefts(family, tmp_path / "a", **options)
     host = Host.of(family.build()[0])
     base = logits(host.model, inputs)
     adapter = load(tmp_path / "a", host)
@@ -83,13 +54,12 @@ def test_ours_reads_pefts(name, options, tmp_path):
     assert (given - base).abs().max() >= MOVED
     assert (given - logits(theirs, inputs)).abs().max() <= LIMIT
     save(adapter, tmp_path / "b")
-    model = peft.PeftModel.from_pretrained(family.build()[0], tmp_path / "b").eval()
-    assert (logits(model, inputs) - given).abs().max() <= LIMIT
+    assert (logits(in_peft(family, tmp_path / "b"), inputs) - given).abs().max() <= LIMIT
 
 
 def test_both_spellings_of_the_magnitude_are_read(tmp_path):
     family, inputs = FAMILIES["llava"], FAMILIES["llava"].batch((1, 2))
-    theirs = in_peft(family, tmp_path / "a")
+    theirs = pefts(family, tmp_path / "a")
     path = tmp_path / "a/adapter_model.safetensors"
     tensors = safetensors.torch.load_file(path)
     (old,) = {key.endswith("lora_magnitude_vector") for key in tensors if "magnitude" in key}
@@ -99,24 +69,20 @@ def test_both_spellings_of_the_magnitude_are_read(tmp_path):
     }
     assert any("lora_magnitude_vector.weight" in key for key in other) is old
     safetensors.torch.save_file(other, path)
-    host = Host.of(family.build()[0])
-    put(host, load(tmp_path / "a", host), "theirs")
-    assert (logits(host.model, inputs) - logits(theirs, inputs)).abs().max() <= LIMIT
+    assert (logits(here(family, tmp_path / "a"), inputs) - logits(theirs, inputs)).abs().max() <= LIMIT
 
 
 def test_lora_beside_dora_is_no_folder_of_pefts(tmp_path):
     parts = (Part("dora", "language.0.{q,v}", CONFIG), Part("lora", "language.1.{q,v}", LoRAConfig(rank=2)))
-    inputs, _, adapted = saved(FAMILIES["llava"], tmp_path / "a", (parts[0], parts[1]))
+    inputs, _, adapted, _ = saved(FAMILIES["llava"], parts, tmp_path / "a")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["peft_type"] == "TARSIA"
     assert any("at all updates of an adapter or at none" in why for why in config["why_not_peft"])
-    host = Host.of(FAMILIES["llava"].build()[0])
-    put(host, load(tmp_path / "a"), "again")
-    assert torch.equal(logits(host.model, inputs), adapted)
+    assert torch.equal(logits(here(FAMILIES["llava"], tmp_path / "a"), inputs), adapted)
 
 
 def damaged(tmp_path, change, fields=None):
-    in_peft(FAMILIES["llava"], tmp_path / "a")
+    pefts(FAMILIES["llava"], tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     path = tmp_path / "b/adapter_model.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
@@ -159,7 +125,7 @@ def test_one_that_was_never_trained_is_refused(tmp_path):
 
 
 def test_a_changed_use_dora_is_seen(tmp_path):
-    saved(FAMILIES["llava"], tmp_path / "a")
+    saved(FAMILIES["llava"], PARTS, tmp_path / "a")
     path = tmp_path / "a/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
     with pytest.raises(AdapterError, match="use_dora"):

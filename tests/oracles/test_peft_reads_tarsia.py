@@ -3,19 +3,17 @@
 import json
 import re
 
-import peft
 import pytest
-import torch
 from families import FAMILIES
+from oracles.beside_peft import LIMIT, MOVED, in_peft, learnt, logits, move, saved
 
 from tarsia.adapter import Adapter, Host, save
-from tarsia.core.attach import Part, attach, patches
+from tarsia.core.attach import Part, attach
 from tarsia.methods.full import FullConfig
 from tarsia.methods.lora import LoRAConfig
 from tarsia.methods.rslora import RsLoRAConfig
 
-LIMIT = 1e-5
-MOVED = 0.1
+SIZE = 0.02
 # These projectors have a bare tensor on the model itself, which is no module of PEFT's: the rest of them.
 BARE = {
     "llava_next": "@*.multi_modal_projector.*",
@@ -33,40 +31,9 @@ def everywhere(name):
     )
 
 
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def trained(host, parts, name="default", size=0.02):
-    """Attach, and give every trained tensor random values as a training would."""
-    attach(host.model, host.sites, parts, name=name)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for patch in patches(host.model, name).values():
-            for parameter in patch.parameters():
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-
-
-def saved(family, parts, folder, size=0.02):
-    """Save a random adapter; returns inputs, the base's logits and the adapted ones."""
-    host = Host.of(family.build()[0])
-    inputs = family.batch((1, 2) if not family.text_only else (0, 1, 3))
-    base = logits(host.model, inputs)
-    trained(host, parts, size=size)
-    adapted = logits(host.model, inputs)
-    save(Adapter.of(host, "default", parts), folder)
-    return inputs, base, adapted
-
-
-def in_peft(family, folder):
-    model = peft.PeftModel.from_pretrained(family.build()[0], folder)
-    return model.eval()
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_everywhere(name, tmp_path):
-    inputs, base, adapted = saved(FAMILIES[name], everywhere(name), tmp_path / "a")
+    inputs, base, adapted, _ = saved(FAMILIES[name], everywhere(name), tmp_path / "a", size=SIZE)
     assert (adapted - base).abs().max() >= MOVED
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
@@ -77,7 +44,7 @@ def test_every_family_everywhere(name, tmp_path):
 def test_every_family_full_alone(name, tmp_path):
     """PEFT has no adapter without LoRA: its dummy target stands in."""
     parts = [Part("full", f"vision; language.*; {BARE.get(name, 'projector')}", FullConfig())]
-    inputs, base, adapted = saved(FAMILIES[name], parts, tmp_path / "a")
+    inputs, base, adapted, _ = saved(FAMILIES[name], parts, tmp_path / "a", size=SIZE)
     assert (adapted - base).abs().max() >= MOVED
     assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
 
@@ -86,7 +53,7 @@ def test_every_family_full_alone(name, tmp_path):
 def test_one_rank(name, tmp_path):
     """Where ranks and scales are equal no pattern is written, so readers of r and lora_alpha alone agree."""
     part = Part("rslora", "language", RsLoRAConfig(rank=3))
-    inputs, base, adapted = saved(FAMILIES[name], [part], tmp_path / "a", size=0.05)
+    inputs, base, adapted, _ = saved(FAMILIES[name], [part], tmp_path / "a", size=0.05)
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert not config["rank_pattern"]
     assert not config["alpha_pattern"]
@@ -98,14 +65,14 @@ def test_one_rank(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3"])  # whose projector has no linear
 def test_every_family_lora_in_the_projector(name, tmp_path):
     parts = [Part("lora", "projector", LoRAConfig(rank=2)), Part("lora", "language.0..1.q", LoRAConfig(rank=3))]
-    inputs, base, adapted = saved(FAMILIES[name], parts, tmp_path / "a", size=0.2)
+    inputs, base, adapted, _ = saved(FAMILIES[name], parts, tmp_path / "a", size=0.2)
     assert (adapted - base).abs().max() >= MOVED
     assert (logits(in_peft(FAMILIES[name], tmp_path / "a"), inputs) - adapted).abs().max() <= LIMIT
 
 
 def test_the_oracle_sees_a_wrong_scale(tmp_path):
     """Planted: a scale that is 2 % off in what PEFT reads."""
-    inputs, _, adapted = saved(FAMILIES["llava"], everywhere("llava"), tmp_path / "a")
+    inputs, _, adapted, _ = saved(FAMILIES["llava"], everywhere("llava"), tmp_path / "a", size=SIZE)
     path = tmp_path / "a/adapter_config.json"
     config = json.loads(path.read_text())
     config["lora_alpha"] *= 1.02
@@ -118,7 +85,7 @@ def test_the_oracle_sees_a_transposed_key(tmp_path):
     from safetensors.torch import load_file, save_file
 
     part = Part("lora", "language", LoRAConfig(rank=3))
-    inputs, _, adapted = saved(FAMILIES["llava"], [part], tmp_path / "a", size=0.05)
+    inputs, _, adapted, _ = saved(FAMILIES["llava"], [part], tmp_path / "a", size=0.05)
     path = tmp_path / "a/adapter_model.safetensors"
     swap = {"0.self_attn.k_proj": "0.self_attn.v_proj", "0.self_attn.v_proj": "0.self_attn.k_proj"}
     pattern = re.compile("|".join(map(re.escape, swap)))
@@ -140,7 +107,7 @@ def refused(folder):
 def test_half_a_module_is_refused(tmp_path):
     """Gemma-3's projector is a bare tensor beside a norm: alone it is no module of PEFT's."""
     part = Part("full", "@*mm_input_projection_weight", FullConfig())
-    saved(FAMILIES["gemma3"], [part], tmp_path / "a")
+    saved(FAMILIES["gemma3"], [part], tmp_path / "a", size=SIZE)
     assert "mm_soft_emb_norm" in refused(tmp_path / "a")[0]
 
 
@@ -156,7 +123,8 @@ def test_an_embedding_that_is_the_head_too_is_refused(name, tmp_path):
     tied = {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": True}
     host = Host.of(FAMILIES[name].build(**tied)[0])
     part = Part("full", "@*embed_tokens", FullConfig())
-    trained(host, [part])
+    attach(host.model, host.sites, [part])
+    move(learnt(host), SIZE)
     save(Adapter.of(host, "default", [part]), tmp_path / "a")
     assert "lm_head" in refused(tmp_path / "a")[0]
 
@@ -171,7 +139,7 @@ def test_experts_are_saved_whole(tmp_path):
     """3-D expert tensors: both of a module together are a module to save, one alone is not."""
     family = FAMILIES["qwen3_vl_moe"]
     both = [Part("full", "@*.0.mlp.experts*", FullConfig())]
-    inputs, base, adapted = saved(family, both, tmp_path / "both", size=0.1)
+    inputs, base, adapted, _ = saved(family, both, tmp_path / "both", size=0.1)
     assert (adapted - base).abs().max() >= MOVED
     assert (logits(in_peft(family, tmp_path / "both"), inputs) - adapted).abs().max() <= LIMIT
     saved(family, [Part("full", "@*.0.mlp.experts.down_proj", FullConfig())], tmp_path / "one")

@@ -2,21 +2,13 @@
 
 import peft
 import pytest
-import torch
 from families import FAMILIES
+from oracles.beside_peft import LIMIT, MOVED, batch, here, logits, move
 from torch import nn
 
-from tarsia.adapter import Host, load, put
+from tarsia.adapter import Host, load
 from tarsia.core.errors import AdapterError
 from tarsia.core.site import Component, Kind
-
-LIMIT = 1e-5
-MOVED = 0.1
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def modules_of(family, *components):
@@ -38,29 +30,18 @@ def modules_of(family, *components):
 
 def made_by_peft(family, folder, size=0.02, **options):
     """A random adapter that PEFT made and saved; returns inputs, the base's logits and PEFT's."""
-    inputs = family.batch((1, 2) if not family.text_only else (0, 1, 3))
+    inputs = batch(family)
     base = logits(family.build()[0], inputs)
     model = peft.get_peft_model(family.build()[0], peft.LoraConfig(**options)).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    move((p for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name), size)
     model.save_pretrained(folder)
     return inputs, base, logits(model, inputs)
-
-
-def here(family, folder, inputs):
-    host = Host.of(family.build()[0])
-    adapter = load(folder, host)
-    put(host, adapter, "theirs")
-    return logits(host.model, inputs)
 
 
 def check(family, folder, size=0.02, **options):
     inputs, base, theirs = made_by_peft(family, folder, size, **options)
     assert (theirs - base).abs().max() >= MOVED
-    assert (here(family, folder, inputs) - theirs).abs().max() <= LIMIT
+    assert (logits(here(family, folder), inputs) - theirs).abs().max() <= LIMIT
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -138,4 +119,4 @@ def test_the_oracle_sees_a_wrong_scale(tmp_path, monkeypatch):
     family = FAMILIES["llava"]
     inputs, _, theirs = made_by_peft(family, tmp_path, r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj"])
     monkeypatch.setattr(PeftConfig, "scale", lambda self, path: self.lora_alpha / self.rank(path))
-    assert (here(family, tmp_path, inputs) - theirs).abs().max() > 10 * LIMIT
+    assert (logits(here(family, tmp_path), inputs) - theirs).abs().max() > 10 * LIMIT
