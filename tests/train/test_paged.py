@@ -345,7 +345,7 @@ class Narrow(FilePages):
 
     def room(self, numbers):
         if self.live + 4 * numbers > self.limit:
-            raise self.error
+            raise type(self.error)(*self.error.args)
         self.live += 4 * numbers
         made = super().room(numbers)
         weakref.finalize(made.untyped_storage(), self._gone, 4 * numbers)
