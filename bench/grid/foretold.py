@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tarsia.plan import plan
+
 
 def foretold(recipe: Any) -> dict[str, Any]:
     """The planned peaks of a recipe in bytes: ``live``, of tensors, and ``process``, of the whole process."""
-    raise NotImplementedError("tarsia.plan is not there yet")
+    found = plan(recipe)
+    return {"live": found.live, "process": None, **found.as_json()}

@@ -43,6 +43,8 @@ class Block:
     died: int = FOREVER
     category: Category | None = None
     ghost: bool = False
+    width: int = 0
+    """The last size of the tensor that it was made for."""
 
     def at(self, moment: int) -> bool:
         """Whether it is there."""
@@ -79,6 +81,7 @@ class Ledger:
         found = self._held.get(key)
         if found is None:
             found = Block(storage.nbytes(), self.now, self.phase, op, category=category)
+            found.width = tensor.shape[-1] if tensor.ndim else 1
             self.now += 1
             self.blocks.append(found)
             self._held[key] = found

@@ -55,17 +55,32 @@ class Outline:
 class Rehearsal:
     """What was noted: blocks in the order of their birth, where phases begin, operations, and what the run says.
 
-    ``end`` is the last moment. ``steps`` are the numbers of the optimiser's steps that were gone through.
+    ``end`` is the last moment. ``vocabulary`` is what a row of logits has.
     """
 
     blocks: tuple[Block, ...]
     marks: tuple[Mark, ...]
     end: int
     ops: Mapping[Op, int]
-    steps: tuple[int, ...]
     coverage: tuple[Covered, ...]
     fast: tuple[str, ...]
     dtype: torch.dtype
+    vocabulary: int
+
+    @classmethod
+    def of(cls, run: Run, ghost: Ghost) -> Self:
+        """All that was noted up to now."""
+        ledger = ghost.ledger
+        return cls(
+            blocks=ledger.settled(),
+            marks=tuple(ledger.marks),
+            end=ledger.now,
+            ops=Counter(ghost.ops),
+            coverage=run.coverage,
+            fast=run.fast,
+            dtype=dtype_of(run.recipe.precision, run.device),
+            vocabulary=run.host.anatomy.config.get_text_config().vocab_size,
+        )
 
 
 @contextmanager
@@ -110,6 +125,7 @@ def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
     dtype = dtype_of(recipe.precision, torch.device("cpu"))
     with no_init_weights():
         model: Any = AutoModelForImageTextToText.from_config(outline.anatomy.config, dtype=dtype)
+    model.tie_weights()
     for parameter in model.parameters():
         ghost.haunt(parameter)
         harmless(parameter.data)
@@ -173,7 +189,7 @@ def _phases(run: Run, ledger: Ledger) -> Any:
         if name == "update":
             gradients = (p.grad for patch in run.patches.values() for p in patch.parameters())
             ledger.label((g for g in gradients if g is not None), Category.GRADIENTS)
-        ledger.begin(f"step/{name}")
+        ledger.begin(name)
 
     return begins
 
@@ -203,15 +219,3 @@ def _believe(cache: Cache) -> None:
     changed: Any = cache
     changed._stage_digest = lambda: b"of a rehearsal"
     changed._prove = lambda apart, together, device: together() and None
-
-
-def rehearsal(recipe: Recipe, outline: Outline, numbers: Iterable[int]) -> Rehearsal:
-    """Go through the steps ``numbers`` of a run. Raises as ``tarsia.train.fit`` does, and PlanError."""
-    ledger, wanted = Ledger(), tuple(numbers)
-    with rehearsing(recipe, outline, ledger) as (run, ghost):
-        steps(run, ledger, wanted)
-        end = ledger.now
-        coverage, fast = run.coverage, run.fast
-        blocks = ledger.settled()
-    dtype = dtype_of(recipe.precision, torch.device("cpu"))
-    return Rehearsal(blocks, tuple(m for m in ledger.marks if m.moment <= end), end, Counter(ghost.ops), wanted, coverage, fast, dtype)

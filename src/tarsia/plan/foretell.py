@@ -1,0 +1,157 @@
+"""The plan of a run: what it will take of memory, when, and for what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from tarsia.plan.ledger import Block, Category, Mark, live
+from tarsia.plan.rehearse import Outline, Rehearsal, ending, rehearsing, steps
+from tarsia.plan.survey import Survey, survey
+from tarsia.train.recipe import Recipe
+
+IN_STEP: Final = ("forward", "backward", "update")
+"""The phases in which the run itself measures (``tarsia.train.taken``)."""
+
+LASTING: Final = (Category.WEIGHTS, Category.QUANTISED, Category.PATCHES, Category.STATES)
+"""What is there between two steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """One phase of the run: from which moment to which, the most bytes live in it, and when that was."""
+
+    phase: str
+    begin: int
+    end: int
+    peak: int
+    moment: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of ``recipe`` will take, from a rehearsal of its largest steps and of all around them.
+
+    All sizes are bytes. ``survey`` says which rows it rests on.
+    """
+
+    recipe: Recipe
+    rehearsal: Rehearsal
+    survey: Survey
+
+    @cached_property
+    def line(self) -> list[int]:
+        """Live bytes of tensors after each moment."""
+        return live(self.rehearsal.blocks, self.rehearsal.end)
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The run's phases in their order."""
+        return tuple(_stretches(self.rehearsal.marks, self.line))
+
+    @property
+    def peak(self) -> Stretch:
+        """The phase that takes most."""
+        return max(self.stretches, key=lambda stretch: stretch.peak)
+
+    @property
+    def live(self) -> int:
+        """The most bytes of tensors at once, over the whole run: mapped weights too."""
+        return self.peak.peak
+
+    @property
+    def total(self) -> int:
+        """What the device must have: the process's memory on a processor, reserved memory and context on a GPU."""
+        return self.live
+
+    @property
+    def step(self) -> Stretch:
+        """The phase of a step that takes most: what a run compares with what it measures."""
+        return max((s for s in self.stretches if s.phase in IN_STEP), key=lambda stretch: stretch.peak)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The most bytes of each phase, by its name."""
+        found: dict[str, int] = {}
+        for stretch in self.stretches:
+            found[stretch.phase] = max(found.get(stretch.phase, 0), stretch.peak)
+        return found
+
+    def at(self, moment: int) -> dict[Category, int]:
+        """Bytes by category at a moment; those that are nothing are left out."""
+        found = dict.fromkeys(Category, 0)
+        for block in self.rehearsal.blocks:
+            if block.at(moment):
+                found[block.category or Category.TEMPORARY] += block.size
+        return {category: size for category, size in found.items() if size}
+
+    @property
+    def categories(self) -> dict[Category, int]:
+        """Bytes by category at the peak of the steps."""
+        return self.at(self.step.moment)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of all gradients, as the update finds them."""
+        update = [s for s in self.stretches if s.phase == "update"]
+        return self.at(update[-1].begin).get(Category.GRADIENTS, 0) if update else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "live": self.live,
+            "phase": self.peak.phase,
+            "step": self.step.peak,
+            "step_phase": self.step.phase,
+            "phases": self.phases,
+            "categories": {str(category): size for category, size in self.categories.items()},
+            "gradients": self.gradients,
+            "steps": list(self.survey.steps),
+            "whole": self.survey.whole,
+        }
+
+
+def plan(recipe: Recipe, outline: Outline | None = None) -> Plan:
+    """Rehearse a recipe. No weight is loaded. Raises as ``tarsia.train.fit`` does, and PlanError."""
+    from tarsia.plan.ledger import Ledger
+
+    outline = outline or Outline.of(recipe.model)
+    ledger = Ledger()
+    with rehearsing(recipe, outline, ledger) as (run, ghost):
+        found = survey(run)
+        # the first step of all, then the largest; the last of them twice: the states are there from the second on
+        steps(run, ledger, (*found.steps, found.steps[-1]))
+        ending(run, ledger)
+        rehearsed = Rehearsal.of(run, ghost)
+    return Plan(recipe, _sorted(rehearsed), found)
+
+
+def _stretches(marks: Sequence[Mark], line: Sequence[int]) -> Iterable[Stretch]:
+    last = len(line) - 1
+    for mark, end in zip(marks, (*(m.moment for m in marks[1:]), last), strict=True):
+        if mark.phase and end > mark.moment:
+            inside = range(mark.moment, end)
+            moment = max(inside, key=line.__getitem__)
+            yield Stretch(mark.phase, mark.moment, end, line[moment], moment)
+
+
+def _sorted(rehearsal: Rehearsal) -> Rehearsal:
+    """The same, where every block has a category: those that were not named by what they are, by when they live."""
+    forward = [mark.moment for mark in rehearsal.marks if mark.phase == "forward"]
+    backward = [mark.moment for mark in rehearsal.marks if mark.phase == "backward"]
+    for block in rehearsal.blocks:
+        if block.category is None:
+            block.category = _category(block, forward, backward, rehearsal.vocabulary)
+    return rehearsal
+
+
+def _category(block: Block, forward: Sequence[int], backward: Sequence[int], vocabulary: int) -> Category:
+    if block.phase == "step" and any(block.at(moment) for moment in forward):
+        return Category.INPUTS
+    if block.phase in IN_STEP and block.width == vocabulary:
+        return Category.LOSS
+    if block.phase == "forward" and any(block.at(moment) for moment in backward):
+        return Category.ACTIVATIONS
+    return Category.TEMPORARY
