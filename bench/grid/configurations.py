@@ -57,7 +57,7 @@ WHERE: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "full": {**BLOCKS, "projector": ("projector",)},
     "bitfit": {"vision": ("vision", "vision.-3.."), "projector": ("projector",), "language": ("language",)},
     "ia3": {"language": ("language", "language.*.{k,v}"), "vision": ("vision",)},
-    "vpt": {"vision": ("vision",)},
+    "vpt": {"vision": ("vision", "vision.0..1")},
     "vpt_deep": {"vision": ("vision", "vision.-3..")},
 }
 """Selections of each method by component."""
@@ -165,6 +165,8 @@ def refused(drawn: Configuration) -> str | None:
         and world.family.startswith(QWEN),
         "features of no picture": "features" in recipe and not drawn.pictures,
         NO_PLACE: world.family.startswith(QWEN) and not set(methods).isdisjoint(SHOWN),
+        "prompts through two stacks of blocks": world.family == "mllama"
+        and any((part["method"], part["select"]) == ("vpt", "vision") for part in recipe["parts"]),
         UNTIED: world.tied and world.family in _UNTIED,
         TOO_MUCH: drawn.work > BUDGET,
     }

@@ -68,16 +68,22 @@ def planned(folder: Path) -> Values:
 
 
 def live_bytes(folder: Path) -> Values:
-    """The run with every allocation recorded: the peak, when it was, and what stays throughout."""
+    """The run with every allocation recorded once the base is open: the peak, when it was, and what stays throughout.
+
+    Opening is not recorded, for Transformers reads weights in threads of its own, whose allocations nothing tells.
+    """
     from tarsia.train import Step, fit
     from tarsia.train.memory import live
 
     recipe = _recipe(folder, "live")
+    host = recipe.open()
+    standing = _everything()
+    there = sum(block.nbytes() for block in standing)
     held: Values = {}
     steps = 0
-    with live() as watched:
-        watched.mark("loading")
-        host = recipe.open()
+    watching = live(standing)
+    with watching as watched:
+        standing.clear()  # so that what ends is seen to end
         watched.mark("preparing")
         for event in fit(recipe, host=host):
             if isinstance(event, Step):
@@ -86,7 +92,8 @@ def live_bytes(folder: Path) -> Values:
                 watched.mark("saving" if steps == recipe.steps else "between")
     if steps != recipe.steps:
         raise RuntimeError(f"{steps} of {recipe.steps} steps were seen")
-    return {"peak": watched.peak, "phase": watched.phase, "peaks": watched.peaks, "held": held}
+    peaks = {name: there + peak for name, peak in watched.peaks.items() if name}
+    return {"open": there, "peak": there + watched.peak, "phase": watched.phase, "peaks": peaks, "held": held}
 
 
 def process(folder: Path) -> Values:
@@ -134,6 +141,17 @@ def _held(model: Any) -> Values:
     states = [v for o in optimisers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     groups = {"weights": weights, "quantised": quantised, "patches": own, "states": states}
     return {name: _bytes(tensors) for name, tensors in groups.items()}
+
+
+def _everything() -> list[Any]:
+    """The memory of every tensor of this process, each block once."""
+    import torch
+
+    from tarsia.train.taken import storages
+
+    # by the type alone: asking an object for its class can run code of its own
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    return list({block._cdata: block for tensor in tensors for block in storages(tensor)}.values())
 
 
 def _bytes(tensors: list[Any]) -> int:
