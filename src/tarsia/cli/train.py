@@ -33,6 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--page", metavar="FILE.html", type=Path, help="with a limit: write what was forgotten as a page"
     )
+    parser.add_argument("--no-plan", action="store_true", help="do not foretell the run's memory (some seconds)")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="print the adapter's folder and nothing else")
     shown.add_argument("--json", action="store_true", help="one JSON object an event")
@@ -41,6 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, and print each event as it comes; 1 where a limit on forgetting was given and is exceeded."""
     from tarsia.cli import output, progress
+    from tarsia.cli.foreseen import Foreseen
     from tarsia.cli.gated import Gated
     from tarsia.core.errors import ConfigError
     from tarsia.train.loop import fit
@@ -58,13 +60,15 @@ def run(args: argparse.Namespace) -> int:
     show = progress.Lines() if args.json else progress.Quiet() if args.quiet else progress.Screen()
     going = Going()
     with stoppable():
-        with telling("interrupted while the base was measured: nothing is trained yet, run the same command to begin"):
+        with telling("interrupted before the first step: nothing is trained yet, run the same command to begin"):
+            foreseen = Foreseen(None) if args.no_plan else Foreseen.of(recipe)
             gated = Gated.before(recipe, args) if limited else None
         with going, show:
             host, card = (None, None) if gated is None else (gated.host, gated.pending)
             for event in fit(recipe, measure, host=host, card=card):
                 going.see(event)
                 show(event)
+                foreseen.see(event)
         if gated is None:
             return 0
         with telling(

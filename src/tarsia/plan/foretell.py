@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -60,6 +60,11 @@ class Plan:
     def live(self) -> int:
         """The most bytes of tensors at once, over the whole run: mapped weights too."""
         return self.peak.peak
+
+    @property
+    def on_processor(self) -> bool:
+        """Whether the run computes on a processor."""
+        return True
 
     @property
     def total(self) -> int:

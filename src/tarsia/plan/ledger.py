@@ -21,6 +21,7 @@ class Category(StrEnum):
     PATCHES = "patches"
     GRADIENTS = "gradients"
     STATES = "states"
+    KERNELS = "kernels"
     INPUTS = "inputs"
     ACTIVATIONS = "activations"
     LOSS = "loss"

@@ -1,0 +1,64 @@
+"""The plan of a run beside what it took: made before it begins, compared and kept when it ends."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tarsia.plan import Plan
+    from tarsia.train.events import Event
+    from tarsia.train.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """``plan`` is None where the run could not be foretold, which has been said then."""
+
+    plan: Plan | None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Foreseen:
+        """Plan a run, and say on stderr what it will take, or why that is not known."""
+        from tarsia.cli.machine import available_memory
+        from tarsia.core.errors import TarsiaError
+        from tarsia.plan import plan
+
+        try:
+            found = plan(recipe)
+        except TarsiaError as error:
+            # the run itself will say what is wrong with it
+            print(f"not planned: {str(error).splitlines()[0]}", file=sys.stderr)
+            return cls(None)
+        print(f"planned: {_gb(found.step.peak)} GB of tensors in a step, {_gb(found.total)} GB in all", file=sys.stderr)
+        free = available_memory()
+        if free is not None and found.on_processor and found.total > free:
+            print(
+                f"warning: that is more than the {_gb(free)} GB that are free here; "
+                "`tarsia plan RECIPE --fit SIZE` says what would fit",
+                file=sys.stderr,
+            )
+        return cls(found)
+
+    def see(self, event: Event) -> None:
+        """Compare and keep, once the run says what it took."""
+        from tarsia.core.errors import PlanError
+        from tarsia.plan.history import LARGE, compared, keep
+        from tarsia.train.events import Memory
+
+        if self.plan is None or not isinstance(event, Memory):
+            return
+        entry = compared(self.plan, event)
+        if entry is None:
+            return
+        for pair in entry.wrong:
+            print(f"warning: the plan was off by more than {LARGE:.0%}: {pair.said}", file=sys.stderr)
+        try:
+            keep(entry)
+        except PlanError as error:
+            print(f"warning: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"

@@ -1,0 +1,129 @@
+"""Foretell what a recipe takes of memory and time, from a rehearsal of its run: no weight is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tarsia.cli import output
+
+if TYPE_CHECKING:
+    from tarsia.plan import Plan
+    from tarsia.plan.history import Entry
+
+NAME = "plan"
+HELP = "what a recipe takes of memory and time, before anything is loaded"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``tarsia plan``."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as batch=4 or parts.0.rank=8")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw what lives in memory, moment by moment")
+    parser.add_argument("--history", action="store_true", help="earlier runs: what was planned, what was measured")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; or earlier plans beside what their runs took."""
+    from tarsia.core.errors import ConfigError
+
+    if args.history:
+        return _history(args)
+    if args.recipe is None:
+        raise ConfigError("There is nothing to plan.", do="give a recipe: tarsia plan recipes/belt.yaml")
+    from tarsia.plan import plan
+    from tarsia.train.recipe import Recipe
+
+    output.no_bars()
+    found = plan(Recipe.load(args.recipe, args.overrides))
+    if args.picture is not None:
+        _draw(found, args.picture)
+    if args.json:
+        output.line(found.as_json())
+    else:
+        _show(found)
+    return 0
+
+
+def _show(plan: Plan) -> None:
+    recipe, rehearsal = plan.recipe, plan.rehearsal
+    methods = " + ".join(part.method for part in recipe.parts)
+    dtype = str(rehearsal.dtype).removeprefix("torch.")
+    title = f"{recipe.model}, {methods}, {dtype}: what lives in memory at most, phase by phase"
+    output.table(title, ("phase", "MB"), [(name, mega(size)) for name, size in plan.phases.items()], right=("MB",))
+    print()
+    rows = [(str(category), mega(size), f"{size / plan.step.peak:.0%}") for category, size in plan.categories.items()]
+    output.table(
+        f"At the peak of the steps, {mega(plan.step.peak)} MB in {plan.step.phase}",
+        ("for", "MB", "share"),
+        rows,
+        right=("MB", "share"),
+    )
+    print()
+    for line in rests_on(plan):
+        print(line)
+
+
+def rests_on(plan: Plan) -> list[str]:
+    """What the plan has looked at, in words."""
+    survey = plan.survey
+    lines = [f"Rehearsed: steps {', '.join(str(step + 1) for step in survey.steps)}, the first and the largest."]
+    if survey.whole:
+        lines.append(f"All {survey.rows} rows that the run draws were read.")
+    else:
+        seen = f"{survey.draws} of {survey.all_draws} draws" if survey.draws < survey.all_draws else "all draws"
+        lines.append(
+            f"{survey.read} of {survey.rows} rows were read ({seen} were looked at), those with most text and the "
+            "largest pictures first; of the others the size is told from these."
+        )
+    return lines
+
+
+def _draw(plan: Plan, path: Path) -> None:
+    from tarsia.plan.picture import picture
+    from tarsia.train.disk import write_synced, writing
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing("The picture", path, "give --picture a file in a folder that can be written to"):
+        write_synced(partial, picture(plan))
+        os.replace(partial, path)
+    print(f"picture: {path}", file=sys.stderr)
+
+
+def _history(args: argparse.Namespace) -> int:
+    from tarsia.plan.history import place, read
+
+    entries = list(read())
+    if args.json:
+        for entry in entries:
+            output.line(_plain(entry))
+        return 0
+    if not entries:
+        print(f"No run was kept yet in {place()}: `tarsia train` keeps each beside its plan.")
+        return 0
+    rows = [
+        (e.date[:16], e.model, " + ".join(e.methods), e.device, mega(e.peak.planned), mega(e.peak.measured))
+        + tuple(f"{pair.off:+.1%}" for pair in (e.peak, e.pairs[-1]))
+        for e in entries
+    ]
+    columns = ("date", "model", "methods", "device", "planned MB", "measured MB", "off", "whole off")
+    output.table("Plans and what was measured, of the step that took most", columns, rows, right=columns[4:])
+    off = sorted(abs(entry.peak.off) for entry in entries)
+    under = sum(entry.peak.off < -0.01 for entry in entries)
+    print(f"\nmedian {off[len(off) // 2]:.1%}; {under} of {len(off)} plans were too low by more than 1 %")
+    return 0
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(entry) | {"pairs": [asdict(pair) | {"off": round(pair.off, 5)} for pair in entry.pairs]}
+
+
+def mega(size: int) -> str:
+    """Bytes as megabytes."""
+    return f"{size / 1e6:,.1f}"
