@@ -181,7 +181,8 @@ def test_every_family_opens_and_sees_its_pictures(family, tmp_path):
 def test_one_configuration_runs(drawn, tmp_path):
     least = min(drawn, key=lambda found: found.work * ("four_bits" in found.recipe or 3))
     line = runner.run(least.seed, tmp_path / "one")
-    assert line.get("error", "planned").startswith("planned"), line
+    assert "error" not in line, line["error"]
+    assert abs(error(line, "live")) < 10 and abs(error(line, "step")) < 10
     assert line["configuration"]["family"] == least.world.family
     held, memory = line["live"]["held"], line["process"]["memory"]
     assert held["patches"] > 0 and held["states"] >= 2 * held["patches"]
@@ -230,8 +231,8 @@ def line(seed: int, live: tuple[int, int], process: tuple[int, int]) -> dict[str
     return {
         "seed": seed,
         "configuration": json.loads(json.dumps(runner.described(configuration(seed)))),
-        "planned": {"live": live[0], "process": process[0]},
-        "live": {"peaks": {"forward": live[1] - 1, "update": 5}},
+        "planned": {"live": live[0], "step": live[0], "process": process[0]},
+        "live": {"peak": live[1], "peaks": {"forward": live[1] - 1, "update": 5}},
         "process": {"peak": process[1], "memory": {"peak": live[1]}},
     }
 
@@ -254,6 +255,8 @@ def test_how_far_a_plan_is_off_is_counted():
     assert found["failed: seed 2"] == {"error": "planted"}
     assert found[f"family_live: {configuration(1).world.family}"]["most under %"] == 2.0
     assert found[f"method_process: {configuration(0).methods[0]}"]["most under %"] == 1.0
+    lines[0]["planned"]["process"] = None
+    assert summary(lines)["bar: process, all"]["not planned"] == 1
     assert found["instruments: run and record of all"]["most %"] == pytest.approx(0.1, abs=0.01)
 
 
