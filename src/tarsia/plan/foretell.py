@@ -15,6 +15,9 @@ from tarsia.train.recipe import Recipe
 IN_STEP: Final = ("forward", "backward", "update")
 """The phases in which the run itself measures (``tarsia.train.taken``)."""
 
+SURVEY: Final = "survey"
+"""What the plan does for itself, and no run does."""
+
 LASTING: Final = (Category.WEIGHTS, Category.QUANTISED, Category.PATCHES, Category.STATES)
 """What is there between two steps."""
 
@@ -125,7 +128,8 @@ def plan(recipe: Recipe, outline: Outline | None = None) -> Plan:
     outline = outline or Outline.of(recipe.model)
     ledger = Ledger()
     with rehearsing(recipe, outline, ledger) as (run, ghost):
-        found = survey(run)
+        with ledger.during(SURVEY):
+            found = survey(run)
         # the first step of all, then the largest; the last of them twice: the states are there from the second on
         steps(run, ledger, (*found.steps, found.steps[-1]))
         ending(run, ledger)
@@ -136,7 +140,7 @@ def plan(recipe: Recipe, outline: Outline | None = None) -> Plan:
 def _stretches(marks: Sequence[Mark], line: Sequence[int]) -> Iterable[Stretch]:
     last = len(line) - 1
     for mark, end in zip(marks, (*(m.moment for m in marks[1:]), last), strict=True):
-        if mark.phase and end > mark.moment:
+        if mark.phase not in ("", SURVEY) and end > mark.moment:
             inside = range(mark.moment, end)
             moment = max(inside, key=line.__getitem__)
             yield Stretch(mark.phase, mark.moment, end, line[moment], moment)

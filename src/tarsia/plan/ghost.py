@@ -6,8 +6,8 @@ memory. An operation that reads a ghost gives ghosts and computes nothing. An op
 is: ids, masks, grids and positions are real, so that code which looks at them goes the way it goes in earnest.
 
 What a model of 70 billion parameters does in a step is seen in this way on a machine with little memory: which
-tensors come and go, in which order, and how large they are. (Torch's own fake tensors are of a class of their own, which
-code that asks for plain parameters takes another way with.)
+tensors come and go, in which order, and how large they are. (Torch's own fake tensors are of a class of their own, with
+which code that asks for plain parameters takes another way.)
 """
 
 from __future__ import annotations

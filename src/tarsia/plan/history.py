@@ -37,7 +37,8 @@ class Pair:
     @property
     def said(self) -> str:
         """In words."""
-        return f"{self.name}: {self.planned / 1e6:,.1f} MB planned, {self.measured / 1e6:,.1f} MB measured ({self.off:+.1%})"
+        sizes = f"{self.planned / 1e6:,.1f} MB planned, {self.measured / 1e6:,.1f} MB measured"
+        return f"{self.name}: {sizes} ({self.off:+.1%})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from tarsia.plan.foretell import Plan
@@ -66,13 +67,14 @@ def picture(plan: Plan, budget: int | None = None) -> bytes:
 
 
 def _moments(plan: Plan) -> Any:
-    """The moments that are drawn: of each short span the one at which most lives."""
+    """The moments of the run that are drawn: of each short span the one at which most lives."""
     import numpy
 
-    line = numpy.asarray(plan.line)
+    kept = numpy.concatenate([numpy.arange(stretch.begin, stretch.end) for stretch in plan.stretches])
+    line = numpy.asarray(plan.line)[kept]
     edges = numpy.unique(numpy.linspace(0, len(line), min(POINTS, len(line)) + 1).astype(int))
-    found = [begin + int(line[begin:end].argmax()) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
-    return numpy.asarray(found)
+    found = [begin + int(line[begin:end].argmax()) for begin, end in pairwise(edges)]
+    return kept[found]
 
 
 def _stacks(plan: Plan, moments: Any) -> dict[Category, Any]:
