@@ -106,8 +106,11 @@ def _history(args: argparse.Namespace) -> int:
         print(f"No run was kept yet in {place()}: `tarsia train` keeps each beside its plan.")
         return 0
     rows = [
-        (e.date[:16], e.model, " + ".join(e.methods), e.device, mega(e.peak.planned), mega(e.peak.measured))
-        + tuple(f"{pair.off:+.1%}" for pair in (e.peak, e.pairs[-1]))
+        (
+            *(e.date[:16], e.model, " + ".join(e.methods), e.device),
+            *(mega(e.peak.planned), mega(e.peak.measured)),
+            *(f"{pair.off:+.1%}" for pair in (e.peak, e.pairs[-1])),
+        )
         for e in entries
     ]
     columns = ("date", "model", "methods", "device", "planned MB", "measured MB", "off", "whole off")
