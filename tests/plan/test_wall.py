@@ -136,11 +136,12 @@ def test_what_does_not_hold() -> None:
         "65B QLoRA, adapters in float32",
         "65B QLoRA, constants in float32",
         "65B QLoRA, without checkpointing",
+        "65B QLoRA, 4 rows of 528 tokens",
         "65B QLoRA, 16 rows a batch",
         "65B, double quantisation",
     }
     assert figure("65B, double quantisation").gigabytes == pytest.approx(0.373046875 * 65 / 8)
-    assert figure("65B QLoRA").gigabytes == pytest.approx(45.26, abs=0.01)
+    assert figure("65B QLoRA").gigabytes == pytest.approx(45.35, abs=0.01)
 
 
 def test_65b_under_48_has_every_part() -> None:
@@ -151,7 +152,7 @@ def test_65b_under_48_has_every_part() -> None:
     assert held[sums.REST] == 2 * (COUNTS["LLaMA-65B"] - decoder.linear)
     assert held[sums.ADAPTERS] == held[sums.GRADIENTS] == 2 * 64 * 80 * (4 * 2 * 8192 + 3 * (8192 + 22016))
     assert held[sums.FIRST] == held[sums.SECOND] == 2 * held[sums.ADAPTERS]
-    assert held[sums.ACTIVATIONS] == 80 * 512 * 8192 * 2
+    assert held[sums.ACTIVATIONS] == 80 * 512 * 8192 * 2 + 2 * 512 * 128 * 2
 
 
 @pytest.mark.parametrize(

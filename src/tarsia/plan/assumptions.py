@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from tarsia.core.errors import ConfigError
-from tarsia.plan.geometry import BYTES, MODELS, Decoder
+from tarsia.plan.geometry import BYTES, MODELS, Decoder, Geometry
 
 NEAR: Final = 0.1
 """A round number takes the shapes of a model whose own number is at most this share away from it."""
@@ -19,14 +19,15 @@ NEAR: Final = 0.1
 class Assumptions:
     """What a figure starts from: a number of parameters, types by torch's names, and how a QLoRA is trained.
 
-    ``shapes`` is a name of ``MODELS``, for what a number alone does not say. ``master`` is the copy that is updated
-    where every parameter is trained, None where there is none; ``moments`` are Adam's two. ``patches`` is the type of
-    the adapters and of their gradients; they have no further copy. Raises ConfigError for a type, a name or a number
-    that is none.
+    ``shapes``, for what a number alone does not say, is a name of ``MODELS`` or a model of one's own. ``master`` is the
+    copy that is updated where every parameter is trained, None where there is none; ``moments`` are Adam's two.
+    ``patches`` is the type of the adapters and of their gradients; they have no further copy. A step has
+    ``accumulation`` passes of ``batch`` rows of ``length`` tokens; ``unpacked``: a 4-bit weight is in 16 bits while it
+    is multiplied with, as no kernel of ours needs it. Raises ConfigError for a type, a name or a number that is none.
     """
 
     parameters: int
-    shapes: str | None = None
+    shapes: str | Geometry | None = None
     weights: str = "bfloat16"
     gradients: str = "bfloat16"
     master: str | None = "float32"
@@ -37,21 +38,23 @@ class Assumptions:
     batch: int = 1
     length: int = 512
     checkpointing: bool = True
+    accumulation: int = 16
+    unpacked: bool = True
 
     def __post_init__(self) -> None:
         for name in ("weights", "gradients", "master", "moments", "patches"):
             held = getattr(self, name)
             if held not in BYTES and not (name == "master" and held is None):
                 raise ConfigError(f"{name} are of no type that is known.", given=repr(held), allowed=", ".join(BYTES))
-        for name in ("parameters", "rank", "batch", "length"):
+        for name in ("parameters", "rank", "batch", "length", "accumulation"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a whole number above 0.", given=repr(getattr(self, name)))
-        if self.shapes is not None and self.shapes not in MODELS:
+        if isinstance(self.shapes, str) and self.shapes not in MODELS:
             raise ConfigError("No model of this name is in the table.", given=self.shapes, allowed=", ".join(MODELS))
 
     @property
-    def decoder(self) -> Decoder:
-        """The shapes. Raises ConfigError where there are none."""
+    def geometry(self) -> Geometry:
+        """The model of the shapes. Raises ConfigError where there is none."""
         if self.shapes is None:
             raise ConfigError(
                 "A number of parameters does not say what adapters and activations take.",
@@ -59,7 +62,12 @@ class Assumptions:
                 allowed=", ".join(MODELS),
                 do="name a model of the table",
             )
-        return MODELS[self.shapes].decoder
+        return MODELS[self.shapes] if isinstance(self.shapes, str) else self.shapes
+
+    @property
+    def decoder(self) -> Decoder:
+        """The shapes of its decoder. Raises as ``geometry`` does."""
+        return self.geometry.decoder
 
     def words(self, *names: str) -> Mapping[str, str]:
         """The assumptions ``names`` as they are shown."""
@@ -69,6 +77,8 @@ class Assumptions:
 def _word(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return "yes" if value else "none" if value is None else "no"
+    if isinstance(value, Geometry):
+        return f"{value.parameters:,} parameters ({value.source})"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -187,15 +187,23 @@ def top(decoder: Decoder, tokens: int, width: int, full: bool) -> int:
     return tokens * (norm + 4 * decoder.vocabulary + 8 + (8 if full else 0))
 
 
-def activations(decoder: Decoder, batch: int, length: int, width: int, *, full: bool, checkpointing: bool) -> int:
-    """Bytes kept from the forward pass for the backward pass, once a loss of every token is there.
+def passing(decoder: Decoder, tokens: int, width: int) -> int:
+    """Bytes of gradients on their way back through a block: three [intermediate] and three [hidden] a token."""
+    return 3 * width * tokens * (decoder.hidden + decoder.intermediate)
 
-    With ``checkpointing`` a block keeps its input alone, and ``block`` bytes come while it is gone through again.
-    Rotary tables are shared by all blocks, and not kept when those are gone through again.
-    """
+
+def loss(decoder: Decoder, tokens: int, width: int, full: bool) -> int:
+    """Bytes when the loss goes back: what is kept behind the blocks, and two gradients [vocabulary] in float32."""
+    return top(decoder, tokens, width, full) + 8 * tokens * decoder.vocabulary
+
+
+def rotary(decoder: Decoder, length: int, width: int) -> int:
+    """Bytes of the tables of rotary positions, which all blocks share."""
+    return 2 * length * decoder.head * width
+
+
+def inside(decoder: Decoder, batch: int, length: int, width: int, *, full: bool, checkpointing: bool) -> int:
+    """Bytes that all blocks keep from the forward pass for the backward pass; with ``checkpointing`` their inputs."""
     tokens = batch * length
-    tail = top(decoder, tokens, width, full)
-    if checkpointing:
-        return decoder.layers * tokens * decoder.hidden * width + tail
-    rotary = 2 * length * decoder.head * width
-    return decoder.layers * block(decoder, tokens, width, full) + rotary + tail
+    one = tokens * decoder.hidden * width if checkpointing else block(decoder, tokens, width, full)
+    return decoder.layers * one + rotary(decoder, length, width)

@@ -11,19 +11,19 @@ from typing import Any, Final
 
 from tarsia.plan.assumptions import Assumptions
 from tarsia.plan.figure import GIGA, Figure, Line, Said
-from tarsia.plan.geometry import BYTES, MODELS, activations, block, lora, quantised, top
+from tarsia.plan.geometry import BYTES, block, inside, lora, loss, passing, quantised
 
 WEIGHTS, GRADIENTS, MASTER, FIRST, SECOND = "weights", "gradients", "master copy", "first moment", "second moment"
 CODES, CONSTANTS, REST, ADAPTERS = "4-bit codes", "constants", "16-bit rest", "adapters"
-ACTIVATIONS, PEAK = "activations", "at the peak"
+ACTIVATIONS, PEAK, ONCE = "activations", "at the peak", "not at once"
 FP32: Final[Mapping[str, Any]] = {"weights": "float32", "gradients": "float32", "master": None, "moments": "float32"}
 """Everything in float32: no further master copy."""
 JOBS: Final = 10
 """Tasks that are each a model, or each an adapter."""
 NESTED, PLAIN = 1 / 64 + 4 / (64 * 256), 4 / 64
 TYPES: Final = ("weights", "gradients", "master", "moments")
-STEP: Final = ("batch", "length", "checkpointing")
-_QLORA: Final = ("shapes", "rank", "patches", "moments", "nested", *STEP)
+STEP: Final = ("batch", "length", "checkpointing", "accumulation")
+_QLORA: Final = ("shapes", "rank", "patches", "moments", "nested", *STEP, "unpacked")
 
 
 def training(a: Assumptions, *without: str) -> tuple[Line, ...]:
@@ -32,29 +32,36 @@ def training(a: Assumptions, *without: str) -> tuple[Line, ...]:
     return tuple(tensor(w, a.parameters, dtype) for w, dtype in held.items() if dtype is not None and w not in without)
 
 
-def kept(a: Assumptions, *, full: bool) -> tuple[Line, ...]:
-    """Activations: what is kept from the forward pass, and what the step's highest moment adds to it.
+def kept(a: Assumptions, *, full: bool) -> tuple[Line, Line]:
+    """Activations: what all blocks keep, and what the highest moment of a pass adds to it.
 
-    ``full``: every weight is trained, and the loss of all tokens is that moment without checkpointing. With it a block
-    keeps its input alone, and one block is gone through again, beside one weight in 16 bits where they are held in 4.
-    Gradients come as inputs are let go, so that a step's true peak lies up to the smaller of both below the sum.
+    ``full``: every weight is trained. That moment is the loss, or a block on the way back: gone through again with
+    checkpointing, and beside one weight in 16 bits where they are held in 4 (and no kernel multiplies with those).
     """
     d, tokens, width = a.decoder, a.batch * a.length, BYTES[a.weights]
-    wide = 0 if full else 2 * max(out * into for out, into in d.weights.values())
-    how = f"{a.batch} x {a.length:,} tokens"
-    behind = top(d, tokens, width, full)
-    logits = tokens * d.vocabulary * (width + 4)
-    if not a.checkpointing:
-        every = activations(d, a.batch, a.length, width, full=full, checkpointing=False)
-        most = Line(PEAK, "the larger of logits with their gradient, and one weight in 16 bits", max(logits, wide))
-        return Line(ACTIVATIONS, f"{d.layers} blocks and the loss of {how}", every), most
-    inputs = d.layers * tokens * d.hidden * width
-    again = block(d, tokens, width, full) + wide
-    one = "one block" if full else "one block with one weight in 16 bits"
-    return (
-        Line(ACTIVATIONS, f"inputs of {d.layers} blocks: {how} x {d.hidden:,} x {width} bytes", inputs),
-        Line(PEAK, f"the larger of {one}, and the loss with its logits", max(again, behind + logits)),
-    )
+    held = inside(d, a.batch, a.length, width, full=full, checkpointing=a.checkpointing)
+    what = "inputs of" if a.checkpointing else "all of"
+    how = f"{what} {d.layers} blocks, {a.batch} x {a.length:,} tokens, {width} bytes a number"
+    most = max(loss(d, tokens, width, full), _again(a, full))
+    return Line(ACTIVATIONS, how, held), Line(PEAK, "the larger of the loss and one block on the way back", most)
+
+
+def _again(a: Assumptions, full: bool) -> int:
+    d, tokens, width = a.decoder, a.batch * a.length, BYTES[a.weights]
+    wide = 0 if full or not a.unpacked else 2 * max(out * into for out, into in d.weights.values())
+    return passing(d, tokens, width) + wide + (block(d, tokens, width, full) if a.checkpointing else 0)
+
+
+def turns(a: Assumptions, gradients: int) -> int:
+    """Bytes by which a single pass stays below its sum: a block's activations go as its ``gradients`` come.
+
+    The highest of three moments: the loss, the last block's way back (no gradient yet), the first one's (all others).
+    """
+    activations, most = kept(a, full=False)
+    blocks, again = a.decoder.layers, _again(a, False)
+    first = (activations.bytes + (blocks - 1) * gradients) // blocks
+    highest = max(activations.bytes + most.bytes, first + again)
+    return activations.bytes + most.bytes + gradients - highest
 
 
 def patched(a: Assumptions) -> tuple[Line, ...]:
@@ -68,19 +75,23 @@ def qlora(a: Assumptions) -> tuple[Line, ...]:
     """All that a QLoRA of ``a.shapes`` holds: blocks in 4 bits, the rest in 16, adapters, activations."""
     d = a.decoder
     codes, scales = quantised(d, a.nested)
-    rest = MODELS[str(a.shapes)].parameters - d.linear
+    rest = a.geometry.parameters - d.linear
+    a = replace(a, weights="bfloat16")
+    trained, gradients = patched(a), next(line for line in patched(a) if line.what == GRADIENTS)
+    once = Line(ONCE, "blocks let go as gradients come, in a step of one pass", -turns(a, gradients.bytes))
     return (
         Line(CODES, f"{number(d.linear)} in the blocks' linear layers x 1/2 byte", codes),
         Line(CONSTANTS, f"{number(d.linear)} x {_scales(a.nested)} bytes", scales),
         Line(REST, f"{number(rest)} in embedding, head, norms (and tower) x 2 bytes", 2 * rest),
-        *patched(a),
-        *kept(replace(a, weights="bfloat16"), full=False),
+        *trained,
+        *kept(a, full=False),
+        *((once,) if a.accumulation == 1 else ()),
     )
 
 
 def fine(name: str, a: Assumptions, said: tuple[Said, ...] = (), text: str = "", note: str = "") -> Figure:
     """A QLoRA as a figure."""
-    formula = "N (1/2 + s) + 2 R + L (2 p + 8) + activations, N in blocks, R the rest, L = layers x r x sum(out + in)"
+    formula = "N (1/2 + s) + 2 R + L (2 p + 2 m) + activations, N in blocks, R the rest, L = layers x r x sum(out + in)"
     return Figure(name, text, a.words(*_QLORA), formula, qlora(a), said, note)
 
 

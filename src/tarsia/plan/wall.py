@@ -46,7 +46,7 @@ def texts() -> tuple[Figure, ...]:
 
 def of(a: Assumptions) -> tuple[Figure, ...]:
     """The sums from ``a``. Without shapes, 4 bits are those of all parameters; no adapters, and a note that says so."""
-    known = a.shapes is not None and MODELS[a.shapes].parameters == a.parameters
+    known = isinstance(a.shapes, str) and a.geometry.parameters == a.parameters
     name = str(a.shapes) if known else f"{number(a.parameters)} parameters"
     single = replace(a, **FP32)
     alone = (tensor(WEIGHTS, a.parameters, a.weights),)
@@ -110,9 +110,9 @@ def _whole() -> tuple[Figure, ...]:
 def _fourteen() -> tuple[Figure, ...]:
     """14B in float32, without and with what a step adds."""
     a = assume("14B", length=2048, checkpointing=False, **FP32)
-    model = f"The nearest model's shapes, {a.shapes} ({number(MODELS[str(a.shapes)].parameters)} parameters)"
+    model = f"The nearest model's shapes, {a.shapes} ({number(a.geometry.parameters)} parameters)"
     parts = (Said(56, of=(WEIGHTS,)), Said(112, of=(FIRST, SECOND)))
-    again = sum(line.bytes for line in kept(replace(a, checkpointing=True), full=True)) / GIGA
+    fewer = sum(line.bytes for line in kept(replace(a, checkpointing=True), full=True)) / GIGA
     return (
         Figure(
             "14B, weights and Adam in float32",
@@ -130,7 +130,8 @@ def _fourteen() -> tuple[Figure, ...]:
             (*training(a), *kept(a, full=True)),
             (Said(56, of=(GRADIENTS,)), Said(224, Relation.OVER)),
             f"Loose: gradients make it 224 GB, no more; what goes past it are activations, which depend on what is "
-            f"assumed. {model}; with checkpointing they are {again:.1f} GB.",
+            f"assumed. {model}; with checkpointing they are {fewer:.1f} GB. In a step of one pass they go as gradients "
+            f"come, and are not on top of all of those.",
         ),
     )
 
@@ -179,7 +180,8 @@ def _qloras() -> tuple[Figure, ...]:
         ("adapters of rank 16 in float32", replace(a, patches="float32", rank=16)),
         ("constants in float32", replace(a, nested=False)),
         ("without checkpointing", replace(a, checkpointing=False)),
-        ("16 rows a batch", replace(a, batch=16)),
+        ("4 rows of 528 tokens", replace(a, batch=4, length=528, accumulation=4)),
+        ("16 rows a batch", replace(a, batch=16, accumulation=1)),
     )
     large = assume("Qwen2.5-VL-72B")
     few = fine("", replace(large, rank=16)).gigabytes
@@ -187,9 +189,11 @@ def _qloras() -> tuple[Figure, ...]:
         f"Over 48 GB before any picture, by its vocabulary and tower in 16 bits; {few:.1f} GB with adapters of rank 16."
     )
     first = fine("", a).gigabytes
+    theirs = " The rows of the authors' script (artidoro/qlora, scripts/finetune_guanaco_65b.sh), all of full length."
 
     def against(other: Assumptions) -> str:
-        return f"{fine('', other).gigabytes - first:+.2f} GB beside the 65B QLoRA above."
+        more = f"{fine('', other).gigabytes - first:+.2f} GB beside the 65B QLoRA above."
+        return more + theirs if other.length == 528 else more
 
     bits = 8 * (PLAIN - NESTED)
     dq = f"The bits are {8 * PLAIN:g} a parameter before and {8 * NESTED:.3f} after, {bits:.3f} saved."
