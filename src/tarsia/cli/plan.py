@@ -13,6 +13,7 @@ from tarsia.cli import output
 if TYPE_CHECKING:
     from tarsia.plan import Plan
     from tarsia.plan.history import Entry
+    from tarsia.plan.time import Speeds
 
 NAME = "plan"
 HELP = "what a recipe takes of memory and time, before anything is loaded"
@@ -23,6 +24,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as batch=4 or parts.0.rank=8")
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw what lives in memory, moment by moment")
+    parser.add_argument("--card", metavar="NAME", help="tell the time on this card, such as 'RTX 4090'")
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine for a minute, for times")
     parser.add_argument("--history", action="store_true", help="earlier runs: what was planned, what was measured")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
 
@@ -33,23 +36,26 @@ def run(args: argparse.Namespace) -> int:
 
     if args.history:
         return _history(args)
+    if args.calibrate:
+        return _calibrate()
     if args.recipe is None:
         raise ConfigError("There is nothing to plan.", do="give a recipe: tarsia plan recipes/belt.yaml")
     from tarsia.plan import plan
     from tarsia.train.recipe import Recipe
 
     output.no_bars()
+    speeds = _speeds(args)
     found = plan(Recipe.load(args.recipe, args.overrides))
     if args.picture is not None:
         _draw(found, args.picture)
     if args.json:
-        output.line(found.as_json())
+        output.line(found.as_json() | {"time": None if speeds is None else seconds(found, speeds)})
     else:
-        _show(found)
+        _show(found, speeds)
     return 0
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: Plan, speeds: Speeds | None) -> None:
     recipe, rehearsal = plan.recipe, plan.rehearsal
     methods = " + ".join(part.method for part in recipe.parts)
     dtype = str(rehearsal.dtype).removeprefix("torch.")
@@ -64,7 +70,7 @@ def _show(plan: Plan) -> None:
         right=("MB", "share"),
     )
     print()
-    for line in rests_on(plan):
+    for line in (*rests_on(plan), *times(plan, speeds)):
         print(line)
 
 
@@ -81,6 +87,54 @@ def rests_on(plan: Plan) -> list[str]:
             "largest pictures first; of the others the size is told from these."
         )
     return lines
+
+
+def times(plan: Plan, speeds: Speeds | None) -> list[str]:
+    """How long a step and the run take, and what that rests on."""
+    if speeds is None:
+        return ["Time: not known. `tarsia plan --calibrate` measures this machine once, in a minute."]
+    found = plan.time(speeds)
+    run = found.run(plan.work.steps)
+    span = f"{plan.work.steps} steps in {_duration(run)}" + f" ({_duration(run * found.low / found.seconds)} to "
+    span += f"{_duration(run * found.high / found.seconds)}), without loading, evaluating and saving"
+    return [f"Time: {found.seconds:.3g} s a step, {span}; {found.basis}.", *found.doubts]
+
+
+def seconds(plan: Plan, speeds: Speeds) -> dict[str, Any]:
+    """The same as plain values."""
+    found = plan.time(speeds)
+    return {"step": found.seconds, "low": found.low, "high": found.high, "steps": plan.work.steps, "basis": found.basis}
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _speeds(args: argparse.Namespace) -> Speeds | None:
+    """How fast the machine is, or the card that is named; None where it was never measured."""
+    from tarsia.plan.calibrate import kept
+    from tarsia.plan.cards import find
+    from tarsia.plan.time import Measured, OfCard
+
+    if args.card is not None:
+        return OfCard(find(args.card))
+    held = kept()
+    return None if held is None else Measured(held)
+
+
+def _calibrate() -> int:
+    from rich.progress import Progress
+
+    from tarsia.plan.calibrate import calibrate
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("measuring this machine", total=1.0)
+        found = calibrate(anew=True, progress=lambda what, share: bar.update(task, description=what, completed=share))
+    print(f"measured and kept; repeats differed by {found.calibration.spread:.0%}")
+    return 0
 
 
 def _draw(plan: Plan, path: Path) -> None:

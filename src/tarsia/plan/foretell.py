@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, Final
 
 from tarsia.plan.ledger import Block, Category, Mark, live
+from tarsia.plan.operations import Operations, operations
 from tarsia.plan.rehearse import Outline, Rehearsal, ending, rehearsing, steps
 from tarsia.plan.survey import Survey, survey
+from tarsia.plan.time import Speeds, StepTime, predict
 from tarsia.train.recipe import Recipe
 
 IN_STEP: Final = ("forward", "backward", "update")
@@ -33,6 +35,15 @@ class Stretch:
     moment: int
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes: how often each operation is run, how many tensors are trained; and how many steps."""
+
+    operations: Operations
+    tensors: int
+    steps: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run of ``recipe`` will take, from a rehearsal of its largest steps and of all around them.
@@ -43,6 +54,13 @@ class Plan:
     recipe: Recipe
     rehearsal: Rehearsal
     survey: Survey
+    work: Work
+
+    def time(self, speeds: Speeds) -> StepTime:
+        """Seconds of a typical step on a machine or a card."""
+        rows = self.recipe.batch * self.recipe.accumulate
+        work = self.work
+        return predict(work.operations, speeds, tensors=work.tensors, rows=rows, per_row=self.survey.seconds)
 
     @cached_property
     def line(self) -> list[int]:
@@ -130,11 +148,14 @@ def plan(recipe: Recipe, outline: Outline | None = None) -> Plan:
     with rehearsing(recipe, outline, ledger) as (run, ghost):
         with ledger.during(SURVEY):
             found = survey(run)
-        # the first step of all, then the largest; the last of them twice: the states are there from the second on
-        steps(run, ledger, (*found.steps, found.steps[-1]))
+        # the optimiser's states are there from the second step on
+        steps(run, ledger, found.steps if len(found.steps) > 1 else (0, 0))
+        counted = operations(run, ghost, (found.typical,))
         ending(run, ledger)
         rehearsed = Rehearsal.of(run, ghost)
-    return Plan(recipe, _sorted(rehearsed), found)
+        tensors = sum(1 for patch in run.patches.values() for _ in patch.parameters())
+        work = Work(counted, tensors, run.schedule.steps)
+    return Plan(recipe, _sorted(rehearsed), found, work)
 
 
 def _stretches(marks: Sequence[Mark], line: Sequence[int]) -> Iterable[Stretch]:

@@ -23,11 +23,14 @@ Size = tuple[int, int, int]
 class Survey:
     """``steps`` are the numbers (from 0) of the largest steps, in one way or another; the first step is always there.
 
+    ``typical`` is a step with as many tokens as most.
+
     ``rows`` different rows were drawn in ``draws`` draws that were looked at of ``all_draws``; ``read`` of the rows
     were encoded as training does, in ``seconds`` each.
     """
 
     steps: tuple[int, ...]
+    typical: int
     rows: int
     draws: int
     all_draws: int
@@ -56,8 +59,10 @@ def survey(run: Run, seconds: float = SECONDS) -> Survey:
     each = (time.process_time() - began) / len(sizes)
     read = len(sizes)
     _fill(sizes, guesses)
-    steps = _largest(run, [sizes[place] for place in drawn], per_step)
-    return Survey(steps, len(guesses), draws, all_draws, read, each)
+    found = [sizes[place] for place in drawn]
+    tokens = [sum(row[0] for row in found[i : i + per_step]) for i in range(0, len(found), per_step)]
+    middle = sorted(range(len(tokens)), key=tokens.__getitem__)[len(tokens) // 2]
+    return Survey(_largest(run, found, per_step), middle, len(guesses), draws, all_draws, read, each)
 
 
 def _guess(sample: Sample) -> tuple[float, float]:
