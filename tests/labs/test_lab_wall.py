@@ -157,6 +157,14 @@ def test_a_step_that_leaves_its_gradients_out_fails(few, monkeypatch):
     assert rows["step: small"]["apart, %"] > 1.5
 
 
+@pytest.mark.parametrize("name, vocabulary, accumulation", [("turns", 2000, 1), ("loss", 2000, 1), ("passing", 100, 2)])
+def test_a_moment_that_is_forgotten_fails(monkeypatch, name, vocabulary, accumulation):
+    """Planted: one part of the highest moment is 0."""
+    monkeypatch.setattr(held, "STEPPED", Decoder(128, 4, 4, 2, 512, vocabulary))
+    monkeypatch.setattr(sums, name, lambda *_: 0)
+    assert STEP in failed(held.stepped("small", True, accumulation))
+
+
 def test_moments_follow_their_parameters_type():
     assert held.moments() == {"adamw: a moment of a bfloat16 parameter": {"bytes": 2}}
 
