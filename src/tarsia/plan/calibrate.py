@@ -26,10 +26,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tarsia.core.errors import PlanError
-from tarsia.plan.overhead import Overhead, overhead
+from tarsia.plan.overhead import Overhead, opened, overhead
 from tarsia.plan.probes import DTYPES, FULL, KINDS, QUICK, Call, Probe, Scale, probes
 from tarsia.plan.speeds import Kernels, Point
 from tarsia.quant import cuda, native
+from tarsia.train.disk import write_synced
 from tarsia.train.exact import deterministic
 from tarsia.train.heap import kept_heap
 
@@ -155,7 +156,7 @@ def kept(device: str = "cpu") -> Calibration | None:
     """The calibration of this machine, where one is kept. Raises PlanError where the file can not be used."""
     key = here(device)
     path = folder() / f"{key.name}.json"
-    return load(path, key) if path.exists() else None
+    return load(path, key) if os.path.exists(path) else None  # no error where the folder can not be read
 
 
 def calibrate(
@@ -168,7 +169,8 @@ def calibrate(
 ) -> Found:
     """The calibration of this machine: what is kept, or, where nothing can be used or ``anew``, measured and kept.
 
-    ``quick`` takes a few small sizes alone, and keeps nothing. Raises PlanError where it can not be written.
+    ``quick`` takes a few small sizes alone, and keeps nothing. Why it was measured anew, or could not be kept, is in
+    the notice.
     """
     notice = ""
     if not anew and not quick:
@@ -180,26 +182,21 @@ def calibrate(
             return Found(found)
     made = measure(QUICK if quick else FULL, seconds, device, progress)
     if not quick:
-        _write(folder() / f"{made.key.name}.json", made)
+        try:
+            _write(folder() / f"{made.key.name}.json", made)
+        except OSError as error:
+            notice = " ".join(filter(None, (notice, f"It can not be kept: {error}. Set TARSIA_CACHE elsewhere.")))
     return Found(made, notice)
 
 
 def _write(path: Path, calibration: Calibration) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(calibration.model_dump_json(indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(part, calibration.model_dump_json(indent=1).encode())
         os.replace(part, path)
-    except OSError as error:
+    finally:
         part.unlink(missing_ok=True)
-        raise PlanError(
-            "The calibration can not be kept.",
-            given=f"{path}: {error.strerror or error}",
-            do="free some space, or set TARSIA_CACHE to another folder",
-        ) from None
 
 
 def measure(
@@ -207,20 +204,21 @@ def measure(
 ) -> Calibration:
     """Time every operation, round after round through all of them, so that a busy moment touches all alike."""
     began = time.perf_counter()
-    samples: dict[Probe, list[float]] = {}
     rounds = 0
-    with torch.no_grad(), kept_heap(), deterministic(torch.device(device)):
+    with opened(device) as tiny, torch.no_grad(), kept_heap(), deterministic(torch.device(device)):
         calls = _prepared(probes(scale, device, dtypes), seconds, device, progress)
-        samples = {probe: [] for probe in calls}
-        while rounds < ROUNDS or time.perf_counter() - began < seconds * 0.8:
+        samples: dict[Probe, list[float]] = {probe: [] for probe in calls}
+        while rounds < ROUNDS or time.perf_counter() - began < seconds * 0.95:
             for probe, (call, repeats) in calls.items():
                 samples[probe].append(_timed(call, repeats, device))
+            for run in tiny:
+                run.sample()
             rounds += 1
-            progress(f"round {rounds}", min(0.8, (time.perf_counter() - began) / seconds))
+            progress(f"round {rounds}", min(0.95, (time.perf_counter() - began) / seconds))
         del calls
-    points = tuple(_point(probe, values) for probe, values in samples.items())
-    progress("steps of a tiny model", 0.85)
-    found = overhead(Kernels.of(points), device)
+        points = tuple(_point(probe, values) for probe, values in samples.items())
+        with torch.enable_grad():
+            found = overhead(*tiny, Kernels.of(points))
     progress("fresh memory", 0.98)
     page = _page() if device == "cpu" else 0.0
     return Calibration(

@@ -33,7 +33,9 @@ class Grid:
         # smaller places first: a place that is missing looks at those below it
         for place in sorted(itertools.product(*(range(len(axis)) for axis in axes)), key=sum):
             found = seconds.get(tuple(axis[i] for axis, i in zip(sizes, place, strict=True)))
-            values[place] = math.log2(found) if found else _grown(place, axes, values, seconds, sizes)
+            value = math.log2(found) if found else _grown(place, axes, values, seconds, sizes)
+            # what is larger is not cheaper: where it seems so, a repeat was disturbed
+            values[place] = max([value, *(values[lower] for lower in _below(place))])
         return cls(axes, values)
 
     def seconds(self, size: Sequence[int]) -> float:
@@ -69,9 +71,10 @@ def _grown(
     sizes: Sequence[Sequence[int]],
 ) -> float:
     below = [
-        values[lower] + axis[place[d]] - axis[place[d] - 1]
-        for d, axis in enumerate(axes)
-        if place[d] and (lower := (*place[:d], place[d] - 1, *place[d + 1 :])) in values
+        values[lower] + axes[d][place[d]] - axes[d][place[d] - 1]
+        for lower in _below(place)
+        for d in range(len(place))
+        if lower[d] < place[d]
     ]
     if below:
         # the larger an operation, the less each part of it costs: none grows by more than its size
@@ -79,3 +82,8 @@ def _grown(
     # the least place of all: nothing is smaller, so what is nearest stands for it
     least = min(seconds, key=lambda size: sum(map(math.log2, size)))
     return math.log2(seconds[least])
+
+
+def _below(place: Size) -> tuple[Size, ...]:
+    """The places that are one less along one axis."""
+    return tuple((*place[:d], index - 1, *place[d + 1 :]) for d, index in enumerate(place) if index)

@@ -29,7 +29,7 @@ def phase_of(op: Op) -> Phase | None:
 
 
 def typical(run: Run, wanted: int = 3) -> tuple[int, ...]:
-    """Numbers (from 0) of a few steps of a run, each in the middle of its share of them; their rows are drawn at random."""
+    """Numbers (from 0) of a few steps of a run, each in the middle of its share of them: their rows are random ones."""
     every = run.schedule.steps
     count = min(wanted, every)
     return tuple(every * (2 * i + 1) // (2 * count) for i in range(count))

@@ -10,8 +10,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,6 @@ from tarsia.plan.operations import Operations, by_phase, operations
 from tarsia.plan.rehearse import Outline, rehearsing
 from tarsia.plan.speeds import Kernels
 from tarsia.plan.work import work_of
-from tarsia.train.exact import threads
 from tarsia.train.loop import _step, _training
 from tarsia.train.memory import Phase, listening
 from tarsia.train.recipe import Recipe
@@ -35,7 +35,6 @@ from tarsia.train.run import Run, prepare
 
 LAYERS: Final = 4
 FEW_AND_MANY: Final = ("language.0.q", "language")
-STEPS: Final = 15
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -50,47 +49,64 @@ class Overhead(BaseModel):
     step: NotNegative
 
 
-def overhead(kernels: Kernels, device: str) -> Overhead:
-    """Measure it with as many threads as torch uses now."""
-    with tempfile.TemporaryDirectory() as scratch:
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """A tiny run that can be stepped at any time, and the seconds of its steps' parts so far."""
+
+    recipe: Recipe
+    run: Run
+    seen: list[Mapping[Phase, float]] = field(default_factory=list)
+
+    def sample(self) -> None:
+        """Time one step; the one before it only brings the code back into the caches."""
+        with torch.enable_grad():
+            _step(self.run)
+            self.seen.append(_timed(self.run))
+
+    @property
+    def tensors(self) -> int:
+        """How many are trained."""
+        return sum(len(group["params"]) for group in self.run.optimiser.param_groups)
+
+    def seconds(self, phase: Phase) -> float:
+        """Median over all steps."""
+        return median(seen[phase] for seen in self.seen)
+
+    def issuing(self, phase: Phase, ops: Operations, kernels: Kernels) -> float:
+        """Seconds of one operation of a phase beyond its kernel."""
+        held = by_phase(ops)[phase]
+        busy = sum(n * kernels.seconds(work) for op, n in held.items() for work in work_of(op))
+        return max(0.0, self.seconds(phase) - busy) / sum(held.values())
+
+
+@contextmanager
+def opened(device: str) -> Iterator[tuple[Tiny, Tiny]]:
+    """Two runs, one that trains few tensors and one that trains many, with as many threads as torch uses now."""
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         base = _narrow(Path(scratch))
-        few, many = (_Stages.of(_recipe(base, select, device)) for select in FEW_AND_MANY)
-    rests = few.seconds[Phase.UPDATE], many.seconds[Phase.UPDATE]
+        made = []
+        for select in FEW_AND_MANY:
+            recipe = _recipe(base, select, device)
+            run = prepare(recipe, None, torch.get_num_threads())
+            with torch.enable_grad():
+                stack.enter_context(_training(run))
+            made.append(Tiny(recipe, run))
+        few, many = made
+        yield few, many
+
+
+def overhead(few: Tiny, many: Tiny, kernels: Kernels) -> Overhead:
+    """What is left of the steps that were timed once their kernels are taken off."""
+    with rehearsing(many.recipe, Outline.of(many.recipe.model), Ledger()) as (unreal, ghost):
+        ops = operations(unreal, ghost, [0])
+    rests = few.seconds(Phase.UPDATE), many.seconds(Phase.UPDATE)
     tensor = max(0.0, rests[1] - rests[0]) / (many.tensors - few.tensors)
     return Overhead(
-        forward=many.beyond(Phase.FORWARD, kernels),
-        backward=many.beyond(Phase.BACKWARD, kernels),
+        forward=many.issuing(Phase.FORWARD, ops, kernels),
+        backward=many.issuing(Phase.BACKWARD, ops, kernels),
         update=tensor,
         step=max(0.0, rests[0] - tensor * few.tensors),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Stages:
-    """What was seen of a tiny run: median seconds of its stages, its trained tensors, the operations of one step."""
-
-    seconds: Mapping[Phase, float]
-    tensors: int
-    ops: Operations
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> _Stages:
-        with threads(None) as count:
-            run = prepare(recipe, None, count)
-            with _training(run):
-                for _ in range(3):
-                    _step(run)
-                times = [_timed(run) for _ in range(STEPS)]
-        tensors = sum(len(group["params"]) for group in run.optimiser.param_groups)
-        with rehearsing(recipe, Outline.of(recipe.model), Ledger()) as (unreal, ghost):
-            ops = operations(unreal, ghost, [0])
-        return cls({phase: median(seen[phase] for seen in times) for phase in Phase}, tensors, ops)
-
-    def beyond(self, phase: Phase, kernels: Kernels) -> float:
-        """Seconds of one operation of a phase beyond its kernel."""
-        held = by_phase(self.ops)[phase]
-        busy = sum(n * kernels.seconds(work) for op, n in held.items() for work in work_of(op))
-        return max(0.0, self.seconds[phase] - busy) / sum(held.values())
 
 
 def _timed(run: Run) -> dict[Phase, float]:
