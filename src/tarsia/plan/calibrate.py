@@ -230,15 +230,20 @@ def measure(
 def _prepared(
     wanted: Iterable[Probe], seconds: float, device: str, progress: Progress
 ) -> dict[Probe, tuple[Call, int]]:
-    """Each operation, called once, and how often a sample repeats it; what is too slow for the time is left out."""
-    calls = {}
+    """Each operation, called once, and how often a sample repeats it.
+
+    What is too slow for the time is left out, but for the first, and so least, of each kind.
+    """
+    calls: dict[Probe, tuple[Call, int]] = {}
+    there: set[tuple[str, str]] = set()
     for probe in wanted:
         progress(f"{probe.kind} {'x'.join(map(str, probe.size))} {probe.dtype}", 0.0)
         call = probe.make()
         call()
         once = min(_timed(call, 1, device) for _ in range(3))
-        if once < seconds / 100:
+        if once < seconds / 100 or (probe.kind, probe.dtype) not in there:
             calls[probe] = (call, max(1, round(SAMPLE / once)))
+            there.add((probe.kind, probe.dtype))
     return calls
 
 
