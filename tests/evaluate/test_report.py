@@ -94,6 +94,7 @@ def test_the_table_says_why_there_is_no_choice() -> None:
         report(result([1.0, 0.0]), precision="bfloat16"),
         report(result([1.0, 0.0]), metric="contains"),
         report(result([1.0, 0.0]), max_new_tokens=8),
+        report(result([1.0, 0.0]), resolution=224),
         report(result([1.0, 0.0], "scenes")),
         report(result([1.0, 0.0, 1.0])),
         report(result([1.0, 0.0], answers=("glass",))),

@@ -142,7 +142,7 @@ def by_row(family, config):
     class Made:
         closes = True
 
-        def __init__(self, processor, max_length, variables):
+        def __init__(self, processor, max_length, variables, resolution):
             pass
 
         def batch(self, samples):

@@ -29,8 +29,8 @@ def encoder(family, config):
     class Made:
         closes = True
 
-        def __init__(self, processor, max_length, variables):
-            assert max_length is None and not variables
+        def __init__(self, processor, max_length, variables, resolution):
+            assert max_length is None and not variables and resolution is None
 
         def batch(self, samples):
             inputs = family.batch((1,) * len(samples), seed=samples[0].row, config=config)
