@@ -62,8 +62,12 @@ def worst(found: Rows) -> Rows:
     exact = ("numbers", "whole", "held", "kept", "4 bits")
     apart = [abs(float(row["apart"])) for name, row in found.items() if name.partition(":")[0] in exact]
     steps = [abs(float(row["apart, %"])) for name, row in found.items() if name.startswith("step: ")]
-    most: Rows = {"exact: formulas that count": {"number": len(apart), "most apart": max(apart)}}
-    return most | ({"steps: all": {"most apart, %": max(steps)}} if steps else {})
+    most: Rows = {}
+    if apart:
+        most["exact: formulas that count"] = {"number": len(apart), "most apart": max(apart)}
+    if steps:
+        most["steps: all"] = {"most apart, %": max(steps)}
+    return most
 
 
 BASE: Final = (
