@@ -18,9 +18,10 @@ BELOW = {
     "adapter": {"core", "anatomy", "methods", "quant", "data", "base.resolve"},
     "evaluate": {"core", "anatomy", "methods", "quant", "data", "adapter"},
     "train": {"core", "anatomy", "methods", "quant", "data", "adapter"},
-    "labs": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "base"},
+    "plan": {"core", "anatomy", "methods", "quant", "data", "adapter", "train"},
+    "labs": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "plan", "base"},
     "cli": {
-        *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "base"),
+        *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "plan", "base"),
         *("labs.demo", "labs.sources", "labs.chapters", "labs.frame"),
     },
 }

@@ -26,6 +26,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw what lives in memory, moment by moment")
     parser.add_argument("--card", metavar="NAME", help="tell the time on this card, such as 'RTX 4090'")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine for a minute, for times")
+    parser.add_argument(
+        "--wall",
+        metavar="MODEL",
+        nargs="?",
+        const="",
+        help="what full training takes and what QLoRA does, as sums with their formulas; for a size such as 13B",
+    )
     parser.add_argument("--history", action="store_true", help="earlier runs: what was planned, what was measured")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
 
@@ -36,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.history:
         return _history(args)
+    if args.wall is not None:
+        return _wall(args)
     if args.calibrate:
         return _calibrate()
     if args.recipe is None:
@@ -52,6 +61,25 @@ def run(args: argparse.Namespace) -> int:
         output.line(found.as_json() | {"time": None if speeds is None else seconds(found, speeds)})
     else:
         _show(found, speeds)
+    return 0
+
+
+def _wall(args: argparse.Namespace) -> int:
+    from tarsia.plan.assumptions import assume
+    from tarsia.plan.wall import rows
+
+    figures = rows(assume(args.wall)) if args.wall else rows()
+    for figure in figures:
+        if args.json:
+            lines = [{"what": line.what, "formula": line.formula, "bytes": line.bytes} for line in figure.lines]
+            about = {"name": figure.name, "text": figure.text, "assumed": dict(figure.assumed), "lines": lines}
+            output.line(about | {"bytes": figure.bytes, "printed": figure.printed, "verdict": figure.verdict})
+            continue
+        assumed = ", ".join(f"{key} {value}" for key, value in figure.assumed.items())
+        rows_ = [(line.what, line.formula, f"{line.bytes / 1e9:.2f}") for line in figure.lines]
+        output.table(f"{figure.name} ({assumed})", ("what", "formula", "GB"), rows_, right=("GB",))
+        said = f"; {figure.source}: {figure.printed}, which {figure.verdict}" if figure.printed else ""
+        print(f"in all {figure.gigabytes:.2f} GB{said}" + (f". {figure.note}" if figure.note else "") + "\n")
     return 0
 
 
