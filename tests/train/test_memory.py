@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tarsia.train.memory import Live, Phase, can_watch, live, phase
+from tarsia.train.memory import ERROR, Live, Phase, can_watch, live, phase
 
 
 def block(size: int) -> Tensor:
@@ -168,8 +170,22 @@ class TestAlone:
             thread.join()
         assert watched.line == []
 
+    def test_a_mark_of_another_thread_has_no_place(self) -> None:
+        with live() as watched:
+            thread = threading.Thread(target=watched.mark, args=("elsewhere",))
+            thread.start()
+            thread.join()
+            # an address that it used could be one of ours
+            assert watched._signs == []
+
     def test_nothing_is_written(self, capfd: pytest.CaptureFixture[str]) -> None:
+        library = next((Path(torch.__file__).parent / "lib").glob("libc10.*"))
+        level = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_log_level")
+        before = level.value
         old = block(400)
         with live():
+            # torch itself warns once a second at most
+            assert level.value >= ERROR
             del old
+        assert level.value == before
         assert capfd.readouterr().err == ""
