@@ -1,6 +1,10 @@
-"""The kernel for 4-bit weights is that of the sources here: compiled anew where it is not."""
+"""The kernel for 4-bit weights is that of the sources here, compiled anew where it is not; a cache of the suite's own."""
 
 from __future__ import annotations
+
+import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -10,6 +14,8 @@ from tarsia.quant import build
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
+    # what runs keep for their user is not the suite's to write
+    os.environ["TARSIA_CACHE"] = config.stash[CACHE] = tempfile.mkdtemp(prefix="tarsia-cache-")
     library = build.KERNELS / build.LIBRARY
     try:
         if not library.exists() or not build.fresh(library):
@@ -19,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[REASON] = str(error)
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if CACHE in config.stash:
+        shutil.rmtree(config.stash[CACHE], ignore_errors=True)
+
+
+CACHE = pytest.StashKey[str]()
 REASON = pytest.StashKey[str]()
 
 

@@ -19,8 +19,8 @@ class Foreseen:
     plan: Plan | None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Foreseen:
-        """Plan a run, and say on stderr what it will take, or why that is not known."""
+    def of(cls, recipe: Recipe, *, quiet: bool = False) -> Foreseen:
+        """Plan a run, and say on stderr what it will take, or why that is not known; ``quiet``: warnings alone."""
         from tarsia.cli.machine import available_memory
         from tarsia.core.errors import TarsiaError
         from tarsia.plan import plan
@@ -31,7 +31,9 @@ class Foreseen:
             # the run itself will say what is wrong with it
             print(f"not planned: {str(error).splitlines()[0]}", file=sys.stderr)
             return cls(None)
-        print(f"planned: {_gb(found.step.peak)} GB of tensors in a step, {_gb(found.total)} GB in all", file=sys.stderr)
+        if not quiet:
+            sizes = f"{_gb(found.step.peak)} GB of tensors in a step, {_gb(found.total)} GB in all"
+            print(f"planned: {sizes}", file=sys.stderr)
         free = available_memory()
         if free is not None and found.on_processor and found.total > free:
             print(

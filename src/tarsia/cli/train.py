@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     going = Going()
     with stoppable():
         with telling("interrupted before the first step: nothing is trained yet, run the same command to begin"):
-            foreseen = Foreseen(None) if args.no_plan else Foreseen.of(recipe)
+            foreseen = Foreseen(None) if args.no_plan else Foreseen.of(recipe, quiet=args.quiet)
             gated = Gated.before(recipe, args) if limited else None
         with going, show:
             host, card = (None, None) if gated is None else (gated.host, gated.pending)
