@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -165,7 +166,8 @@ class Ghost(TorchDispatchMode):
     def _ask(self, func: Any, args: Any, kwargs: Any) -> Any:
         seen: dict[int, Tensor] = {}
         try:
-            out = func(*_meta(args, seen), **_meta(kwargs, seen))
+            with _unbound():
+                out = func(*_meta(args, seen), **_meta(kwargs, seen))
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise PlanError(
                 "What this operation gives is not known without running it.",
@@ -176,6 +178,17 @@ class Ghost(TorchDispatchMode):
         if any(t.untyped_storage()._cdata in held for t in _tensors((out,))):
             return _SHARED
         return _specs(out)
+
+
+@contextmanager
+def _unbound() -> Iterator[None]:
+    """Shapes are asked for without determinism: some are told by a function that knows of none but CUDA's kernel."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class _Shared:

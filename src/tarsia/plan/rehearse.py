@@ -19,7 +19,8 @@ from tarsia.adapter.reading import read_json
 from tarsia.adapter.stored import stored_form
 from tarsia.anatomy import Anatomy
 from tarsia.core.attach import Covered
-from tarsia.core.site import Kind
+from tarsia.core.patch import Origin
+from tarsia.core.site import Kind, Site
 from tarsia.plan.ghost import Ghost, Op, harmless
 from tarsia.plan.ledger import Block, Category, Ledger, Mark
 from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme
@@ -134,7 +135,7 @@ def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
     ledger = ghost.ledger
     plain = [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, Weight4)]
     ledger.label(plain, Category.WEIGHTS)
-    return Host(
+    host = Host(
         name=outline.name,
         path=None,
         model=model.eval(),
@@ -144,7 +145,23 @@ def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
         fingerprint=_NOBODY,
         variables=dict(recipe.variables),
         quantisation=held,
+        resolution=recipe.resolution,
     )
+    if recipe.four_bits is not None:
+        host.__dict__["origin"] = _origin(model, outline, ghost)
+    return host
+
+
+def _origin(model: nn.Module, outline: Outline, ghost: Ghost) -> Origin:
+    """As the host's own, of a base whose files are not read."""
+    stored = getattr(outline.anatomy.config, "dtype", None) or torch.float32
+
+    def read(site: Site) -> Tensor:
+        weight = torch.empty(model.get_parameter(site.weight).shape, dtype=stored)
+        ghost.haunt(weight)
+        return weight
+
+    return read
 
 
 def _quantised(
