@@ -158,7 +158,9 @@ def refused(drawn: Configuration) -> str | None:
         "nothing to pack": recipe["batching"] == "packed" and recipe["batch"] == 1,
         "LoftQ over weights that are not in 4 bits": any(m == "loftq" and c not in quantised for m, c in parts),
         "full training of weights in 4 bits": any(m == "full" and c in quantised for m, c in parts),
-        "no biases to train": any((m, c) == ("bitfit", "language") for m, c in parts) and world.family not in _BIASED,
+        "no biases to train": any(m == "bitfit" and not _biased(c, world.family) for m, c in parts),
+        "a projector without a linear layer": world.family in _BARE
+        and any(m in (*LOW_RANK, "vera", "oft") and c == "projector" for m, c in parts),
         "features of a tower that is trained": "features" in recipe and "vision" in seen,
         "features of a tower that ends with a projector that is trained": "features" in recipe
         and "projector" in seen
@@ -175,8 +177,17 @@ def refused(drawn: Configuration) -> str | None:
 
 _BIASED: Final = ("llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl")
 """Families whose language model has biases, in its attention."""
+_BARE: Final = ("gemma3",)
+"""Families whose projector is a bare matrix and a norm."""
+_UNBIASED: Final = ("idefics3", "smolvlm", *_BARE)
+"""Families whose projector has no biases."""
 _UNPACKED: Final = ("mllama", "gemma3")
 _UNTIED: Final = ("mllama",)
+
+
+def _biased(component: str, family: str) -> bool:
+    unbiased = {"language": family not in _BIASED, "projector": family in _UNBIASED}
+    return not unbiased.get(component, False)
 
 
 def _turn(names: Sequence[T], seed: int) -> T:

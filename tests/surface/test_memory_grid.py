@@ -122,6 +122,8 @@ PLAIN = {
         ("LoftQ over weights that are not in 4 bits", {"parts": [part("loftq", "vision")], "four_bits": FOUR}),
         ("full training of weights in 4 bits", {"parts": [part("full")], "four_bits": FOUR}),
         ("no biases to train", {"parts": [part("bitfit")]}),
+        ("no biases to train", {"parts": [part("bitfit", "projector")], "family": "idefics3"}),
+        ("a projector without a linear layer", {"parts": [part("vera", "projector")], "family": "gemma3"}),
         ("features of a tower that is trained", {"parts": [part("lora", "vision.0..1")], "features": {}}),
         (
             "features of a tower that ends with a projector that is trained",
