@@ -3,10 +3,9 @@
 The first 20 seeds of the grid's second half that are held out and keep no features (``bench.grid``): random-weight
 checkpoints of twelve families, methods alone and together, 4 and 16 bits, pictures, checkpointing, accumulation, packed
 rows, each a process of its own with one thread. The machine is calibrated first. Then each configuration is planned
-(its steps are rehearsed, its rows read) and measured: each of its three steps several times in turn, the median of
-each, the mean over the three; all of it twice, the second time in the other order, so that no busy moment meets one
-alone. A step is all of it, the reading of rows too. An error is what the plan is above the
-measured one.
+(its rows are read, a typical step is rehearsed) and measured: each of its three steps several times in turn, the median
+of each, the median over the three; all of it twice, the second time in the other order, so that no busy moment meets
+one alone. A step is all of it, the reading of rows too. An error is what the plan is above the measured one.
 """
 
 from __future__ import annotations
@@ -98,39 +97,23 @@ def _calibrated() -> Line:
 
 def _one(seed: int, folder: Path) -> Line:
     """One configuration: its plan, and its steps' seconds."""
+    from tarsia.plan import plan
     from tarsia.plan.calibrate import calibrate
     from tarsia.plan.time import Measured
     from tarsia.train import Recipe
 
     drawn = configuration(seed)
-    path = drawn.write(folder / str(seed))
-    recipe = Recipe.load(path)
-    planned = _planned(recipe, Measured(calibrate().calibration))
+    recipe = Recipe.load(drawn.write(folder / str(seed)))
+    found = plan(recipe).time(Measured(calibrate().calibration))
     seconds = _seconds(recipe)
     shutil.rmtree(folder / str(seed))
+    kept = {name: getattr(found, name) for name in ("low", "high", "issuing", "update", "rows", "basis", "unknown")}
     name = f"{drawn.world.family}, {' + '.join(drawn.methods)} ({seed})"
-    return {"name": name, "seconds": seconds, **planned}
-
-
-def _planned(recipe: Any, speeds: Any) -> Line:
-    from tarsia.plan.ledger import Ledger
-    from tarsia.plan.operations import operations, typical
-    from tarsia.plan.rehearse import Outline, rehearsing
-    from tarsia.plan.survey import survey
-    from tarsia.plan.time import predict
-
-    with rehearsing(recipe, Outline.of(recipe.model), Ledger()) as (run, ghost):
-        tensors = sum(len(group["params"]) for group in run.optimiser.param_groups)
-        ops = operations(run, ghost, typical(run))
-        per_row = survey(run).seconds
-    rows = recipe.batch * recipe.accumulate
-    found = predict(ops, speeds, tensors=tensors, rows=rows, per_row=per_row)
-    values = {name: getattr(found, name) for name in ("low", "high", "issuing", "update", "rows", "basis", "unknown")}
-    return {"planned": found.seconds, "kernels": sum(found.kernels.values()), **values}
+    return {"name": name, "planned": found.seconds, "kernels": sum(found.kernels.values()), **kept, "seconds": seconds}
 
 
 def _seconds(recipe: Any) -> float:
-    """Mean over the run's steps of the median of each."""
+    """Median over the run's steps of the median of each."""
     from tarsia.train.loop import _step, _training
     from tarsia.train.run import prepare
 
@@ -144,7 +127,7 @@ def _seconds(recipe: Any) -> float:
                 _step(run)
                 if turn:  # the first turn warms up
                     times.append(time.perf_counter() - began)
-    return mean(median(times) for times in seen.values())
+    return median(median(times) for times in seen.values())
 
 
 if __name__ == "__main__":

@@ -6,26 +6,27 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from train.small import world
 
+from bench.cases.plan_time import RECIPES, seeds, summary
 from tarsia.core.errors import PlanError
 from tarsia.plan import cards
 from tarsia.plan.ghost import Op
 from tarsia.plan.grid import Grid
 from tarsia.plan.ledger import Ledger
-from tarsia.plan.operations import Operations, by_phase, operations, typical
-from tarsia.plan.overhead import Overhead
+from tarsia.plan.operations import Operations, by_phase, operations
+from tarsia.plan.overhead import Overhead, opened, overhead
 from tarsia.plan.rehearse import Outline, rehearsing
+from tarsia.plan.speeds import Kernels
 from tarsia.plan.time import OfCard, predict
 from tarsia.plan.work import Kind, Work, work_of
 from tarsia.train.memory import Phase
@@ -62,6 +63,7 @@ class Even:
     basis: str = "nothing"
     waits: bool = True
     overhead: Overhead = OVERHEAD
+    page: float = 1e-9
 
     def seconds(self, work: Work) -> float:
         return 1e-9 * work.bytes + 1e-10 * work.flops
@@ -173,6 +175,7 @@ def test_a_gpu_computes_while_python_issues() -> None:
     slow, both = predict(ops, Even(waits=False), tensors=0), predict(ops, Even(), tensors=0)
     assert both.seconds - slow.seconds == pytest.approx(slow.issuing)
     assert slow.run(7) == 7 * slow.seconds
+    assert slow.run(7, fresh=2**30) == pytest.approx(7 * slow.seconds + 2**30 * 1e-9)
 
 
 sizes = st.integers(1, 3000)
@@ -239,7 +242,7 @@ def test_a_card_is_found_as_people_write_it(written: str) -> None:
 def _steps(recipe: Recipe) -> tuple[Operations, int]:
     with rehearsing(recipe, Outline.of(recipe.model), Ledger()) as (run, ghost):
         tensors = sum(len(group["params"]) for group in run.optimiser.param_groups)
-        return operations(run, ghost, typical(run)), tensors
+        return operations(run, ghost, [0]), tensors
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +258,30 @@ def seconds(values: Mapping[str, Any], *overrides: str) -> float:
 def test_recomputation_accumulation_and_batch_follow_from_what_is_run(values: dict[str, Any]) -> None:
     plain = seconds(values, "accumulate=1", "batch=4")
     assert seconds(values, "accumulate=1", "batch=4", "checkpointing=true") > 1.1 * plain
-    assert seconds(values, "accumulate=2", "batch=4") == pytest.approx(2 * plain, rel=0.15)
+    # other rows in the second half, and one update for both
+    assert 1.4 * plain < seconds(values, "accumulate=2", "batch=4") < 2.2 * plain
     assert seconds(values, "accumulate=1", "batch=8") > 1.5 * plain
+
+
+def test_what_is_left_of_a_step_is_shared_out_so_that_it_adds_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is timed and foretold with what its own timing gave takes the time that it took."""
+    kernels = Kernels({})
+    monkeypatch.setattr(Kernels, "seconds", lambda self, work: 1e-7)
+    with opened("cpu") as tiny:
+        for each in tiny:
+            each.sample()
+        found = overhead(*tiny, kernels)
+        for each in tiny:
+            ops, tensors = _steps(each.recipe)
+            assert tensors == each.tensors
+            step = predict(ops, Even(overhead=found), tensors=tensors)
+            parts = by_phase(ops)
+            busy = {phase: 1e-7 * sum(held.values()) for phase, held in parts.items()}
+            assert step.update == pytest.approx(each.seconds(Phase.UPDATE))
+            if each is tiny[1]:  # what issues are shared out over
+                whole = sum(each.seconds(phase) - busy[phase] for phase in (Phase.FORWARD, Phase.BACKWARD))
+                assert step.issuing == pytest.approx(whole)
+    assert found.forward > 0 and found.step > 0
 
 
 def test_a_step_in_4_bits_runs_products_in_4_bits(values: dict[str, Any]) -> None:
@@ -276,10 +301,18 @@ def test_a_rehearsed_step_has_its_three_parts_and_no_unknown_operation(values: d
     assert not predict(ops, Even(), tensors=tensors).unknown
 
 
-@settings(max_examples=50)
-@given(st.integers(1, 5000), st.integers(1, 9))
-def test_typical_steps_lie_inside_the_run(steps: int, wanted: int) -> None:
-    run: Any = SimpleNamespace(schedule=SimpleNamespace(steps=steps))
-    found = typical(run, wanted)
-    assert len(set(found)) == min(steps, wanted)
-    assert all(0 <= number < steps for number in found)
+def test_what_is_held_to_are_twenty_recipes_that_nobody_looked_at() -> None:
+    chosen = seeds()
+    assert len(set(chosen)) == RECIPES == 20
+    assert min(chosen) >= 10_000  # development is below
+
+
+def test_how_far_a_plan_is_off_is_counted_to_both_sides() -> None:
+    lines = [
+        {"planned": planned, "seconds": 1.0, "low": planned / 1.2, "high": planned * 1.2, "basis": "here"}
+        for planned in (0.5, 0.9, 1.0, 1.1, 1.3)
+    ]
+    found = summary(lines)
+    assert found["error, median"] == "10.0%" and found["error, most"] == "50.0%"
+    assert found["within what was said"] == "3 of 5" and found["recipes"] == 5
+    assert found["planned / measured, median"] == 1.0

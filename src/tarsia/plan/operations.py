@@ -28,13 +28,6 @@ def phase_of(op: Op) -> Phase | None:
     return next((phase for phase in Phase if phase == name), None)
 
 
-def typical(run: Run, wanted: int = 3) -> tuple[int, ...]:
-    """Numbers (from 0) of a few steps of a run, each in the middle of its share of them: their rows are random ones."""
-    every = run.schedule.steps
-    count = min(wanted, every)
-    return tuple(every * (2 * i + 1) // (2 * count) for i in range(count))
-
-
 def by_phase(ops: Operations) -> dict[Phase, Operations]:
     """The same, sorted by the part of the step."""
     return {phase: {op: n for op, n in ops.items() if phase_of(op) is phase} for phase in Phase}

@@ -43,6 +43,11 @@ class Speeds(Protocol):
     def overhead(self) -> Overhead: ...
 
     @property
+    def page(self) -> float:
+        """Seconds for a byte of memory that is touched for the first time."""
+        ...
+
+    @property
     def waits(self) -> bool:
         """Whether Python waits for each kernel, as on a processor; a GPU computes while the next one is issued."""
         ...
@@ -73,6 +78,11 @@ class Measured:
     def overhead(self) -> Overhead:
         """As it was measured."""
         return self.calibration.overhead
+
+    @property
+    def page(self) -> float:
+        """As it was measured."""
+        return self.calibration.page
 
     @property
     def waits(self) -> bool:
@@ -110,6 +120,11 @@ class OfCard:
         return Overhead(forward=cards.LAUNCH, backward=cards.LAUNCH / 2, update=cards.LAUNCH, step=1e-3)
 
     @property
+    def page(self) -> float:
+        """Memory of a card is there as soon as it is taken."""
+        return 0.0
+
+    @property
     def waits(self) -> bool:
         """It does not."""
         return False
@@ -134,6 +149,7 @@ class StepTime:
     rows: float
     """Reading rows and turning them into tensors."""
     waits: bool
+    page: float
     error: float
     basis: str
     unknown: Mapping[str, float] = field(default_factory=dict)
@@ -156,9 +172,12 @@ class StepTime:
         """The most that is to be expected."""
         return self.seconds * (1 + self.error)
 
-    def run(self, steps: int) -> float:
-        """Seconds of the steps of a whole run; loading, evaluating and saving are not among them."""
-        return steps * self.seconds
+    def run(self, steps: int, fresh: int = 0) -> float:
+        """Seconds of the steps of a whole run, which loading, evaluating and saving are not among.
+
+        ``fresh`` bytes of memory are touched for the first time, all of them in the first steps.
+        """
+        return steps * self.seconds + fresh * self.page
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -192,6 +211,7 @@ def predict(ops: Operations, speeds: Speeds, *, tensors: int, rows: int = 0, per
         update=tensors * overhead.update + overhead.step,
         rows=rows * per_row,
         waits=speeds.waits,
+        page=speeds.page,
         error=speeds.error,
         basis=speeds.basis,
         unknown=dict(unknown),
