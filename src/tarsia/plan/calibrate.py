@@ -149,7 +149,7 @@ def load(path: Path, key: Key) -> Calibration:
     return found
 
 
-_ANEW: Final = "tarsia plan RECIPE --calibrate measures this machine anew"
+_ANEW: Final = "tarsia plan --calibrate measures this machine anew"
 
 
 def kept(device: str = "cpu") -> Calibration | None:
