@@ -329,6 +329,7 @@ class TestRun:
         assert [e.kind for e in events][-2:] == ["memory", "finished"]
         assert found.peak == sum(getattr(found, name) for name in PERSISTENT) + found.step
         assert found.watched == len(watched)
+        assert found.phases.keys() == {"forward", "backward", "update"}
         assert 2 <= found.number <= 8
         assert found.patches == found.gradients
         assert found.states >= 2 * found.patches

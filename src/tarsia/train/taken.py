@@ -2,8 +2,8 @@
 
 On a CPU a step is watched where a micro-batch is larger, in one of four ways, than all before it: of n steps in random
 order about 4 log n. Watching takes some 10 microseconds for each block and 75 milliseconds to look for all tensors of
-the process. On a GPU all steps are watched, for its allocator counts anyhow. The count of the largest begins anew at the
-second step: the first has no states of the optimiser yet.
+the process. On a GPU all steps are watched, for its allocator counts anyhow. The count of the largest begins anew at
+the second step: the first has no states of the optimiser yet.
 """
 
 from __future__ import annotations
