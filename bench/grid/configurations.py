@@ -161,6 +161,8 @@ def refused(drawn: Configuration) -> str | None:
         "no biases to train": any(m == "bitfit" and not _biased(c, world.family) for m, c in parts),
         "a projector without a linear layer": world.family in _BARE
         and any(m in (*LOW_RANK, "vera", "oft") and c == "projector" for m, c in parts),
+        "gates that are experts": world.family == "qwen3_vl_moe"
+        and any("gate" in part["select"] for part in recipe["parts"]),
         "features of a tower that is trained": "features" in recipe and "vision" in seen,
         "features of a tower that ends with a projector that is trained": "features" in recipe
         and "projector" in seen

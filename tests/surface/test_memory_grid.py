@@ -123,6 +123,7 @@ PLAIN = {
         ("full training of weights in 4 bits", {"parts": [part("full")], "four_bits": FOUR}),
         ("no biases to train", {"parts": [part("bitfit")]}),
         ("no biases to train", {"parts": [part("bitfit", "projector")], "family": "idefics3"}),
+        ("gates that are experts", {"parts": [part("lora", "language.*.{gate,up,down}")], "family": "qwen3_vl_moe"}),
         ("a projector without a linear layer", {"parts": [part("vera", "projector")], "family": "gemma3"}),
         ("features of a tower that is trained", {"parts": [part("lora", "vision.0..1")], "features": {}}),
         (
