@@ -10,8 +10,9 @@ from typing import Any, Final
 from tarsia.plan.ledger import Block, Category, Mark, live
 from tarsia.plan.operations import Operations, operations
 from tarsia.plan.rehearse import Outline, Rehearsal, ending, rehearsing, steps
-from tarsia.plan.survey import Survey, survey
+from tarsia.plan.survey import Drawn, Survey, survey
 from tarsia.plan.time import Speeds, StepTime, predict
+from tarsia.train.paged import PagedAdamW
 from tarsia.train.recipe import Recipe
 
 IN_STEP: Final = ("forward", "backward", "update")
@@ -37,11 +38,15 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step computes: how often each operation is run, how many tensors are trained; and how many steps."""
+    """What a step computes: how often each operation is run, how many tensors are trained; and how many steps.
+
+    ``paged`` are the bytes of the optimiser's states that leave the device's memory and come back in each.
+    """
 
     operations: Operations
     tensors: int
     steps: int
+    paged: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,22 +144,27 @@ class Plan:
         }
 
 
-def plan(recipe: Recipe, outline: Outline | None = None) -> Plan:
-    """Rehearse a recipe. No weight is loaded. Raises as ``tarsia.train.fit`` does, and PlanError."""
+def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = None) -> Plan:
+    """Rehearse a recipe. No weight is loaded. Raises as ``tarsia.train.fit`` does, and PlanError.
+
+    ``drawn`` is what an earlier plan saw of the same rows (``Survey.drawn``), in as many to a step and as large.
+    """
     from tarsia.plan.ledger import Ledger
 
     outline = outline or Outline.of(recipe.model)
     ledger = Ledger()
     with rehearsing(recipe, outline, ledger) as (run, ghost):
         with ledger.during(SURVEY):
-            found = survey(run)
+            found = survey(run, drawn)
         # the optimiser's states are there from the second step on
         steps(run, ledger, found.steps if len(found.steps) > 1 else (0, 0))
         counted = operations(run, ghost, (found.typical,))
         ending(run, ledger)
         rehearsed = Rehearsal.of(run, ghost)
         tensors = sum(1 for patch in run.patches.values() for _ in patch.parameters())
-        work = Work(counted, tensors, run.schedule.steps)
+        optimiser = run.optimiser
+        away = optimiser.bytes - optimiser.resident if isinstance(optimiser, PagedAdamW) else 0
+        work = Work(counted, tensors, run.schedule.steps, away)
     return Plan(recipe, _sorted(rehearsed), found, work)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from tarsia.data import Sample
@@ -20,13 +20,30 @@ Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was seen of a run's rows: the same for every run that draws the same ones and shows them alike.
+
+    ``sizes`` are those of each draw that was looked at, of ``all_draws``; ``rows`` different ones are among them, of
+    which ``read`` were encoded in ``seconds`` each. ``side`` is the most pixels along a side of a picture, 0 where
+    there is none.
+    """
+
+    sizes: tuple[Size, ...]
+    all_draws: int
+    rows: int
+    read: int
+    seconds: float
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """``steps`` are the numbers (from 0) of the largest steps, in one way or another; the first step is always there.
 
     ``typical`` is a step with as many tokens as most.
 
     ``rows`` different rows were drawn in ``draws`` draws that were looked at of ``all_draws``; ``read`` of the rows
-    were encoded as training does, in ``seconds`` each.
+    were encoded as training does, in ``seconds`` each. ``drawn`` is all that was seen of them.
     """
 
     steps: tuple[int, ...]
@@ -36,6 +53,7 @@ class Survey:
     all_draws: int
     read: int
     seconds: float
+    drawn: Drawn = field(repr=False, compare=False)
 
     @property
     def whole(self) -> bool:
@@ -43,13 +61,32 @@ class Survey:
         return self.read == self.rows and self.draws == self.all_draws
 
 
-def survey(run: Run, seconds: float = SECONDS) -> Survey:
+def survey(run: Run, drawn: Drawn | None = None) -> Survey:
+    """Find the steps of ``run`` that count, among rows that were ``drawn`` before or are looked at now."""
+    drawn = drawn or look(run)
+    per_step, found = run.recipe.batch * run.recipe.accumulate, drawn.sizes
+    tokens = [sum(row[0] for row in found[i : i + per_step]) for i in range(0, len(found), per_step)]
+    middle = sorted(range(len(tokens)), key=tokens.__getitem__)[len(tokens) // 2]
+    return Survey(
+        steps=_largest(run, found, per_step),
+        typical=middle,
+        rows=drawn.rows,
+        draws=len(found),
+        all_draws=drawn.all_draws,
+        read=drawn.read,
+        seconds=drawn.seconds,
+        drawn=drawn,
+    )
+
+
+def look(run: Run, seconds: float = SECONDS) -> Drawn:
     """Look at the rows that ``run`` will draw. Those with the most text and the largest pictures are read first."""
     per_step = run.recipe.batch * run.recipe.accumulate
     all_draws = run.schedule.steps * per_step
     draws = max(per_step, min(all_draws, LOOKED) // per_step * per_step)
     drawn = [run.mixture.row(n) for n in range(draws)]
-    guesses = {place: _guess(run.mixture.sources[place[0]][place[1]]) for place in dict.fromkeys(drawn)}
+    seen = {place: _guess(run, run.mixture.sources[place[0]][place[1]]) for place in dict.fromkeys(drawn)}
+    guesses = {place: guess for place, (guess, _) in seen.items()}
     sizes: dict[tuple[int, int], Size] = {}
     began = time.process_time()
     for place in sorted(guesses, key=lambda p: -sum(guesses[p])):
@@ -59,17 +96,16 @@ def survey(run: Run, seconds: float = SECONDS) -> Survey:
     each = (time.process_time() - began) / len(sizes)
     read = len(sizes)
     _fill(sizes, guesses)
-    found = [sizes[place] for place in drawn]
-    tokens = [sum(row[0] for row in found[i : i + per_step]) for i in range(0, len(found), per_step)]
-    middle = sorted(range(len(tokens)), key=tokens.__getitem__)[len(tokens) // 2]
-    return Survey(_largest(run, found, per_step), middle, len(guesses), draws, all_draws, read, each)
+    side = max(side for _, side in seen.values())
+    return Drawn(tuple(sizes[place] for place in drawn), all_draws, len(guesses), read, each, side)
 
 
-def _guess(sample: Sample) -> tuple[float, float]:
-    """What a row's size grows with and is read at once: letters and, as if they were, pixels."""
+def _guess(run: Run, sample: Sample) -> tuple[tuple[float, float], int]:
+    """What a row's size grows with and is read at once: letters and, as if they were, pixels; and its longest side."""
     letters = sum(len(message.text) for message in sample.messages)
-    pixels = [width * height for width, height in (picture.load().size for picture in sample.pictures)]
-    return float(letters), sum(pixels) / 200
+    shapes = [picture.load(run.encoder.resolution).size for picture in sample.pictures]
+    pixels = sum(width * height for width, height in shapes)
+    return (float(letters), pixels / 200), max((max(shape) for shape in shapes), default=0)
 
 
 def _size(run: Run, sample: Sample) -> Size:

@@ -1,4 +1,4 @@
-"""YAML without its surprises: 1e-4 is a number, and a key that stands twice is an error."""
+"""YAML without its surprises: 1e-4 is a number, and a key that stands twice is an error; sizes as people write them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,17 @@ def parse_value(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError("That is no value.", given=f"{text!r}, {_fault(error)}", do=_WRITTEN) from None
+
+
+def size(given: int | str, key: str) -> int:
+    """Bytes of a number, or of a text such as "4GB" (powers of 1000) or "4GiB" (of 1024). ``key`` is whose it is.
+
+    Raises ConfigError for what is no size, or nothing.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", str(given))
+    if found is None or not float(found[1]):
+        raise ConfigError("That is no size.", given=repr(given), do=f'for example {key}: "4GB"')
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " ")))
 
 
 def _fault(error: Exception) -> str:

@@ -19,7 +19,7 @@ from tarsia.data.mixture import allot
 from tarsia.data.sources import Source
 from tarsia.train.advice import advice
 from tarsia.train.guidance import KNOWN, advise
-from tarsia.train.reading import parse_value, read_yaml
+from tarsia.train.reading import parse_value, read_yaml, size
 
 if TYPE_CHECKING:
     from tarsia.adapter import FourBits, Host
@@ -132,15 +132,7 @@ class FeatureRecipe(BaseModel):
     @property
     def bytes(self) -> int:
         """``limit`` as a number. Raises ConfigError where it is none."""
-        return _size(self.limit, "features.limit")
-
-
-def _size(given: int | str, key: str) -> int:
-    """Bytes of a number, or of a text such as "4GB" (powers of 1000) or "4GiB" (of 1024)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", str(given))
-    if found is None or not float(found[1]):
-        raise ConfigError("That is no size.", given=repr(given), do=f'for example {key}: "4GB"')
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " ")))
+        return size(self.limit, "features.limit")
 
 
 class OptimiserRecipe(BaseModel):
@@ -188,14 +180,14 @@ class OptimiserRecipe(BaseModel):
     @property
     def bytes(self) -> int | None:
         """``budget`` as a number; None where there is none. Raises ConfigError for what is no size, or too small."""
-        size = None if self.budget is None else _size(self.budget, "optimiser.budget")
-        if size is not None and size < LEAST_BUDGET:
+        found = None if self.budget is None else size(self.budget, "optimiser.budget")
+        if found is not None and found < LEAST_BUDGET:
             raise ConfigError(
                 "A budget that small holds no two pages of states.",
-                given=f"optimiser.budget {size:,} bytes",
+                given=f"optimiser.budget {found:,} bytes",
                 allowed=f"{LEAST_BUDGET:,} bytes or more",
             )
-        return size
+        return found
 
     def form(self, out: Path) -> Form:
         """As the optimiser knows it, in a run whose folder is ``out``."""
