@@ -71,12 +71,15 @@ def compared(plan: Plan, memory: Memory) -> Entry | None:
     if memory.peak is None:
         return None
     held = plan.categories
+    kernels = held.get(Category.KERNELS, 0)
     pairs = [
-        Pair("peak of a step", plan.step.peak, memory.peak),
+        # whatever else this process holds in tensors is not the run's
+        Pair("peak of a step", plan.step.peak - kernels, memory.peak - memory.other),
         Pair("weights", held.get(Category.WEIGHTS, 0), memory.weights),
         Pair("quantised", held.get(Category.QUANTISED, 0), memory.quantised),
         Pair("patches", held.get(Category.PATCHES, 0), memory.patches),
-        Pair("states", held.get(Category.STATES, 0), memory.states),
+        # the first step finds none
+        Pair("states", held.get(Category.STATES, 0) if memory.number != 1 else 0, memory.states),
         Pair("gradients", plan.gradients, memory.gradients or 0),
         Pair("inputs", held.get(Category.INPUTS, 0), memory.inputs or 0),
     ]
