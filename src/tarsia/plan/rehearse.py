@@ -23,6 +23,7 @@ from tarsia.core.patch import Origin
 from tarsia.core.site import Kind, Site
 from tarsia.plan.ghost import Ghost, Op, harmless
 from tarsia.plan.ledger import Block, Category, Ledger, Mark
+from tarsia.plan.workspace import Workspace
 from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme
 from tarsia.quant.rounding import Loss
 from tarsia.quant.tensor import Weight4
@@ -87,7 +88,7 @@ class Rehearsal:
 @contextmanager
 def rehearsing(recipe: Recipe, outline: Outline, ledger: Ledger) -> Iterator[tuple[Run, Ghost]]:
     """The run that ``recipe`` describes, on a base without numbers, ready for its steps."""
-    with Ghost(ledger) as ghost, ExitStack() as stack:
+    with Ghost(ledger, Workspace(ledger)) as ghost, ExitStack() as stack:
         with ledger.during("load"):
             host = ghost_host(recipe, outline, ghost)
         with ledger.during("prepare"):
