@@ -161,6 +161,7 @@ def refused(drawn: Configuration) -> str | None:
         "no biases to train": any(m == "bitfit" and not _biased(c, world.family) for m, c in parts),
         "a projector without a linear layer": world.family in _BARE
         and any(m in (*LOW_RANK, "vera", "oft") and c == "projector" for m, c in parts),
+        "layers that look at pictures, and none": world.family == "mllama" and not drawn.pictures,
         "gates that are experts": world.family == "qwen3_vl_moe"
         and any("gate" in part["select"] for part in recipe["parts"]),
         "features of a tower that is trained": "features" in recipe and "vision" in seen,

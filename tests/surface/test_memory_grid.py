@@ -124,6 +124,7 @@ PLAIN = {
         ("no biases to train", {"parts": [part("bitfit")]}),
         ("no biases to train", {"parts": [part("bitfit", "projector")], "family": "idefics3"}),
         ("gates that are experts", {"parts": [part("lora", "language.*.{gate,up,down}")], "family": "qwen3_vl_moe"}),
+        ("layers that look at pictures, and none", {"pictures": (0, 0), "family": "mllama"}),
         ("a projector without a linear layer", {"parts": [part("vera", "projector")], "family": "gemma3"}),
         ("features of a tower that is trained", {"parts": [part("lora", "vision.0..1")], "features": {}}),
         (
