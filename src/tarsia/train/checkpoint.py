@@ -5,20 +5,21 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from tarsia.core.errors import ConfigError, TrainingError
 from tarsia.train.disk import sync_folder, write_synced, writing
+from tarsia.train.spread import Spread, Stored, Whole, write_tensors
 
 KEEP = 2
 """Checkpoints that stay: the newest, and one to fall back on."""
@@ -26,11 +27,15 @@ KEEP = 2
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """All that a run needs to go on: tensors, and plain values as JSON."""
+    """All that a run needs to go on: tensors, and plain values as JSON.
+
+    ``spread`` are tensors that are brought together only in the file; one that was read has none.
+    """
 
     step: int
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
+    spread: tuple[Spread, ...] = field(default=(), kw_only=True)
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -41,14 +46,14 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".partial-{checkpoint.step:06d}"
-    tensors = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
+    sources = (Whole(checkpoint.tensors), *checkpoint.spread)
+    size = sum(math.prod(shape) * dtype.itemsize for s in sources for dtype, shape in s.specs().values())
     values = {"step": checkpoint.step, **checkpoint.values}
-    values["sha256"] = _digest(values, tensors)
     kept = ", ".join(path.name for path in found(folder)) or "none"
-    do = f"free {len(tensors) / 1e6:.1f} MB and run again; it goes on from the last checkpoint ({kept})"
+    do = f"free {size / 1e6:.1f} MB and run again; it goes on from the last checkpoint ({kept})"
     with writing(f"The checkpoint of step {checkpoint.step}", final, do):
         try:
-            _place(partial, final, tensors, json.dumps(values, indent=1).encode())
+            _place(partial, final, sources, values)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     for old in found(folder)[KEEP:]:
@@ -56,11 +61,16 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def _place(partial: Path, final: Path, tensors: bytes, values: bytes) -> None:
+def _place(partial: Path, final: Path, sources: Sequence[Spread], values: Mapping[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_synced(partial / "tensors.safetensors", tensors)
-    write_synced(partial / "state.json", values)
+    tensors = partial / "tensors.safetensors"
+    with tensors.open("wb") as file:
+        write_tensors(file, sources)
+        file.flush()
+        os.fsync(file.fileno())
+    values = {**values, "sha256": _digest(values, tensors)}
+    write_synced(partial / "state.json", json.dumps(values, indent=1).encode())
     sync_folder(partial)
     if final.exists():
         shutil.rmtree(final)
@@ -68,8 +78,12 @@ def _place(partial: Path, final: Path, tensors: bytes, values: bytes) -> None:
     sync_folder(final.parent)
 
 
-def _digest(values: Mapping[str, Any], tensors: bytes) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + tensors).hexdigest()
+def _digest(values: Mapping[str, Any], tensors: Path) -> str:
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    with tensors.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def found(folder: Path) -> list[Path]:
@@ -82,10 +96,10 @@ def read(path: Path) -> Checkpoint:
     """Read one checkpoint. Raises TrainingError where a byte is wrong or a file is missing."""
     try:
         values = json.loads((path / "state.json").read_bytes())
-        content = (path / "tensors.safetensors").read_bytes()
-        if values.pop("sha256") != _digest(values, content):
+        tensors = path / "tensors.safetensors"
+        if values.pop("sha256") != _digest(values, tensors):
             raise ValueError("its bytes are not those that were written")
-        return Checkpoint(values.pop("step"), load(content), values)
+        return Checkpoint(values.pop("step"), Stored(tensors), values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise TrainingError(
             "A checkpoint is damaged.", given=f"{path}: {error}", do="remove it to go on from the one before"

@@ -29,13 +29,37 @@ def kept_heap() -> Iterator[bool]:
         yield False
         return
     library = ctypes.CDLL(None)
-    kept = any(library.mallopt(MMAP, size) for size in LARGEST) and bool(library.mallopt(TRIM, NEVER))
+    largest = next((size for size in LARGEST if library.mallopt(MMAP, size)), None)
+    kept = largest is not None and bool(library.mallopt(TRIM, NEVER))
+    _thresholds.append(largest or USUAL[MMAP])
     try:
         yield kept
     finally:
+        _thresholds.pop()
         for what, value in USUAL.items():
             library.mallopt(what, value)
         library.malloc_trim(0)
+
+
+_thresholds: Final = [USUAL[MMAP]]
+"""Bytes from which a block of its own is mapped now; the last one counts."""
+
+
+@contextmanager
+def apart(size: int = 2**16) -> Iterator[None]:
+    """Blocks of at least ``size`` bytes get a mapping of their own inside: once freed they are the system's again.
+
+    Also while memory is kept: between other blocks of the heap their room would be of use to this process alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    library.mallopt(MMAP, size)
+    try:
+        yield
+    finally:
+        library.mallopt(MMAP, _thresholds[-1])
 
 
 def give_back(device: torch.device) -> None:
@@ -54,5 +78,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in told for words in _REFUSALS)
 
 
-_REFUSALS: Final = ("can't allocate memory", "std::bad_alloc", "not enough memory")
-"""What torch's allocators for processors say, and C++'s own."""
+_REFUSALS: Final = (
+    *("can't allocate memory", "not enough memory", "std::bad_alloc"),
+    *("could not create a primitive", "could not create a memory"),
+)
+"""What torch's allocators for processors say, C++'s own, and oneDNN, which has no other words for it."""

@@ -188,6 +188,7 @@ def _events(
     if run.features is not None:
         yield Notice(run.features.summary())
     proof = _probe(run)
+    yield from _news(run)
     if run.meter is not None:
         memory = run.meter.event(run)
         yield memory
@@ -284,7 +285,7 @@ def _probe(run: Run) -> Probe:
     run.model.eval()
     # as whoever loads the adapter computes it
     with nullcontext() if run.features is None else run.features.suspended():
-        return probe(run.host, run.encode(numbers).inputs)
+        return relieved(run, lambda: probe(run.host, run.encode(numbers).inputs), "The adapter's probe", numbers)
 
 
 def _card(run: Run) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tarsia.core.errors import TrainingError
-from tarsia.quant.eight_bits import SMALLEST, blocks, decode, encode
+from tarsia.quant.eight_bits import BLOCK, SMALLEST, blocks, decode, encode
 from tarsia.train.heap import out_of_memory
 from tarsia.train.layout import Bits, Page, Piece, lay
 from tarsia.train.pages import Store, store_for
+from tarsia.train.spread import Spec, Spread
 
 LARGEST_PAGE: Final = 1 << 24
 SMALLEST_PAGE: Final = 1 << 12
@@ -66,9 +67,9 @@ class PagedAdamW(torch.optim.AdamW):
         self._members = [(group, name, p) for group in self.param_groups for name, p in _named(group)]
         for _, name, parameter in self._members:
             _check(name, parameter)
-        bits: list[Bits] = [8 if form.bits == 8 and p.numel() >= SMALLEST else 32 for _, _, p in self._members]
         counts = [p.numel() for _, _, p in self._members]
-        self.pages = lay(list(zip(counts, bits, strict=True)), _page_size(form.budget) // 4)
+        self._bits: list[Bits] = [8 if form.bits == 8 and count >= SMALLEST else 32 for count in counts]
+        self.pages = lay(list(zip(counts, self._bits, strict=True)), _page_size(form.budget) // 4)
         self._keep = _staying(self.pages, form.budget)
         device = self._members[0][2].device if self._members else torch.device("cpu")
         self.store: Store = store_for(device, form.paged, form.folder)
@@ -124,9 +125,7 @@ class PagedAdamW(torch.optim.AdamW):
                 loss = closure()
         for _, _, parameter in self._members:
             if parameter.grad is not None and not self.state[parameter]:
-                # as torch has it: beside the parameter for its fused kernel, else on the processor
-                fused = bool(self.param_groups[0]["fused"])
-                self.state[parameter]["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+                self.state[parameter]["step"] = torch.zeros((), device=self._counts(parameter))
         with_gradient = [p for p in self.pages if any(self._members[i.tensor][2].grad is not None for i in p.pieces)]
         for page, buffer in self._turn(with_gradient):
             self._update(page, buffer)
@@ -145,23 +144,54 @@ class PagedAdamW(torch.optim.AdamW):
         told, self.told = tuple(self.told), []
         return told
 
-    def stored(self) -> dict[str, Tensor]:
-        """Every state by ``{parameter}/{key}``, whole and on the processor, whatever is where.
+    def specs(self, before: str = "") -> dict[str, Spec]:
+        """Dtype and shape of every state by ``{parameter}/{key}``, with ``before`` in front.
 
         In 32 bits those of ``torch.optim.AdamW``; in 8 bits ``exp_avg`` and ``exp_avg_sq`` are codes, uint8 in the
         parameter's shape, beside ``exp_avg_scales`` and ``exp_avg_sq_scales``, float32 [blocks].
         """
-        begun = {i for i, (_, _, p) in enumerate(self._members) if self.state.get(p)}
-        found: dict[str, Tensor] = {}
-        for i in sorted(begun):
+        found: dict[str, Spec] = {}
+        for i in self._begun():
             _, name, parameter = self._members[i]
-            found[f"{name}/step"] = self.state[parameter]["step"].clone()
-        wanted = [page for page in self.pages if any(piece.tensor in begun for piece in page.pieces)]
-        for page, buffer in self._turn(wanted, back=False):
+            found[f"{before}{name}/step"] = (self.state[parameter]["step"].dtype, ())
+            for key in SECOND:
+                eight = self._bits[i] == 8
+                found[f"{before}{name}/{key}"] = (torch.uint8 if eight else torch.float32, tuple(parameter.shape))
+                if eight:
+                    found[f"{before}{name}/{key}_scales"] = (torch.float32, (blocks(parameter.numel()),))
+        return found
+
+    def parts(self, before: str = "") -> Iterator[tuple[str, int, Tensor]]:
+        """Every state in pieces, page by page: its name, the place of its first number, and the piece [n] itself."""
+        begun = self._begun()
+        for i in begun:
+            _, name, parameter = self._members[i]
+            yield f"{before}{name}/step", 0, self.state[parameter]["step"].view(1)
+        turned: dict[str, Tensor] = {}
+        for page, buffer in self._turn([p for p in self.pages if any(i.tensor in begun for i in p.pieces)], back=False):
             for piece in page.pieces:
-                if piece.tensor in begun:
-                    self._copy_out(piece, buffer, found)
+                _, name, parameter = self._members[piece.tensor]
+                for key, part, scales in _parts(piece, buffer) if piece.tensor in begun else ():
+                    full, start = f"{before}{name}/{key}", piece.begin // BLOCK if scales else piece.begin
+                    if scales or parameter.is_contiguous():
+                        yield full, start, part
+                        continue
+                    # its order of memory is not that of its numbers in a file: it goes there as a whole
+                    whole = turned.setdefault(full, torch.empty_like(parameter, dtype=part.dtype, device="cpu"))
+                    _flat(whole)[start : start + part.numel()].copy_(part)
+                    if piece.last:
+                        yield full, 0, turned.pop(full).contiguous().view(-1)
             del buffer
+
+    def spread(self, before: str) -> Spread:
+        """``specs`` and ``parts`` under these names, for a file."""
+        return _Under(self, before)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Every state, whole and on the processor, whatever is where."""
+        found = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.specs().items()}
+        for name, start, part in self.parts():
+            found[name].view(-1)[start : start + part.numel()].copy_(part)
         return found
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
@@ -169,20 +199,16 @@ class PagedAdamW(torch.optim.AdamW):
 
         Raises KeyError for a tensor that belongs to no parameter and TrainingError for one that is not of this form.
         """
-        given: dict[int, dict[str, Tensor]] = {}
         places = {name: i for i, (_, name, _) in enumerate(self._members)}
-        for full, value in tensors.items():
-            name, _, key = full.rpartition("/")
-            given.setdefault(places[name], {})[key] = value
-        for i, values in given.items():
-            parameter = self._members[i][2]
-            fused = bool(self.param_groups[0]["fused"])
-            self.state[parameter]["step"] = values["step"].to(parameter.device if fused else "cpu").clone()
-        wanted = [page for page in self.pages if any(piece.tensor in given for piece in page.pieces)]
-        for page, buffer in self._turn(wanted):
+        given = {places[full.rpartition("/")[0]] for full in tensors}
+        for i in given:
+            _, name, parameter = self._members[i]
+            self.state[parameter]["step"] = tensors[f"{name}/step"].to(self._counts(parameter), copy=True)
+        held: dict[str, Tensor] = {}
+        for page, buffer in self._turn([p for p in self.pages if any(i.tensor in given for i in p.pieces)]):
             for piece in page.pieces:
                 if piece.tensor in given:
-                    self._copy_in(piece, buffer, given[piece.tensor])
+                    self._copy_in(piece, buffer, tensors, held)
             del buffer
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,32 +343,52 @@ class PagedAdamW(torch.optim.AdamW):
             maximize=False,
         )
 
-    def _copy_out(self, piece: Piece, buffer: Tensor, found: dict[str, Tensor]) -> None:
+    def _copy_in(self, piece: Piece, buffer: Tensor, given: Mapping[str, Tensor], held: dict[str, Tensor]) -> None:
+        """``held`` are tensors of which more pieces will come."""
         _, name, parameter = self._members[piece.tensor]
-        for key, part, whole in _parts(piece, buffer):
-            if f"{name}/{key}" not in found:
-                count = blocks(parameter.numel()) if whole else parameter.numel()
-                held = torch.empty(count, dtype=part.dtype)
-                found[f"{name}/{key}"] = held if whole else _shaped(held, parameter)
-            start = piece.begin // 256 if whole else piece.begin
-            _flat(found[f"{name}/{key}"])[start : start + part.numel()].copy_(part)
+        for key, part, scales in _parts(piece, buffer):
+            full = f"{name}/{key}"
+            if full not in held:
+                held[full] = self._checked(full, given, part.dtype, None if scales else parameter)
+            start = piece.begin // BLOCK if scales else piece.begin
+            part.copy_(held[full][start : start + part.numel()])
+            if piece.last:
+                del held[full]
 
-    def _copy_in(self, piece: Piece, buffer: Tensor, given: Mapping[str, Tensor]) -> None:
-        _, name, parameter = self._members[piece.tensor]
-        for key, part, whole in _parts(piece, buffer):
-            value = given.get(key)
-            shape = (blocks(parameter.numel()),) if whole else tuple(parameter.shape)
-            if value is None or value.dtype != part.dtype or tuple(value.shape) != shape:
-                held = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
-                raise TrainingError(
-                    "The optimiser's states are not of this form.",
-                    given=f"{name}/{key}: {held}",
-                    allowed=f"{part.dtype} {shape}",
-                    do="set optimiser.bits as the run began",
-                )
-            flat = value if whole else _flat(_in_order(value, parameter))
-            start = piece.begin // 256 if whole else piece.begin
-            part.copy_(flat[start : start + part.numel()])
+    def _checked(self, full: str, given: Mapping[str, Tensor], dtype: torch.dtype, like: Tensor | None) -> Tensor:
+        """A tensor that was given, [n] in the order of memory of the parameter ``like``; scales have none."""
+        value = given.get(full)
+        shape = None if like is None else tuple(like.shape)
+        if value is None or value.dtype != dtype or (shape is not None and tuple(value.shape) != shape):
+            raise TrainingError(
+                "The optimiser's states are not of this form.",
+                given=f"{full}: " + ("nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"),
+                allowed=f"{dtype}" + ("" if shape is None else f" {shape}"),
+                do="set optimiser.bits as the run began",
+            )
+        return value if like is None else _flat(_in_order(value, like))
+
+    def _begun(self) -> list[int]:
+        """Numbers of the tensors that have had a gradient."""
+        return [i for i, (_, _, parameter) in enumerate(self._members) if self.state.get(parameter)]
+
+    def _counts(self, parameter: Tensor) -> torch.device:
+        """Where torch counts a parameter's steps: beside it for its fused kernel, else on the processor."""
+        return parameter.device if self.param_groups[0]["fused"] else torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class _Under:
+    """The states under names that begin with ``before``."""
+
+    optimiser: PagedAdamW
+    before: str
+
+    def specs(self) -> Mapping[str, Spec]:
+        return self.optimiser.specs(self.before)
+
+    def parts(self) -> Iterator[tuple[str, int, Tensor]]:
+        return self.optimiser.parts(self.before)
 
 
 def _parts(piece: Piece, buffer: Tensor) -> Iterator[tuple[str, Tensor, bool]]:
@@ -403,15 +449,6 @@ def _in_order(value: Tensor, parameter: Tensor) -> Tensor:
     if value.stride() == parameter.stride() or (value.is_contiguous() and parameter.is_contiguous()):
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
-    """``flat`` [n], which holds numbers in a parameter's order of memory, in its shape."""
-    return (
-        flat.view(parameter.shape)
-        if parameter.is_contiguous()
-        else flat.as_strided(parameter.shape, parameter.stride())
-    )
 
 
 def _advice(form: Form) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tarsia.core.errors import TrainingError
 from tarsia.train.disk import writing
+from tarsia.train.heap import apart
 
 SUFFIX: Final = ".pages"
 
@@ -87,7 +88,8 @@ class FilePages:
         self._thread = ThreadPoolExecutor(1, "pages")
 
     def room(self, numbers: int) -> Tensor:
-        return torch.empty(numbers, dtype=torch.float32)
+        with apart():
+            return torch.empty(numbers, dtype=torch.float32)
 
     def write(self, page: int, source: Tensor) -> Future[None]:
         return self._order(self._write, page, source)

@@ -11,7 +11,7 @@ Memory running out is noticed where the system says so: on a GPU, and on a proce
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from tarsia.core.errors import TrainingError
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def relieved(run: Run, attempt: Callable[[], _T]) -> _T:
+def relieved(run: Run, attempt: Callable[[], _T], what: str = "", numbers: Sequence[int] = ()) -> _T:
     """What ``attempt`` gives, which may be made twice: it begins without gradients and leaves random numbers alone
     where it fails. A second one is told through the optimiser's news.
 
-    Raises TrainingError, naming the rows, where there is not enough memory for the second either, or for the first
-    where no states can leave.
+    ``what`` it is, and the ``numbers`` of its rows in the stream; left out, they are the next step's. Raises
+    TrainingError, naming the rows, where there is not enough memory for the second either, or for the first where no
+    states can leave.
     """
     try:
         return attempt()
@@ -38,7 +39,7 @@ def relieved(run: Run, attempt: Callable[[], _T]) -> _T:
             raise
         first = _said(error)
         if not isinstance(run.optimiser, PagedAdamW) or not run.optimiser.form.paged:
-            raise _refusal(run, first, "nothing could leave the memory", _ADVICE_PAGED + _ADVICE) from error
+            raise _refusal(run, what, numbers, f"{first}; nothing could leave the memory", paged=False) from error
     # out here the failed attempt's tensors are let go: nothing holds the error any more
     run.optimiser.zero_grad(set_to_none=True)
     gc.collect()
@@ -50,23 +51,30 @@ def relieved(run: Run, attempt: Callable[[], _T]) -> _T:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise _refusal(run, _said(error), f"{left}, and it was tried again", _ADVICE) from error
+        raise _refusal(run, what, numbers, f"{_said(error)}; {left}, and it was tried again", paged=True) from error
+    give_back(run.device)  # for the states to come back to
     run.optimiser.told.append(
-        f"Step {run.step + 1} ran out of memory ({first}): {left}, what was freed went back to the system, and it was "
+        f"{what or _step(run)} ran out of memory ({first}): {left}, what was freed went back to the system, and it was "
         "done again with the same numbers."
     )
     return found
 
 
-_ADVICE_PAGED = "set optimiser.paged: true, so that its states can leave; or "
-_ADVICE = "lower batch (and raise accumulate), set checkpointing: true or a smaller resolution, or look at these rows"
+def _step(run: Run) -> str:
+    return f"Step {run.step + 1}"
 
 
-def _refusal(run: Run, said: str, tried: str, do: str) -> TrainingError:
+def _refusal(run: Run, what: str, numbers: Sequence[int], tried: str, *, paged: bool) -> TrainingError:
+    size = run.recipe.batch * run.recipe.accumulate
     titles = list(run.digests)
-    rows = [run.mixture.row(number) for numbers in run.dealt() for number in numbers]
+    rows = [run.mixture.row(n) for n in numbers or range(run.step * size, (run.step + 1) * size)]
     names = ", ".join(f"row {row} of {titles[source]}" for source, row in rows)
-    return TrainingError(f"Step {run.step + 1} does not fit into memory.", given=f"{names}; {said}; {tried}", do=do)
+    do = "lower batch (and raise accumulate), set checkpointing: true or a smaller resolution, or look at these rows"
+    return TrainingError(
+        f"{what or _step(run)} does not fit into memory.",
+        given=f"{names}; {tried}",
+        do=do if paged else f"set optimiser.paged: true, so that its states can leave; or {do}",
+    )
 
 
 def _said(error: BaseException) -> str:

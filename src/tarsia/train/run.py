@@ -35,7 +35,9 @@ from tarsia.train.optimiser import Schedule, adamw
 from tarsia.train.optimiser import restore as restore_optimiser
 from tarsia.train.optimiser import state as optimiser_state
 from tarsia.train.packing import packed, prove, shared
+from tarsia.train.paged import PagedAdamW
 from tarsia.train.recipe import Recipe, differences
+from tarsia.train.spread import Below, Spread
 from tarsia.train.step import named
 from tarsia.train.taken import Meter
 from tarsia.train.watch import GradientWatch
@@ -158,7 +160,11 @@ class Run:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on. (The rows follow from the recipe and the step.)"""
         tensors = {f"patch/{key}": value for key, value in self._tensors().items()}
-        tensors |= {f"optimiser/{key}": value for key, value in optimiser_state(self.optimiser).items()}
+        spread: tuple[Spread, ...] = ()
+        if isinstance(self.optimiser, PagedAdamW):
+            spread = (self.optimiser.spread("optimiser/"),)
+        else:
+            tensors |= {f"optimiser/{key}": value for key, value in optimiser_state(self.optimiser).items()}
         tensors |= {f"random/{key}": value for key, value in self.random.state().items()}
         values = {
             "recipe": self.recipe.hash,
@@ -171,7 +177,7 @@ class Run:
             "machine": machine(self),
             **({} if self.meter is None else {"memory": self.meter.state()}),
         }
-        return Checkpoint(self.step, tensors, values)
+        return Checkpoint(self.step, tensors, values, spread=spread)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises BaseMismatch, ConfigError or TrainingError where it is not of this run."""
@@ -184,19 +190,15 @@ class Run:
                 given=", ".join(changed),
                 do="put the old file back, or choose another out",
             )
-        groups: dict[str, dict[str, Tensor]] = {}
-        for key, value in checkpoint.tensors.items():
-            kind, _, rest = key.partition("/")
-            groups.setdefault(kind, {})[rest] = value
-        held, given = self._tensors(), groups["patch"]
+        held, given = self._tensors(), Below(checkpoint.tensors, "patch")
         shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (held, given)]
         if shapes[0] != shapes[1]:
             wrong = next(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
             raise TrainingError("The checkpoint's patches are not this run's.", given=wrong, do="choose another out")
         for key, value in given.items():
             held[key].copy_(value)
-        restore_optimiser(self.optimiser, groups.get("optimiser", {}))
-        self.random.adopt(groups["random"])
+        restore_optimiser(self.optimiser, Below(checkpoint.tensors, "optimiser"))
+        self.random.adopt(Below(checkpoint.tensors, "random"))
         self.watch.restore(values["watch"])
         self.log.cut(values["log"])
         if self.meter is not None and "memory" in values:
