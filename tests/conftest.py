@@ -1,4 +1,4 @@
-"""The kernel for 4-bit weights is that of the sources here, compiled anew where it is not; a cache of the suite's own."""
+"""The kernel for 4-bit weights is that of the sources here, compiled anew where it is not; a cache of our own."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Ghost(TorchDispatchMode):
     """Compute without numbers inside; every storage is noted in ``ledger``, every operation counted in ``ops``."""
 
     def __init__(self, ledger: Ledger, workspace: Callable[[Op], int] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.ops: Counter[Op] = Counter()
         self._shapes: dict[Any, Any] = {}
@@ -283,6 +283,16 @@ def _scalar(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
     return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 0
 
 
+def _ranked(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
+    """The places of the largest entries: real ones, each as often as any other (so experts get equal shares)."""
+    values, places = mode._functional(func, args, kwargs)
+    if places.numel():
+        given, dim = args[0], args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        places.copy_(torch.arange(places.numel()).view(places.shape) % given.shape[dim])
+        mode.ledger.see(places, func.name()).ghost = False
+    return values, places
+
+
 def _true(mode: Ghost, func: Any, args: Any, kwargs: Any) -> bool:
     return True
 
@@ -309,6 +319,7 @@ def _index(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
 
 _SPECIAL: Final[dict[Any, Callable[..., Any]]] = {
     _aten._local_scalar_dense.default: _scalar,
+    _aten.topk.default: _ranked,
     _aten.equal.default: _true,
     _aten.is_nonzero.default: _true,
     _aten.index.Tensor: _index,

@@ -31,7 +31,7 @@ from tarsia.train import loop
 from tarsia.train.features import Cache, features
 from tarsia.train.memory import listening
 from tarsia.train.recipe import Recipe
-from tarsia.train.run import Run, prepare
+from tarsia.train.run import NAME, Run, prepare
 from tarsia.train.store import Store
 
 _NOBODY: Final = Fingerprint(*("of a rehearsal",) * 5)
@@ -116,7 +116,7 @@ def ending(run: Run, ledger: Ledger) -> None:
     run.step = run.schedule.steps
     with ledger.during("save"):
         proof = loop._probe(run)
-        Adapter.of(run.host, loop.NAME, run.parts, {}, probe=proof)
+        Adapter.of(run.host, NAME, run.parts, {}, probe=proof)
 
 
 def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
