@@ -46,6 +46,8 @@ class Block:
     ghost: bool = False
     width: int = 0
     """The last size of the tensor that it was made for."""
+    outside: bool = False
+    """Whether it lies elsewhere than in memory of torch's allocator: in numpy's, or in a file that is mapped."""
 
     def at(self, moment: int) -> bool:
         """Whether it is there."""
@@ -83,6 +85,7 @@ class Ledger:
         if found is None:
             found = Block(storage.nbytes(), self.now, self.phase, op, category=category)
             found.width = tensor.shape[-1] if tensor.ndim else 1
+            found.outside = not storage.resizable()
             self.now += 1
             self.blocks.append(found)
             self._held[key] = found

@@ -42,7 +42,7 @@ class Workspace:
 
 
 def taken(op: Op) -> int:
-    """Bytes that an operation takes beside its outputs and gives back before it ends; 0 where nothing is known of it."""
+    """Bytes that an operation takes beside its outputs and gives back before it ends; 0 where it is in no table."""
     name = op.name.partition(".")[0]
     formula = _FORMULAS.get(name)
     if formula is not None:
@@ -130,7 +130,13 @@ def _products(op: Op) -> int:
     factors = _factors(op)
     if not _widened(factors[1][2]):
         return 0
-    return sum(_bytes(spec) for spec in factors if spec[1][0] == 0 and spec[0][0] > 1) + _product(op)
+    return sum(_bytes(spec) for spec in factors if _scattered(spec)) + _product(op)
+
+
+def _scattered(batch: Spec) -> bool:
+    """Whether matrices [batch, m, k] do not lie one behind the other without gaps, all by rows or all by columns."""
+    _, m, k = batch[0]
+    return batch[1] not in ((m * k, k, 1), (m * k, 1, m))
 
 
 def _convolution(op: Op) -> int:
@@ -157,7 +163,7 @@ def _tile(queries: int) -> int:
 
 
 def _attention(op: Op) -> int:
-    """For each thread: a tile of scores, sums and maxima, a tile of results in float32; scores in half precision too."""
+    """For each thread: tiles of scores and of results in float32, sums, maxima; scores in half precision too."""
     queries, head = op.inputs[0][0][-2:]
     rows, columns = _tile(queries), min(512, op.inputs[1][0][-2])
     numbers = rows * (columns + 2 + head)
@@ -240,7 +246,7 @@ def _reference4(rows: int, columns: int, dtype: torch.dtype) -> int:
 
 
 def _pool_back(op: Op) -> int:
-    return sum(map(_bytes, op.outputs)) + _copies(op.inputs[:1])
+    return sum(map(_bytes, op.outputs))
 
 
 _FORMULAS: Final[Mapping[str, Callable[[Op], int]]] = {
