@@ -24,6 +24,7 @@ from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Start
 from tarsia.train.exact import deterministic, threads
 from tarsia.train.fast import FOLLOWED, fast
 from tarsia.train.features import features
+from tarsia.train.heap import apart, give_back
 from tarsia.train.loss import followed
 from tarsia.train.memory import Phase, phase
 from tarsia.train.optimiser import peaks, set_rates
@@ -283,8 +284,10 @@ def _probe(run: Run) -> Probe:
     """A probe on the stream's first rows, those with pictures first."""
     numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:PROBED]
     run.model.eval()
+    # what the steps have freed lies in pieces that a probe's larger blocks do not fit into
+    give_back(run.device)
     # as whoever loads the adapter computes it
-    with nullcontext() if run.features is None else run.features.suspended():
+    with apart(), nullcontext() if run.features is None else run.features.suspended():
         return relieved(run, lambda: probe(run.host, run.encode(numbers).inputs), "The adapter's probe", numbers)
 
 
