@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference of a logit, as a share of the largest logit, that two machines may have."""
 
 _KEPT = 4
+_AT_ONCE = 1 << 21
+"""Logits that are looked at together: 8 MiB of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,20 +56,24 @@ def probe(host: Host, inputs: Mapping[str, Tensor]) -> Probe:
     Raises AdapterError where the outputs are the base's, or are not all finite.
     """
     batch = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and key != "labels"}
+    tokens, logits = [], []
     with _still(host.model):
-        adapted, bare = _logits(host, batch), _bare(host, batch)
-    difference = float((adapted - bare).abs().max())
-    if difference == 0:
+        adapted, bare = _outputs(host, batch), _bare(host, batch)
+        moved = _Moved()
+        for part in moved.over(adapted, bare):
+            top = part.topk(min(_KEPT, part.shape[-1]), dim=-1)
+            tokens.append(top.indices)
+            logits.append(top.values)
+    if moved.difference == 0:
         raise AdapterError(
             "The adapter changes no output of the probe.", do="train it first, and probe with inputs that it acts on"
         )
-    logits, tokens = adapted.topk(min(_KEPT, adapted.shape[-1]), dim=-1)
     return Probe(
         inputs={key: value.detach().to("cpu", copy=True).contiguous() for key, value in batch.items()},
-        tokens=tokens.contiguous(),
-        logits=logits.contiguous(),
-        difference=difference,
-        peak=float(adapted.abs().max()),
+        tokens=torch.cat(tokens).view(*adapted.shape, -1),
+        logits=torch.cat(logits).view(*adapted.shape, -1),
+        difference=moved.difference,
+        peak=moved.peak,
         dtype=_dtype(host.model),
     )
 
@@ -92,12 +99,17 @@ def prove(host: Host, name: str, recorded: Probe) -> float:
             given=f"{recorded.difference:.3g} on logits up to {recorded.peak:.3g}",
             do="probe with inputs that the adapter acts on",
         )
+    first, off = 0, 0.0
     with _still(host.model):
         bare = _bare(host, recorded.inputs)
         activate(host.model, name)
-        adapted = _logits(host, recorded.inputs)
-    off = float((adapted.gather(-1, recorded.tokens) - recorded.logits).abs().max()) / recorded.peak
-    moved = float((adapted - bare).abs().max())
+        adapted = _outputs(host, recorded.inputs)
+        compared = _Moved()
+        tokens, logits = (kept.flatten(0, -2) for kept in (recorded.tokens, recorded.logits))
+        for part in compared.over(adapted, bare):
+            rows = slice(first, first := first + len(part))
+            off = max(off, float((part.gather(-1, tokens[rows]) - logits[rows]).abs().max()) / recorded.peak)
+    moved = compared.difference
     if moved == 0:
         raise AdapterError(
             "The adapter does nothing: the outputs are the base's.",
@@ -128,24 +140,112 @@ def _dtype(model: nn.Module) -> str:
     return known[0]
 
 
-def _logits(host: Host, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits [rows, length, vocabulary] in float32 on the CPU, 0 where the attention mask is."""
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """The logits of a batch, some positions at a time: of all of them at once there is no copy.
+
+    ``states`` [positions, width] are what the language ``head`` makes logits of; where there is no head, they are the
+    logits. ``mask`` is true where a position counts; ``shape`` is [rows, length].
+    """
+
+    states: Tensor
+    head: nn.Module | None
+    mask: Tensor | None
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Logits of these positions, in float32 on the CPU, 0 where the attention mask is."""
+        with torch.no_grad():
+            part: Tensor = self.states[rows] if self.head is None else self.head(self.states[rows])
+        part = part.to("cpu", torch.float32, copy=self.head is None)
+        if self.mask is not None:
+            part.masked_fill_(~self.mask[rows, None], 0)
+        return part
+
+
+@dataclass
+class _Moved:
+    """The largest difference of a logit from the base's, and the largest logit, both absolute."""
+
+    difference: float = 0.0
+    peak: float = 0.0
+
+    def over(self, adapted: _Outputs, bare: _Outputs) -> Iterator[Tensor]:
+        """Go over all positions; gives the adapted logits [positions, vocabulary] of each stretch of them."""
+        first, length, step = 0, len(adapted.states), 1
+        while first < length:
+            part = adapted[first : first + step]
+            self.peak = max(self.peak, _size(part))
+            self.difference = max(self.difference, _size(bare[first : first + step].sub_(part)))
+            yield part
+            first += len(part)
+            step = max(1, _AT_ONCE // part.shape[-1])
+
+
+def _size(numbers: Tensor) -> float:
+    """The largest magnitude. Raises AdapterError where a number is none."""
+    size = max(abs(float(end)) for end in torch.aminmax(numbers))
+    if not math.isfinite(size):
+        raise AdapterError("The outputs of the probe are not all numbers.", do="train again from an earlier checkpoint")
+    return size
+
+
+def _outputs(host: Host, batch: Mapping[str, Tensor]) -> _Outputs:
+    """Run the batch. The head is left for later where the model gives nothing but what its head gave."""
+    head = _plain_head(host.model)
+    given = _given(host, batch) if head is None else _handed_on(host, batch, head)
+    if given is None:
+        head, given = None, _given(host, batch)
+    shape = tuple(given.shape[:2])
+    mask = batch.get("attention_mask")
+    counted = None if mask is None or mask.shape != shape else mask.cpu().bool().flatten()
+    return _Outputs(given.flatten(0, 1), head, counted, shape)
+
+
+def _given(host: Host, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's logits."""
     device = next(host.model.parameters()).device
     with torch.no_grad():
-        result: Any = host.model(**{key: value.to(device) for key, value in batch.items()})
-    logits: Tensor = result.logits.float().cpu()
-    if "attention_mask" in batch and batch["attention_mask"].shape == logits.shape[:2]:
-        logits = logits.masked_fill(~batch["attention_mask"].cpu().bool()[..., None], 0)
-    if not bool(logits.isfinite().all()):
-        raise AdapterError("The outputs of the probe are not all numbers.", do="train again from an earlier checkpoint")
+        result: Any = host.model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+    logits: Tensor = result.logits
     return logits
 
 
-def _bare(host: Host, batch: Mapping[str, Tensor]) -> Tensor:
+def _handed_on(host: Host, batch: Mapping[str, Tensor], head: nn.Module) -> Tensor | None:
+    """What the head is given; None where the model does something with what its head gives."""
+    seen: list[tuple[Tensor, int]] = []
+
+    def hand_on(hidden: Tensor) -> Tensor:
+        seen.append((hidden, _version(hidden)))
+        return hidden
+
+    head.__dict__["forward"] = hand_on
+    try:
+        given = _given(host, batch)
+    finally:
+        del head.__dict__["forward"]
+    return given if len(seen) == 1 and given is seen[0][0] and _version(given) == seen[0][1] else None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; nothing counts that in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _plain_head(model: nn.Module) -> nn.Module | None:
+    """The model's language head, where nobody patches or watches it."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if not isinstance(head, nn.Module) or "forward" in head.__dict__ or "_old_forward" in head.__dict__:
+        return None
+    return None if head._forward_hooks or head._forward_pre_hooks else head
+
+
+def _bare(host: Host, batch: Mapping[str, Tensor]) -> _Outputs:
     active = {slot: slot.active for slot in slots(host.model)}
     try:
         activate(host.model)
-        return _logits(host, batch)
+        return _outputs(host, batch)
     finally:
         for slot, names in active.items():
             slot.active = names
