@@ -173,7 +173,7 @@ def test_a_file_that_can_not_be_believed_is_made_anew_and_that_is_said(
     with pytest.raises(PlanError, match=said):
         load(path, here())
     again = calibrate()
-    assert len(measured) == 2 and said in again.notice
+    assert len(measured) == 2 and said in again.notice and "Measured anew" in again.notice
     assert again.calibration == first.calibration and kept() == first.calibration
 
 
