@@ -153,7 +153,8 @@ class Ghost(TorchDispatchMode):
 
     def _spec_of(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Shapes that an operation gives, asked of torch's own shape functions, once for each kind of call."""
-        key = (func, _frozen(args), _frozen(kwargs))
+        # what is made anew is of the default dtype, which is another while a model is built
+        key = (func, torch.get_default_dtype(), _frozen(args), _frozen(kwargs))
         try:
             return self._shapes[key]
         except KeyError:
