@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tarsia.quant.eight_bits import BLOCK, blocks, bounds, decode, decode_slowly, encode, encode_slowly
+from tarsia.quant.eight_bits import BLOCK, blocks, bounds, decode, decode_slowly, encode, encode_slowly, starts
 from tarsia.quant.levels import dynamic_levels
 
 WHY = "bitsandbytes is the oracle"
@@ -123,3 +123,16 @@ def test_bounds_lie_between_levels():
     for signed in (True, False):
         table = dynamic_levels(signed)
         assert (table[:-1] < bounds(signed)).all() and (bounds(signed) < table[1:]).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_no_two_bounds_begin_with_the_same_16_bits(signed):
+    """What the lookup of codes rests on; and it gives each bound, and the number after it, the right code."""
+    edges = bounds(signed)
+    first = (edges.view(torch.int32) >> 16) & 0xFFFF
+    assert len(first.unique()) == len(edges)
+    above = torch.nextafter(edges, torch.tensor(2.0))
+    one = torch.ones(1)
+    for numbers, codes in ((edges, range(255)), (above, range(1, 256))):
+        assert encode(torch.cat([numbers, one]), signed)[0][:-1].tolist() == list(codes)
+    assert len(starts(signed)) == 1 << 16

@@ -41,8 +41,15 @@ def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     rows = (x if whole == count else torch.nn.functional.pad(x, (0, whole - count))).view(-1, BLOCK)
     scales = rows.abs().amax(dim=1)
     shares = (rows * scales.clamp(min=_LEAST).reciprocal().unsqueeze(1)).clamp_(-1, 1)
-    codes = torch.bucketize(shares, bounds(signed).to(x.device), out_int32=True).to(torch.uint8)
-    return codes.view(-1)[:count], scales
+    return _nearest(shares.view(-1)[:count], signed), scales
+
+
+def _nearest(shares: Tensor, signed: bool) -> Tensor:
+    """How many bounds lie below each number: looked up by its first 16 bits, which at most one bound has in common."""
+    device = shares.device
+    low = starts(signed).to(device).index_select(0, (shares.view(torch.int32) >> 16) & 0xFFFF)
+    edges = torch.nn.functional.pad(bounds(signed), (0, 1), value=torch.inf).to(device)
+    return low + (shares > edges.index_select(0, low.to(torch.int32)))
 
 
 def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
@@ -63,6 +70,17 @@ def bounds(signed: bool) -> Tensor:
     """Where rounding changes from one level to the next, float32 [255]."""
     table = dynamic_levels(signed)
     return (table[:-1] + table[1:]) / 2
+
+
+@cache
+@constant
+def starts(signed: bool) -> Tensor:
+    """By the first 16 bits of a float32: the code of the least number that begins with them, uint8 [65536]."""
+    first = torch.arange(1 << 16, dtype=torch.int64)
+    # of those below zero the least has the most bits after them
+    bits = (first << 16) | torch.where(first >= 1 << 15, 0xFFFF, 0)
+    numbers = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+    return torch.bucketize(numbers.nan_to_num(0.0), bounds(signed)).to(torch.uint8)
 
 
 def encode_slowly(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
