@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
+from tarsia.plan.heap import IN_STEP, Process, process, standing
 from tarsia.plan.ledger import Block, Category, Mark, live
 from tarsia.plan.operations import Operations, operations
 from tarsia.plan.rehearse import Outline, Rehearsal, ending, rehearsing, steps
@@ -14,9 +15,6 @@ from tarsia.plan.survey import Drawn, Survey, survey
 from tarsia.plan.time import Speeds, StepTime, predict
 from tarsia.train.paged import PagedAdamW
 from tarsia.train.recipe import Recipe
-
-IN_STEP: Final = ("forward", "backward", "update")
-"""The phases in which the run itself measures (``tarsia.train.taken``)."""
 
 SURVEY: Final = "survey"
 """What the plan does for itself, and no run does."""
@@ -53,13 +51,15 @@ class Work:
 class Plan:
     """What a run of ``recipe`` will take, from a rehearsal of its largest steps and of all around them.
 
-    All sizes are bytes. ``survey`` says which rows it rests on.
+    All sizes are bytes. ``survey`` says which rows it rests on, ``before`` what this process held before it planned.
     """
 
     recipe: Recipe
+    outline: Outline
     rehearsal: Rehearsal
     survey: Survey
     work: Work
+    before: int
 
     def time(self, speeds: Speeds) -> StepTime:
         """Seconds of a typical step on a machine or a card."""
@@ -95,7 +95,12 @@ class Plan:
     @property
     def total(self) -> int:
         """What the device must have: the process's memory on a processor, reserved memory and context on a GPU."""
-        return self.live
+        return self.process.peak
+
+    @cached_property
+    def process(self) -> Process:
+        """The whole process of a run that begins where this process stood before it planned."""
+        return process(self, self.before)
 
     @property
     def step(self) -> Stretch:
@@ -139,6 +144,9 @@ class Plan:
             "phases": self.phases,
             "categories": {str(category): size for category, size in self.categories.items()},
             "gradients": self.gradients,
+            "process": self.process.peak,
+            "process_phases": dict(self.process.phases),
+            "process_parts": dict(self.process.parts),
             "steps": list(self.survey.steps),
             "whole": self.survey.whole,
         }
@@ -151,6 +159,7 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
     """
     from tarsia.plan.ledger import Ledger
 
+    before = standing()
     outline = outline or Outline.of(recipe.model)
     ledger = Ledger()
     with rehearsing(recipe, outline, ledger) as (run, ghost):
@@ -165,7 +174,7 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
         optimiser = run.optimiser
         away = optimiser.bytes - optimiser.resident if isinstance(optimiser, PagedAdamW) else 0
         work = Work(counted, tensors, run.schedule.steps, away)
-    return Plan(recipe, _sorted(rehearsed), found, work)
+    return Plan(recipe, outline, _sorted(rehearsed), found, work, before)
 
 
 def _stretches(marks: Sequence[Mark], line: Sequence[int]) -> Iterable[Stretch]:
