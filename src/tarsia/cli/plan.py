@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tarsia.cli import output
+from tarsia.cli.fitted import fitted
 
 if TYPE_CHECKING:
     from tarsia.plan import Plan
@@ -25,6 +26,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as batch=4 or parts.0.rank=8")
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw what lives in memory, moment by moment")
     parser.add_argument("--card", metavar="NAME", help="tell the time on this card, such as 'RTX 4090'")
+    parser.add_argument("--fit", metavar="SIZE|CARD", help="the recipes that fit into 24GB or an 'RTX 4090'")
+    parser.add_argument("--write", metavar="DIR", type=Path, help="with --fit: write each of them as a recipe")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine for a minute, for times")
     parser.add_argument(
         "--wall",
@@ -49,12 +52,19 @@ def run(args: argparse.Namespace) -> int:
         return _calibrate()
     if args.recipe is None:
         raise ConfigError("There is nothing to plan.", do="give a recipe: tarsia plan recipes/belt.yaml")
+    if args.write is not None and args.fit is None:
+        raise ConfigError("There is nothing to write.", given=f"--write {args.write}", do="add --fit 24GB, say")
     from tarsia.plan import plan
     from tarsia.train.recipe import Recipe
 
     output.no_bars()
     speeds = _speeds(args)
-    found = plan(Recipe.load(args.recipe, args.overrides))
+    recipe = Recipe.load(args.recipe, args.overrides)
+    if args.fit is not None:
+        if args.picture is not None:
+            raise ConfigError("A picture is of one plan.", given="--picture and --fit", do="leave one of them out")
+        return fitted(recipe, args.fit, speeds, args.write, args.json)
+    found = plan(recipe)
     if args.picture is not None:
         _draw(found, args.picture)
     if args.json:
