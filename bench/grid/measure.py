@@ -35,14 +35,16 @@ def main(seed: int, folder: Path) -> Values:
     from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401 (what any run imports)
 
     import tarsia.train  # noqa: F401
+    from tarsia.plan.heap import standing
 
     speak()
     torch.set_num_threads(1)
     found: Values = {"seed": seed}
+    before = standing()
     seconds = {"imports": round(time.process_time(), 2)}
     parts: dict[str, Callable[[], Values]] = {
         "built": lambda: built(seed, folder),
-        "planned": lambda: planned(folder),
+        "planned": lambda: planned(folder, before),
         "live": lambda: live_bytes(folder),
     }
     for name, part in parts.items():
@@ -62,11 +64,11 @@ def built(seed: int, folder: Path) -> Values:
     return {"files": sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))}
 
 
-def planned(folder: Path) -> Values:
-    """What the plan foretells of the recipe: the seam to ``tarsia.plan``."""
+def planned(folder: Path, before: int) -> Values:
+    """What the plan foretells of the recipe: the seam to ``tarsia.plan``. A copy holds less than the process did."""
     from bench.grid.foretold import foretold
 
-    return foretold(_recipe(folder, "planned"))
+    return foretold(_recipe(folder, "planned"), before)
 
 
 def live_bytes(folder: Path) -> Values:
