@@ -1,9 +1,9 @@
 """Paged optimiser states beside unpaged ones: seconds of an update, and of whole steps, in turn.
 
 The update alone is where paging costs anything: AdamW over 16 million numbers (128 MB of states in 32 bits), as eight
-matrices of 1,024 x 2,048, gradients in place. A whole step is mini-1 with LoRA of rank 16 on its language model, batches
-of 8 rows with a picture. Each form takes one step in turn, the order rotating; ratios to the unpaged one are medians
-over rounds. Pages go to the folder of temporary files, whose disk or memory is what the tight budgets measure.
+matrices of 1,024 x 2,048, gradients in place. A whole step is mini-1 with LoRA of rank 16 on its language model, in
+batches of 8 rows with a picture. Each form takes one step in turn, the order rotating; ratios to the unpaged one are
+medians over rounds. Pages go to the folder of temporary files, whose disk or memory is what the tight budgets measure.
 """
 
 from __future__ import annotations
