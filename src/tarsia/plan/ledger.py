@@ -86,8 +86,7 @@ class Ledger:
             found = Block(storage.nbytes(), self.now, self.phase, op, category=category)
             found.width = tensor.shape[-1] if tensor.ndim else 1
             found.outside = not storage.resizable()
-            self.now += 1
-            self.blocks.append(found)
+            self._note(found)
             self._held[key] = found
             self._watches[key] = weakref.ref(storage, partial(self._gone, key, found))
         return found
@@ -97,6 +96,35 @@ class Ledger:
             del self._held[key], self._watches[key]
         block.died = self.now
         self.now += 1
+
+    def restart(self) -> None:
+        """Forget what was noted up to now. What is there is noted again when it arrives."""
+        self._absent = {id(block): block for block in self._held.values()}
+        self.blocks.clear()
+        self._heirs.clear()
+        self.marks[:] = [Mark(0, self.phase)]
+        self.now = 0
+
+    def arrive(self, tensor: Tensor, category: Category) -> Block | None:
+        """Note a tensor that was there before the ledger began again; None where its storage has arrived already."""
+        block = self.see(tensor, "read")
+        if self._absent.pop(id(block), None) is None:
+            return None
+        block.category = category
+        self._note(block)
+        return block
+
+    def rest(self) -> None:
+        """Note all that was there before the ledger began again and has not arrived."""
+        for block in self._held.values():
+            if self._absent.pop(id(block), None) is not None:
+                self._note(block)
+        self._absent.clear()
+
+    def _note(self, block: Block) -> None:
+        block.born, block.phase = self.now, self.phase
+        self.now += 1
+        self.blocks.append(block)
 
     def scratch(self, size: int, op: str) -> None:
         """Note memory that an operation takes and gives back before it ends."""
@@ -109,6 +137,7 @@ class Ledger:
         self._heirs.append((self._held[new.untyped_storage()._cdata], self._held[old.untyped_storage()._cdata]))
 
     _heirs: list[tuple[Block, Block]] = field(default_factory=list)
+    _absent: dict[int, Block] = field(default_factory=dict)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

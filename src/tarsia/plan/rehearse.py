@@ -23,6 +23,7 @@ from tarsia.core.patch import Origin
 from tarsia.core.site import Kind, Site
 from tarsia.plan.ghost import Ghost, Op, harmless
 from tarsia.plan.ledger import Block, Category, Ledger, Mark
+from tarsia.plan.loading import Files, arrive
 from tarsia.plan.workspace import Workspace
 from tarsia.quant.codec import NESTED_BLOCK, Quantised, Scheme
 from tarsia.quant.rounding import Loss
@@ -133,9 +134,9 @@ def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
         harmless(parameter.data)
     sites = tuple(outline.anatomy.sites(model))
     held = _quantised(recipe, outline, model, sites, ghost)
-    ledger = ghost.ledger
-    plain = [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, Weight4)]
-    ledger.label(plain, Category.WEIGHTS)
+    packed = held is not None and held.asked is None
+    files = Files.of(outline.path, model, sites, packed)
+    arrive(model, files, ghost.ledger)
     host = Host(
         name=outline.name,
         path=None,
@@ -149,17 +150,17 @@ def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
         resolution=recipe.resolution,
     )
     if recipe.four_bits is not None:
-        host.__dict__["origin"] = _origin(model, outline, ghost)
+        host.__dict__["origin"] = _origin(model, files.dtype, ghost)
     return host
 
 
-def _origin(model: nn.Module, outline: Outline, ghost: Ghost) -> Origin:
+def _origin(model: nn.Module, stored: torch.dtype, ghost: Ghost) -> Origin:
     """As the host's own, of a base whose files are not read."""
-    stored = getattr(outline.anatomy.config, "dtype", None) or torch.float32
 
     def read(site: Site) -> Tensor:
         weight = torch.empty(model.get_parameter(site.weight).shape, dtype=stored)
         ghost.haunt(weight)
+        ghost.ledger.see(weight, "read").outside = True
         return weight
 
     return read
@@ -183,7 +184,6 @@ def _quantised(
         weight = _codes(module._parameters[name], form.scheme, ghost)
         found.losses[site.weight] = Loss(weight.numel(), sum(t.nbytes for t in weight.value.tensors.values()), 0.0, 0.0)
         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        ghost.ledger.label((*weight.value.tensors.values(), weight.levels), Category.QUANTISED)
     return found if asked is not None else Quantisation(None, form, found.sites, found.kept, found.losses)
 
 
