@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -42,6 +42,14 @@ class Op:
     phase: str
     inputs: tuple[Spec, ...]
     outputs: tuple[Spec, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # taken once: all that is counted is counted by it
+        object.__setattr__(self, "_hash", hash((self.name, self.phase, self.inputs, self.outputs)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Ghost(TorchDispatchMode):
@@ -52,16 +60,18 @@ class Ghost(TorchDispatchMode):
         self.ledger = ledger
         self.ops: Counter[Op] = Counter()
         self._shapes: dict[Any, Any] = {}
+        self._noted: dict[Any, Op] = {}
         self._workspace = workspace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(t is not Tensor and t is not nn.Parameter for t in types):
             return NotImplemented
-        given = list(_tensors(args, kwargs.values()))
-        if not any(self._is_ghost(t) for t in given):
-            return self._really(func, args, kwargs, given)
-        return self._unreal(func, args, kwargs, given)
+        given = _tensors(args, kwargs.values())
+        for tensor in given:
+            if self._is_ghost(tensor):
+                return self._unreal(func, args, kwargs, given)
+        return self._really(func, args, kwargs, given)
 
     def haunt(self, tensor: Tensor) -> None:
         """Take a tensor for a ghost from now on."""
@@ -113,7 +123,10 @@ class Ghost(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any, outputs: tuple[Spec, ...]) -> None:
         inputs = tuple((tuple(t.shape), t.stride(), t.dtype) for t in _tensors(args, kwargs.values()))
-        op = Op(func.name(), self.ledger.phase, inputs, outputs)
+        key = (func, self.ledger.phase, inputs, outputs)
+        op = self._noted.get(key)
+        if op is None:
+            op = self._noted[key] = Op(func.name(), self.ledger.phase, inputs, outputs)
         self.ops[op] += 1
         if self._workspace is not None:
             self.ledger.scratch(self._workspace(op), op.name)
@@ -127,7 +140,15 @@ class Ghost(TorchDispatchMode):
 
     def _made(self, func: Any, spec: Spec) -> Tensor:
         size, stride, dtype = spec
-        made = torch.empty_strided(size, stride, dtype=dtype)
+        try:
+            made = torch.empty_strided(size, stride, dtype=dtype)
+        except RuntimeError as error:
+            # untouched memory costs nothing, but a system may refuse one block that is larger than all it has
+            raise PlanError(
+                "A single tensor is larger than what this system lets be reserved, so the run can not be rehearsed.",
+                given=f"{func.name()}: {dtype} {size}, {_count(size) * dtype.itemsize / 1e9:.1f} GB",
+                do="make batch, length or resolution smaller; or let memory be reserved (vm.overcommit_memory=1)",
+            ) from error
         self.ledger.see(made, func.name()).ghost = True
         harmless(made)
         return made
@@ -178,7 +199,8 @@ class Ghost(TorchDispatchMode):
         held = {t.untyped_storage()._cdata for t in seen.values()}
         if any(t.untyped_storage()._cdata in held for t in _tensors((out,))):
             return _SHARED
-        return _specs(out)
+        mend = _MENDED.get(func)
+        return mend(_specs(out), args) if mend is not None else _specs(out)
 
 
 @contextmanager
@@ -224,13 +246,15 @@ def harmless(tensor: Tensor) -> None:
         tensor.fill_(1.0)
 
 
-def _tensors(*groups: Iterable[Any]) -> Iterable[Tensor]:
+def _tensors(*groups: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for group in groups:
         for value in group:
             if isinstance(value, Tensor):
-                yield value
+                found.append(value)
             elif isinstance(value, list | tuple):
-                yield from _tensors(value)
+                found += _tensors(value)
+    return found
 
 
 def _count(size: Sequence[int]) -> int:
@@ -241,6 +265,9 @@ def _count(size: Sequence[int]) -> int:
 
 
 def _frozen(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return (kind, value)
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.stride(), value.dtype)
     if isinstance(value, list | tuple):
@@ -248,6 +275,9 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((k, _frozen(v)) for k, v in value.items())
     return (type(value), value)
+
+
+_PLAIN: Final = frozenset({int, float, bool, type(None), torch.dtype, torch.device, str})
 
 
 def _meta(value: Any, seen: dict[int, Tensor]) -> Any:
@@ -318,6 +348,26 @@ def _index(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
     return mode._functional(func, args, kwargs)
 
 
+def _normed(specs: Any, args: Any) -> Any:
+    """A processor keeps means and deviations in the dtype of the weight, or of the input where there is none."""
+    out, *kept = specs
+    dtype = (args[0] if args[2] is None else args[2]).dtype
+    return out, *((size, stride, dtype) for size, stride, _ in kept)
+
+
+def _norm_back(specs: Any, args: Any) -> Any:
+    """A processor works on a copy without gaps, and so the gradient has none."""
+    if specs[0] is None:
+        return specs
+    size, _, dtype = specs[0]
+    return (size, torch.empty(size, device="meta").stride(), dtype), *specs[1:]
+
+
+_MENDED: Final[dict[Any, Callable[[Any, Any], Any]]] = {
+    _aten.native_layer_norm.default: _normed,
+    _aten.native_layer_norm_backward.default: _norm_back,
+}
+"""Where torch's shape functions tell what a GPU gives, or no device."""
 _SPECIAL: Final[dict[Any, Callable[..., Any]]] = {
     _aten._local_scalar_dense.default: _scalar,
     _aten.topk.default: _ranked,
