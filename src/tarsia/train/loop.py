@@ -41,7 +41,7 @@ Evaluator: TypeAlias = Callable[[Host, int], Mapping[str, Any]]
 """Results, as JSON values, of the model as it is after this many steps."""
 
 PROBED = 4
-"""Rows of the probe that is saved with the adapter."""
+"""The most rows of the probe that is saved with the adapter."""
 
 
 def fit(
@@ -281,8 +281,9 @@ def _evaluation(run: Run, evaluator: Evaluator | None) -> Iterator[Evaluated]:
 
 
 def _probe(run: Run) -> Probe:
-    """A probe on the stream's first rows, those with pictures first."""
-    numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:PROBED]
+    """A probe on the stream's first rows, those with pictures first: no more than fit a micro-batch, as steps did."""
+    rows = min(PROBED, run.recipe.batch)
+    numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:rows]
     run.model.eval()
     # what the steps have freed lies in pieces that a probe's larger blocks do not fit into
     give_back(run.device)
