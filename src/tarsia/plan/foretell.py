@@ -166,7 +166,7 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
         with ledger.during(SURVEY):
             found = survey(run, drawn)
         # the optimiser's states are there from the second step on
-        steps(run, ledger, found.steps if len(found.steps) > 1 else (0, 0))
+        steps(run, ledger, [n for n in found.steps if n != found.typical] or [0])
         counted = operations(run, ghost, (found.typical,))
         ending(run, ledger)
         rehearsed = Rehearsal.of(run, ghost)

@@ -63,6 +63,11 @@ class Ghost(TorchDispatchMode):
         self._noted: dict[Any, Op] = {}
         self._workspace = workspace
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled here, and what would keep a compiler out is called at every operation
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(t is not Tensor and t is not nn.Parameter for t in types):
