@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import prod
@@ -85,14 +85,16 @@ def budget(given: str | int) -> tuple[int, Card | None]:
 class Found:
     """What a search came to: ``proposals`` that fit, best first. ``smallest`` is the least of all that was looked at.
 
-    ``as_it_is`` is the recipe without any change. ``tried`` combinations were rehearsed of ``all`` that there are;
-    ``stopped`` says what ended the search before it was through, "" where nothing did. ``refused`` are changes that
-    can not be made here, and why; ``useless`` those that save nothing here.
+    ``as_it_is`` is the recipe without any change, ``side`` the most pixels along a side of its pictures. ``tried``
+    combinations were rehearsed of ``all`` that there are; ``stopped`` says what ended the search before it was through,
+    "" where nothing did. ``refused`` are changes that can not be made here, and why; ``useless`` those that save
+    nothing where it is too much.
     """
 
     budget: int
     margin: float
     as_it_is: Proposal
+    side: int
     proposals: tuple[Proposal, ...]
     smallest: Proposal
     tried: int
@@ -229,6 +231,7 @@ class _Search:
             budget=self.budget,
             margin=held.margin,
             as_it_is=held.as_it_is,
+            side=held.known.side,
             proposals=tuple(best(fits)[:PROPOSALS]),
             smallest=min(looked, key=lambda proposal: proposal.figures.total),
             tried=len(held.tried),
@@ -253,10 +256,10 @@ class _Search:
         if self.good and min(proposal.lost for proposal in self.good) <= CLEARLY:
             self._refine()
             return  # nothing that gives up more could be clearly faster
-        singles = [self._raised(self.none, place) for place in range(len(self.ladders))]
         if self.good:
-            for numbers in self._sorted(filter(None, singles)):
-                self._exact(numbers)
+            _, saved = self._savings(0, frozenset())
+            for place in saved:
+                self._exact(self._first(place))
         else:
             self._climb()
         self._refine()
@@ -286,12 +289,12 @@ class _Search:
 
     def _climb(self) -> None:
         """Of what changes numbers the least that fits, step by step: what does not fit needs more."""
-        phases, saved = self._savings()
+        phases, saved = self._savings(len(self.splits), self.least)
         everything = tuple(len(ladder.rungs) if place in saved else 0 for place, ladder in enumerate(self.ladders))
         if self._look(everything, len(self.splits), self.least) is not None and not self._least_fits(everything):
             return
         able: list[tuple[int, ...]] = []
-        waiting = [(self._weight(numbers), numbers) for place in saved if (numbers := self._raised(self.none, place))]
+        waiting = [(self._weight(self._first(place)), self._first(place)) for place in saved]
         heapq.heapify(waiting)
         seen = {numbers for _, numbers in waiting}
         while waiting and len(able) < PROPOSALS:
@@ -308,21 +311,20 @@ class _Search:
                     seen.add(raised)
                     heapq.heappush(waiting, (self._weight(raised), raised))
 
-    def _savings(self) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
-        """Bytes of each phase with nothing but what changes no number, and what the first rung of each ladder saves."""
-        top = len(self.splits)
-        ground = self._look(self.none, top, self.least)
+    def _savings(self, split: int, extras: frozenset[str]) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+        """Bytes of each phase with these changes, which change no number, and what the first rung of each ladder saves
+        beside them. Ladders that save nothing have no entry."""
+        ground = self._look(self.none, split, extras)
         assert ground is not None
         phases = dict(ground.figures.phases)
         saved: dict[int, dict[str, int]] = {}
         for place, ladder in enumerate(self.ladders):
-            raised = self._raised(self.none, place)
-            assert raised is not None
-            alone = self._look(raised, top, self.least)
+            alone = self._look(self._first(place), split, extras)
             if alone is None:
                 continue
             lower = {phase: held - alone.figures.phases.get(phase, 0) for phase, held in phases.items()}
-            if max(lower.values()) < self._least_saving(ground.figures):
+            saving = max((less for phase, less in lower.items() if phases[phase] > self.limit), default=0)
+            if saving < self._least_saving(ground.figures):
                 self.useless.append(ladder.kind)
                 continue
             saved[place] = lower
@@ -439,6 +441,10 @@ class _Search:
             levels["paging"] = 1
         return self.rehearsals.look(tuple(changes), levels)
 
+    def _first(self, place: int) -> tuple[int, ...]:
+        """The first rung of the ladder at this place, and nothing else."""
+        return tuple(int(place == other) for other in range(len(self.ladders)))
+
     def _raised(self, numbers: tuple[int, ...], place: int) -> tuple[int, ...] | None:
         """One rung more on the ladder at this place; None where there is none."""
         if numbers[place] == len(self.ladders[place].rungs):
@@ -448,6 +454,3 @@ class _Search:
     def _weight(self, numbers: tuple[int, ...]) -> int:
         rungs = zip(self.ladders, numbers, strict=True)
         return sum([ladder.rungs[level - 1].weight for ladder, level in rungs if level])
-
-    def _sorted(self, several: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        return sorted(several, key=self._weight)

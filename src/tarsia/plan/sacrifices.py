@@ -308,4 +308,4 @@ def _low_rank(recipe: Recipe, known: Known) -> Iterator[Change]:
 
 
 def _mega(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
+    return f"{size / 1e6:.3g}"
