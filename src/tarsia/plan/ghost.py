@@ -329,6 +329,19 @@ def _ranked(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
     return values, places
 
 
+def _grouped(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
+    """Products of groups of rows: torch's shape function knows of bfloat16 alone. Rows end at 16 bytes."""
+    left, right = args[:2]
+    dtype = kwargs.get("out_dtype") or (args[4] if len(args) > 4 else None) or left.dtype
+    size = (left.shape[-2], right.shape[-1])
+    if left.ndim == right.ndim:
+        offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+        size = (len(left) if left.ndim == 3 else len(offsets), *size)
+    row = -(-size[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    stride = (row, 1) if len(size) == 2 else (size[-2] * row, row, 1)
+    return mode._given(func, (size, stride, dtype), args, kwargs)
+
+
 def _true(mode: Ghost, func: Any, args: Any, kwargs: Any) -> bool:
     return True
 
@@ -376,6 +389,7 @@ _MENDED: Final[dict[Any, Callable[[Any, Any], Any]]] = {
 _SPECIAL: Final[dict[Any, Callable[..., Any]]] = {
     _aten._local_scalar_dense.default: _scalar,
     _aten.topk.default: _ranked,
+    _aten._grouped_mm.default: _grouped,
     _aten.equal.default: _true,
     _aten.is_nonzero.default: _true,
     _aten.index.Tensor: _index,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tarsia.adapter import Adapter, Fingerprint, Host
 from tarsia.adapter.four_bits import FourBits, Quantisation, choose
 from tarsia.adapter.host import CONFIG, TEXTS, anatomy_in, dtype_of, folder_of, processor_in
-from tarsia.adapter.reading import read_json
+from tarsia.adapter.reading import check_finite, read_json
 from tarsia.adapter.stored import stored_form
 from tarsia.anatomy import Anatomy
 from tarsia.core.attach import Covered
@@ -117,7 +117,10 @@ def ending(run: Run, ledger: Ledger) -> None:
     run.step = run.schedule.steps
     with ledger.during("save"):
         proof = loop._probe(run)
-        Adapter.of(run.host, NAME, run.parts, {}, probe=proof)
+        adapter = Adapter.of(run.host, NAME, run.parts, {}, probe=proof)
+        for path, patched in adapter.patches.items():
+            for tensor in patched.tensors.values():
+                check_finite({path: tensor})
 
 
 def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
