@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
 from bench.grid.measure import live_bytes
 from bench.grid.rows import Rows
 from bench.grid.worlds import FAMILIES, World, build, speak
-
 from tarsia.plan import workspace
 from tarsia.plan.ghost import Op
 from tarsia.plan.ledger import Ledger, live

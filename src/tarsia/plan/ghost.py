@@ -333,7 +333,7 @@ def _grouped(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
     """Products of groups of rows: torch's shape function knows of bfloat16 alone. Rows end at 16 bytes."""
     left, right = args[:2]
     dtype = kwargs.get("out_dtype") or (args[4] if len(args) > 4 else None) or left.dtype
-    size = (left.shape[-2], right.shape[-1])
+    size: tuple[int, ...] = (left.shape[-2], right.shape[-1])
     if left.ndim == right.ndim:
         offsets = args[2] if len(args) > 2 else kwargs.get("offs")
         size = (len(left) if left.ndim == 3 else len(offsets), *size)
