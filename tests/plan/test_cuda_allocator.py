@@ -11,7 +11,7 @@ from tarsia.plan.ledger import Block
 
 
 @pytest.mark.parametrize(
-    ("size", "takes", "segment"),
+    "size, takes, segment",
     [
         (1, 512, 2 * MIB),
         (512, 512, 2 * MIB),
@@ -101,6 +101,15 @@ def test_expandable_segments_grow_at_their_end():
     assert device.reserved == 62 * MIB
 
 
+def test_what_can_grow_is_taken_last():
+    device = Allocator(expandable=True)
+    held = [device.allocate(size * MIB) for size in (6, 2, 8)]  # 4 MiB are over at the end
+    device.free(held[0])
+    assert device.allocate(3 * MIB) == held[0]
+    assert device.allocate(4 * MIB) == held[2] + 8 * MIB
+    assert device.reserved == LARGE_SEGMENT
+
+
 def test_nothing_is_handed_out_of_no_size_nor_taken_back_twice():
     device = Allocator()
     with pytest.raises(ValueError, match="0 bytes"):
@@ -148,12 +157,8 @@ def test_the_same_once_more_takes_no_more(steps, expandable):
 
 
 def test_blocks_are_replayed_in_the_order_of_their_moments():
-    blocks = [
-        Block(8 * MIB, 0, "", ""),
-        Block(4 * MIB, 1, "", "", 2),
-        Block(4 * MIB, 3, "", "", 4),
-        Block(0, 5, "", ""),
-    ]
+    lives = [(8, 0, 9), (4, 1, 2), (4, 3, 4), (0, 5, 9)]
+    blocks = [Block(size * MIB, born, "", "", died) for size, born, died in lives]
     assert replay(blocks, 6) == replay(blocks[::-1], 6)
     assert (replay(blocks, 6).allocated, replay(blocks, 6).reserved) == (12 * MIB, LARGE_SEGMENT)
     assert replay(blocks, 0).allocated == 8 * MIB

@@ -12,7 +12,7 @@ import torch
 
 from tarsia.plan import heap
 from tarsia.plan.foretell import Plan
-from tarsia.plan.heap import CODE, LIBRARIES, PRODUCTS, ROOM, WORD, Room, process, standing
+from tarsia.plan.heap import CODE, LIBRARIES, PROBED, PRODUCTS, ROOM, WORD, Room, process, standing
 from tarsia.plan.ledger import FOREVER, Block, Category, Mark
 from tarsia.plan.rehearse import Rehearsal
 from tarsia.train.process import Resident
@@ -62,7 +62,7 @@ def test_a_step_is_the_program_the_weights_the_tensors_and_the_room_between_them
 
 def test_after_the_steps_a_part_of_their_room_is_left(tmp_path):
     found = process(planned(tmp_path, saving=400), 500 * MB)
-    assert found.phases["save"] == PROGRAM + 100 * MB + 400 * MB + round(0.25 * 50 * MB)
+    assert found.phases["save"] == PROGRAM + PROBED + 100 * MB + 400 * MB + round(0.25 * 50 * MB)
     assert found.phase == "save"
 
 

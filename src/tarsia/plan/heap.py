@@ -37,6 +37,8 @@ WORD: Final = 880
 """Bytes of a tokenizer for each entry of its vocabulary (740 to 1050 over 20 tokenizers)."""
 PRODUCTS: Final = 22_000_000
 """What MKL and oneDNN keep for products of matrices, on one thread (12 to 24 MB in steps)."""
+PROBED: Final = 30_000_000
+"""What they keep more for the probe, whose products are with all rows of the head (20 to 45 MB)."""
 DISTINCT: Final = 50
 """Different tokens of a row, for the rows of a mapped table of embeddings that are ever read."""
 IN_STEP: Final = ("forward", "backward", "update")
@@ -104,7 +106,8 @@ def process(plan: Plan, before: int) -> Process:
         if name in IN_STEP:
             phases[name] = {**program, "tensors": peak, "room between blocks": round(room.kept * peak)}
         elif name not in NOT_MODELLED:
-            phases[name] = {**program, "tensors": peak, "room between blocks": round(room.left * most)}
+            kernels = {"kept by kernels": PRODUCTS + (PROBED if name == "save" else 0)}
+            phases[name] = {**program, **kernels, "tensors": peak, "room between blocks": round(room.left * most)}
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     return Process(totals, phases[max(totals, key=lambda name: totals[name])])
 
