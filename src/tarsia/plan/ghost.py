@@ -59,6 +59,8 @@ class Ghost(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.ops: Counter[Op] = Counter()
+        self.chosen = 0
+        """The place that is said to be the largest entry's: the token that a model says next, say."""
         self._shapes: dict[Any, Any] = {}
         self._noted: dict[Any, Op] = {}
         self._workspace = workspace
@@ -329,6 +331,14 @@ def _ranked(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
     return values, places
 
 
+def _largest(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
+    """The place of the largest entry: the one that was chosen beforehand, a real number."""
+    place = mode._functional(func, args, kwargs)
+    place.fill_(mode.chosen)
+    mode.ledger.see(place, func.name()).ghost = False
+    return place
+
+
 def _grouped(mode: Ghost, func: Any, args: Any, kwargs: Any) -> Any:
     """Products of groups of rows: torch's shape function knows of bfloat16 alone. Rows end at 16 bytes."""
     left, right = args[:2]
@@ -389,6 +399,7 @@ _MENDED: Final[dict[Any, Callable[[Any, Any], Any]]] = {
 _SPECIAL: Final[dict[Any, Callable[..., Any]]] = {
     _aten._local_scalar_dense.default: _scalar,
     _aten.topk.default: _ranked,
+    _aten.argmax.default: _largest,
     _aten._grouped_mm.default: _grouped,
     _aten.equal.default: _true,
     _aten.is_nonzero.default: _true,
