@@ -20,9 +20,10 @@ def fitted(recipe: Recipe, given: str, speeds: Speeds | None, write: Path | None
     from rich.console import Console
     from rich.progress import Progress
 
-    from tarsia.plan.fit import EFFORT, budget, fitting
+    from tarsia.plan.fit import budget, fitting
     from tarsia.plan.proposal import write as write_files
     from tarsia.plan.time import OfCard
+    from tarsia.plan.variants import EFFORT
 
     size, card = budget(given)
     speeds = speeds if card is None else OfCard(card)
