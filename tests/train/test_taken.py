@@ -207,6 +207,21 @@ class TestStep:
         assert (found.peak, found.number, found.batch) == (before.peak, 1, before.batch)
         assert found.watched == 2
 
+    def test_the_process_of_every_stretch_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        meter = Meter()
+        monkeypatch.setattr(meter._process, "read", lambda: 900)
+        for peak in (300, 200):  # what the third one tells is not of the second alone
+            after = Meter()
+            after.restore(meter.state())
+            monkeypatch.setattr(after._process, "read", lambda peak=peak: peak)
+            meter = after
+        assert meter.state()["process"] == meter.event(stub()).process == 900
+
+    def test_parameters_without_memory_are_nobodys(self) -> None:
+        lazy, run, meter = nn.LazyLinear(3), stub(), Meter()
+        self.step(run, meter, torch.randn(10, 4), (batch(2, 5),))
+        assert meter.watched == 1 and lazy.weight is not None
+
     def test_another_device_begins_anew(self) -> None:
         run, meter = stub(), Meter()
         self.step(run, meter, torch.randn(1000, 4), (batch(2, 5),))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tarsia.core.attach import base_parameters
@@ -83,7 +84,7 @@ def _given(batch: Batch) -> list[Tensor]:
 
 def _all() -> list[Tensor]:
     # by the type alone: asking an object for its class can run code of its own
-    return [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    return [found for found in gc.get_objects() if issubclass(type(found), Tensor) and not is_lazy(found)]
 
 
 def totals(blocks: Iterable[tuple[str, UntypedStorage]]) -> dict[str, int]:
@@ -203,12 +204,16 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """What was found, as JSON values for a checkpoint."""
         most = None if self._most is None else asdict(self._most)
-        return {"most": most, "watched": self.watched, "unwatched": self.why, "process": self._process.read()}
+        return {"most": most, "watched": self.watched, "unwatched": self.why, "process": self._taken()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state`` gave, in another process."""
         self._most = None if state["most"] is None else _Step(**state["most"])
         self.watched, self.why, self._earlier = state["watched"], state["unwatched"], state["process"]
+
+    def _taken(self) -> int | None:
+        """The most that a process of this run held, of all its stretches."""
+        return max((peak for peak in (self._process.read(), self._earlier) if peak is not None), default=None)
 
     def event(self, run: Run) -> Memory:
         """What was found, up to now."""
@@ -232,7 +237,7 @@ class Meter:
             unwatched=self.why,
             allocated=None if self._device is None else self._device.allocated,
             reserved=None if self._device is None else self._device.reserved,
-            process=max((peak for peak in (process.read(), self._earlier) if peak is not None), default=None),
+            process=self._taken(),
             before=None if process.before is None else asdict(process.before),
             after=None if now is None else asdict(now),
         )
