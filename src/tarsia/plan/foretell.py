@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
+import torch
+
 from tarsia.plan.heap import IN_STEP, Process, process, standing
 from tarsia.plan.ledger import Block, Category, Mark, live
 from tarsia.plan.operations import Operations, operations
 from tarsia.plan.rehearse import Outline, Rehearsal, ending, rehearsing, steps
 from tarsia.plan.survey import Drawn, Survey, survey
 from tarsia.plan.time import Speeds, StepTime, predict
+from tarsia.train.exact import threads
 from tarsia.train.paged import PagedAdamW
 from tarsia.train.recipe import Recipe
 
 SURVEY: Final = "survey"
 """What the plan does for itself, and no run does."""
-
-LASTING: Final = (Category.WEIGHTS, Category.QUANTISED, Category.PATCHES, Category.STATES)
-"""What is there between two steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +162,14 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
     before = standing()
     outline = outline or Outline.of(recipe.model)
     ledger = Ledger()
-    with rehearsing(recipe, outline, ledger) as (run, ghost):
+    # forked: a base draws numbers as it is built
+    with threads(recipe.threads), torch.random.fork_rng([]), rehearsing(recipe, outline, ledger) as (run, ghost):
         with ledger.during(SURVEY):
             found = survey(run, drawn)
-        # the optimiser's states are there from the second step on
-        steps(run, ledger, [n for n in found.steps if n != found.typical] or [0])
+        if run.schedule.steps > 1:
+            # the optimiser's states are there from the second step on: whichever is typical, the first comes first
+            first, *others = found.steps
+            steps(run, ledger, (first, *(n for n in others if n != found.typical)))
         counted = operations(run, ghost, (found.typical,))
         ending(run, ledger)
         rehearsed = Rehearsal.of(run, ghost)

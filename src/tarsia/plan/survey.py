@@ -127,10 +127,13 @@ def _fill(sizes: dict[tuple[int, int], Size], guesses: dict[tuple[int, int], tup
 
 
 def _largest(run: Run, sizes: Sequence[Size], per_step: int) -> tuple[int, ...]:
-    """The first step, and the step that has the largest micro-batch in each of the ways that memory grows with."""
+    """The first step, and of the others those with the largest micro-batch in each of the ways that memory grows with.
+
+    The first has no optimiser's states beside it: however large it is, the next in size may take more.
+    """
     batch, packs = run.recipe.batch, run.packs
     best: list[tuple[int, int]] = []
-    for start in range(0, len(sizes), per_step):
+    for start in range(per_step, len(sizes), per_step):
         rows = list(sizes[start : start + per_step])
         if run.recipe.batching == "grouped":
             rows.sort()
