@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final
 
 import torch
 
+from tarsia.plan import cuda
 from tarsia.plan.heap import IN_STEP, Process, process, standing
 from tarsia.plan.ledger import Block, Category, Mark, live
 from tarsia.plan.operations import Operations, operations
@@ -60,6 +61,8 @@ class Plan:
     survey: Survey
     work: Work
     before: int
+    gpu: int | None = None
+    """The major number of the capability of the GPU that it computes on; None: a processor."""
 
     def time(self, speeds: Speeds) -> StepTime:
         """Seconds of a typical step on a machine or a card."""
@@ -90,12 +93,17 @@ class Plan:
     @property
     def on_processor(self) -> bool:
         """Whether the run computes on a processor."""
-        return True
+        return self.gpu is None
 
     @property
     def total(self) -> int:
         """What the device must have: the process's memory on a processor, reserved memory and context on a GPU."""
-        return self.process.peak
+        return self.process.peak if self.gpu is None else self.device.total
+
+    @cached_property
+    def device(self) -> cuda.Device:
+        """What the run takes of a GPU."""
+        return cuda.device(self.rehearsal, cuda.USUAL if self.gpu is None else self.gpu)
 
     @cached_property
     def process(self) -> Process:
@@ -134,6 +142,14 @@ class Plan:
         update = [s for s in self.stretches if s.phase == "update"]
         return self.at(update[-1].begin).get(Category.GRADIENTS, 0) if update else 0
 
+    @property
+    def _whole(self) -> dict[str, Any]:
+        """What is beside the tensors, as plain values."""
+        if self.gpu is not None:
+            return asdict(self.device)
+        found = self.process
+        return {"process": found.peak, "process_phases": dict(found.phases), "process_parts": dict(found.parts)}
+
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
         return {
@@ -144,9 +160,7 @@ class Plan:
             "phases": self.phases,
             "categories": {str(category): size for category, size in self.categories.items()},
             "gradients": self.gradients,
-            "process": self.process.peak,
-            "process_phases": dict(self.process.phases),
-            "process_parts": dict(self.process.parts),
+            **self._whole,
             "steps": list(self.survey.steps),
             "whole": self.survey.whole,
         }
@@ -159,11 +173,11 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
     """
     from tarsia.plan.ledger import Ledger
 
-    before = standing()
+    before, gpu = standing(), cuda.major_of(recipe.device)
     outline = outline or Outline.of(recipe.model)
     ledger = Ledger()
     # forked: a base draws numbers as it is built
-    with threads(recipe.threads), torch.random.fork_rng([]), rehearsing(recipe, outline, ledger) as (run, ghost):
+    with threads(recipe.threads), torch.random.fork_rng([]), rehearsing(recipe, outline, ledger, gpu) as (run, ghost):
         with ledger.during(SURVEY):
             found = survey(run, drawn)
         if run.schedule.steps > 1:
@@ -177,7 +191,7 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
         optimiser = run.optimiser
         away = optimiser.bytes - optimiser.resident if isinstance(optimiser, PagedAdamW) else 0
         work = Work(counted, tensors, run.schedule.steps, away)
-    return Plan(recipe, outline, _sorted(rehearsed), found, work, before)
+    return Plan(recipe, outline, _sorted(rehearsed), found, work, before, gpu)
 
 
 def _stretches(marks: Sequence[Mark], line: Sequence[int]) -> Iterable[Stretch]:

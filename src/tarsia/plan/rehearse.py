@@ -21,6 +21,7 @@ from tarsia.anatomy import Anatomy
 from tarsia.core.attach import Covered
 from tarsia.core.patch import Origin
 from tarsia.core.site import Kind, Site
+from tarsia.plan import cuda
 from tarsia.plan.ghost import Ghost, Op, harmless
 from tarsia.plan.ledger import Block, Category, Ledger, Mark
 from tarsia.plan.loading import Files, arrive
@@ -87,14 +88,21 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsing(recipe: Recipe, outline: Outline, ledger: Ledger) -> Iterator[tuple[Run, Ghost]]:
-    """The run that ``recipe`` describes, on a base without numbers, ready for its steps."""
-    with Ghost(ledger, Workspace(ledger)) as ghost, ExitStack() as stack:
+def rehearsing(recipe: Recipe, outline: Outline, ledger: Ledger, gpu: int | None = None) -> Iterator[tuple[Run, Ghost]]:
+    """The run that ``recipe`` describes, on a base without numbers, ready for its steps.
+
+    ``gpu`` is the major number of a GPU's capability: the run goes as it would there (``tarsia.plan.cuda``).
+    """
+    if gpu is not None:
+        recipe = cuda.as_there(recipe)
+    with Ghost(ledger, Workspace(ledger) if gpu is None else cuda.Scratch(gpu)) as ghost, ExitStack() as stack:
         with ledger.during("load"):
             host = ghost_host(recipe, outline, ghost)
         with ledger.during("prepare"):
             run = prepare(recipe, host, torch.get_num_threads())
             ledger.label((p for patch in run.patches.values() for p in patch.parameters()), Category.PATCHES)
+            if gpu is not None:
+                cuda.by_lists(run.optimiser)
             run.fast = stack.enter_context(loop._training(run))
             if recipe.features is not None:
                 run.features = stack.enter_context(features(host, _Nowhere()))
