@@ -97,19 +97,16 @@ def _samples(recipe: Recipe) -> tuple[list[Sample], tuple[str, ...]]:
 
 def _largest(samples: Sequence[Sample], batch: int) -> list[list[Sample]]:
     """The batch with the most text and the one with the most pixels, of those that rows are answered in."""
-    by_pictures: dict[int, list[tuple[int, int, Sample]]] = {}
-    for sample in samples:
-        letters = sum(len(message.text) for message in sample.messages)
-        pixels = sum(math.prod(picture.load().size) for picture in sample.pictures)
-        by_pictures.setdefault(len(sample.pictures), []).append((letters, pixels, sample))
-    found: list[list[Sample]] = []
-    for which in (0, 1):
-        groups = [sorted(rows, key=lambda row: -row[which])[:batch] for rows in by_pictures.values()]
-        most = max(groups, key=lambda rows: sum(row[which] for row in rows))
-        chosen = [row[2] for row in most]
-        if chosen not in found:
-            found.append(chosen)
-    return found
+    letters = [sum(len(message.text) for message in sample.messages) for sample in samples]
+    pixels = [sum(math.prod(picture.load().size) for picture in sample.pictures) for sample in samples]
+    by_pictures: dict[int, list[int]] = {}
+    for number, sample in enumerate(samples):
+        by_pictures.setdefault(len(sample.pictures), []).append(number)
+    found: dict[tuple[int, ...], None] = {}
+    for size in (letters, pixels):
+        groups = [sorted(numbers, key=lambda n: -size[n])[:batch] for numbers in by_pictures.values()]
+        found[tuple(max(groups, key=lambda group: sum(size[n] for n in group)))] = None
+    return [[samples[n] for n in numbers] for numbers in found]
 
 
 def _answer(run: Run, ghost: Ghost, rows: Sequence[Sample], max_new_tokens: int, batch: int) -> None:
