@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from train import small
 
 import tarsia.cli
+from tarsia.plan import calibrate
+from tarsia.plan.calibrate import Found
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,7 @@ def test_phases_and_categories_are_shown(recipe: Path, capsys: pytest.CaptureFix
     assert words >= {"weights", "patches", "states", "activations"}
     assert "All " in out and "rows that the run draws were read" in out
     assert "--calibrate" in out
+    assert out.splitlines()[-1].startswith("The whole process: ")
     assert not (recipe.parent / "out").exists()  # a plan leaves nothing behind
 
 
@@ -96,6 +101,9 @@ def test_no_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("RECIPE", "model=nowhere"), ["nowhere"]),
         (("RECIPE", "--picture", "/proc/plan.png"), ["picture"]),
         (("--wall", "xyz"), ["xyz"]),
+        (("RECIPE", "--history"), ["--history alone"]),
+        (("RECIPE", "--wall"), ["--wall alone"]),
+        (("--wall", "--history"), ["--history alone"]),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], words: list[str], recipe: Path, capsys: Any) -> None:
@@ -111,3 +119,20 @@ def test_the_wall(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures and all(sum(line["bytes"] for line in figure["lines"]) == figure["bytes"] for figure in figures)
     assert plan("--wall") == 0
     assert "112" in capsys.readouterr().out
+
+
+def test_a_calibration_is_of_the_recipes_threads(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def measured(**_: object) -> Found:
+        seen.append(torch.get_num_threads())
+        return Found(SimpleNamespace(spread=0.02), "It can not be kept: no room.")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibrate, "calibrate", measured)
+    monkeypatch.setattr(calibrate, "kept", lambda: seen.append(torch.get_num_threads()))
+    wanted = torch.get_num_threads() + 1
+    assert plan(recipe, f"threads={wanted}", "--calibrate") == 0
+    assert seen == [wanted, wanted] and torch.get_num_threads() == wanted - 1
+    assert "can not be kept: no room" in capsys.readouterr().err

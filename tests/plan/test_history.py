@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -49,10 +49,13 @@ def test_more_than_five_percent_is_wrong_either_way(measured: int, wrong: bool) 
     assert [pair.name for pair in entry.wrong] == (["peak of a step"] if wrong else [])
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"date": "x"}', json.dumps({"pairs": [{"name": "x"}]})])
+WORDS = json.dumps(asdict(ENTRY) | {"pairs": [{"name": "peak of a step", "planned": "many", "measured": 1}]})
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"date": "x"}', json.dumps({"pairs": [{"name": "x"}]}), "\udcff", WORDS])
 def test_a_damaged_line_is_named(line: str) -> None:
     keep(ENTRY)
-    with place().open("a", encoding="utf8") as file:
+    with place().open("a", encoding="utf8", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(PlanError, match=r"line 2"):
         list(read())
@@ -63,3 +66,14 @@ def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TARSIA_CACHE", str(tmp_path / "file"))
     with pytest.raises(PlanError, match="TARSIA_CACHE"):
         keep(ENTRY)
+
+
+def test_what_is_no_file_is_said() -> None:
+    place().mkdir(parents=True)
+    with pytest.raises(PlanError, match="history can not be read"):
+        list(read())
+
+
+def test_the_whole_is_no_other_pair() -> None:
+    assert ENTRY.whole is ENTRY.pairs[1]
+    assert replace(ENTRY, pairs=(ENTRY.pairs[0], Pair("inputs", 1, 2))).whole is None

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tarsia.cli import output
@@ -44,22 +45,27 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; or earlier plans beside what their runs took."""
     from tarsia.core.errors import ConfigError
 
+    _check_together(args)
     if args.history:
         return _history(args)
     if args.wall is not None:
         return _wall(args)
-    if args.calibrate:
+    if args.recipe is None and args.calibrate:
         return _calibrate()
     if args.recipe is None:
         raise ConfigError("There is nothing to plan.", do="give a recipe: tarsia plan recipes/belt.yaml")
     if args.write is not None and args.fit is None:
         raise ConfigError("There is nothing to write.", given=f"--write {args.write}", do="add --fit 24GB, say")
     from tarsia.plan import plan
+    from tarsia.train.exact import threads
     from tarsia.train.recipe import Recipe
 
     output.no_bars()
-    speeds = _speeds(args)
     recipe = Recipe.load(args.recipe, args.overrides)
+    with threads(recipe.threads):  # a calibration holds for one number of them
+        if args.calibrate:
+            _calibrate()
+        speeds = _speeds(args)
     if args.fit is not None:
         if args.picture is not None:
             raise ConfigError("A picture is of one plan.", given="--picture and --fit", do="leave one of them out")
@@ -72,6 +78,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(found, speeds)
     return 0
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what is not of one recipe beside what is: nothing that was asked for is left out."""
+    from tarsia.core.errors import ConfigError
+
+    given = {"--history": args.history, "--wall": args.wall is not None}
+    apart = [name for name, asked in given.items() if asked]
+    beside = {"--calibrate": args.calibrate, "--fit": args.fit, "--card": args.card, "--picture": args.picture}
+    others = [name for name, asked in beside.items() if asked] + ([args.recipe] if args.recipe is not None else [])
+    if apart and len(apart + others) > 1:
+        raise ConfigError(
+            "These are no two sides of one plan.", given=", ".join((*apart, *others)), do=f"ask for {apart[0]} alone"
+        )
 
 
 def _wall(args: argparse.Namespace) -> int:
@@ -108,8 +128,14 @@ def _show(plan: Plan, speeds: Speeds | None) -> None:
         right=("MB", "share"),
     )
     print()
-    for line in (*rests_on(plan), *times(plan, speeds)):
+    for line in (*rests_on(plan), *times(plan, speeds), whole(plan)):
         print(line)
+
+
+def whole(plan: Plan) -> str:
+    """What the run takes with all that stands beside its tensors."""
+    parts = ", ".join(f"{name} {mega(size)}" for name, size in plan.process.parts.items() if size)
+    return f"The whole process: {mega(plan.total)} MB at most, in {plan.process.phase}: {parts}."
 
 
 def rests_on(plan: Plan) -> list[str]:
@@ -130,7 +156,8 @@ def rests_on(plan: Plan) -> list[str]:
 def times(plan: Plan, speeds: Speeds | None) -> list[str]:
     """How long a step and the run take, and what that rests on."""
     if speeds is None:
-        return ["Time: not known. `tarsia plan --calibrate` measures this machine once, in a minute."]
+        command = "tarsia plan RECIPE --calibrate" if plan.recipe.threads else "tarsia plan --calibrate"
+        return [f"Time: not known. `{command}` measures this machine once, in a minute."]
     found = plan.time(speeds)
     run = found.run(plan.work.steps)
     span = f"{plan.work.steps} steps in {_duration(run)}" + f" ({_duration(run * found.low / found.seconds)} to "
@@ -164,14 +191,16 @@ def _speeds(args: argparse.Namespace) -> Speeds | None:
 
 
 def _calibrate() -> int:
+    from rich.console import Console
     from rich.progress import Progress
 
     from tarsia.plan.calibrate import calibrate
 
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring this machine", total=1.0)
         found = calibrate(anew=True, progress=lambda what, share: bar.update(task, description=what, completed=share))
-    print(f"measured and kept; repeats differed by {found.calibration.spread:.0%}")
+    print(f"measured; repeats differed by {found.calibration.spread:.0%}", file=sys.stderr)
+    print(found.notice or "kept", file=sys.stderr)
     return 0
 
 
@@ -201,15 +230,15 @@ def _history(args: argparse.Namespace) -> int:
         (
             *(e.date[:16], e.model, " + ".join(e.methods), e.device),
             *(mega(e.peak.planned), mega(e.peak.measured)),
-            *(f"{pair.off:+.1%}" for pair in (e.peak, e.pairs[-1])),
+            *("" if pair is None else f"{pair.off:+.1%}" for pair in (e.peak, e.whole)),
         )
         for e in entries
     ]
     columns = ("date", "model", "methods", "device", "planned MB", "measured MB", "off", "whole off")
     output.table("Plans and what was measured, of the step that took most", columns, rows, right=columns[4:])
-    off = sorted(abs(entry.peak.off) for entry in entries)
+    off = [abs(entry.peak.off) for entry in entries]
     under = sum(entry.peak.off < -0.01 for entry in entries)
-    print(f"\nmedian {off[len(off) // 2]:.1%}; {under} of {len(off)} plans were too low by more than 1 %")
+    print(f"\nmedian {median(off):.1%}; {under} of {len(off)} plans were too low by more than 1 %")
     return 0
 
 

@@ -58,6 +58,11 @@ class Entry:
         return self.pairs[0]
 
     @property
+    def whole(self) -> Pair | None:
+        """Of all that the device must have; None where the system did not tell."""
+        return next((pair for pair in self.pairs if pair.name in PEAKS[1:]), None)
+
+    @property
     def wrong(self) -> tuple[Pair, ...]:
         """What the plan must answer for: the peaks, where they are off by more than LARGE."""
         return tuple(pair for pair in self.pairs if pair.name in PEAKS and abs(pair.off) > LARGE)
@@ -123,11 +128,17 @@ def keep(entry: Entry) -> None:
 
 
 def read() -> Iterator[Entry]:
-    """Every entry, the oldest first. Raises PlanError, naming the line, for one that is none."""
+    """Every entry, the oldest first. Raises PlanError for a file that can not be read, or a line that is none."""
     path = place()
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        content = path.read_bytes() if os.path.exists(path) else b""
+    except OSError as error:
+        raise PlanError(
+            "The plans' history can not be read.",
+            given=f"{path}: {error.strerror or error}",
+            do="set TARSIA_CACHE to a folder of your own",
+        ) from None
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             yield _entry(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
@@ -142,4 +153,6 @@ def _entry(values: Mapping[str, Any]) -> Entry:
     pairs = tuple(Pair(**pair) for pair in values["pairs"])
     if not pairs:
         raise ValueError("no pairs")
+    if not all(isinstance(size, int) for pair in pairs for size in (pair.planned, pair.measured)):
+        raise TypeError("a size is no number of bytes")
     return Entry(**{**values, "methods": tuple(values["methods"]), "pairs": pairs})
