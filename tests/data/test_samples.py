@@ -216,3 +216,27 @@ def test_whatever_a_decoder_raises_is_told_with_its_row(error: Exception, monkey
     monkeypatch.setattr(Image, "open", broken)
     with pytest.raises(DataError, match=f"row 7 of cells can not be decoded: {str(error) or 'EOFError'}"):
         load(b"")
+
+
+@pytest.mark.parametrize("resolution", [None, 7, 400])
+@pytest.mark.parametrize("turn", [1, 6])
+def test_sides_are_those_of_what_is_shown_and_nothing_is_decoded(
+    resolution: int | None, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    held = io.BytesIO()
+    Image.new("RGB", (31, 17), "red").save(held, "JPEG", exif=exif)
+    picture = Picture(held.getvalue(), "a", "task", 0)
+    shown = picture.load(resolution).size
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
+    assert picture.sides(resolution) == (max(shown), min(shown))
+
+
+def test_sides_of_a_missing_picture_name_its_row() -> None:
+    with pytest.raises(DataError, match="picture of row 3 of task is missing"):
+        Picture(Path("/nowhere.png"), "a", "task", 3).sides()

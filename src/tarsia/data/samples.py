@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -86,10 +88,27 @@ class Picture:
         and file, where the file is missing, unreadable, cut off, of zero size, larger than PIL's limit for
         decompression bombs, or deeper than 8 bits a channel.
         """
-        try:
+        with self._named():
             picture = self._open()
             self._check(picture)
             return _shrunk(_on_white(ImageOps.exif_transpose(picture)).convert("RGB"), resolution)
+
+    def sides(self, resolution: int | None = None) -> tuple[int, int]:
+        """Pixels along the longer and the shorter side of what ``load`` gives; nothing is decoded for it.
+
+        Raises DataError as ``load`` does, but for what only decoding shows.
+        """
+        with self._named():
+            picture = self._open()
+            self._check(picture)
+            width, height = _within(picture.size, resolution)
+            return max(width, height), min(width, height)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What is wrong with the picture is said of its row and file."""
+        try:
+            yield
         except FileNotFoundError:
             raise self.error("is missing", "put the file there, or take the row out") from None
         except Image.DecompressionBombError as error:
@@ -125,11 +144,17 @@ class Picture:
 
 def _shrunk(picture: Image.Image, resolution: int | None) -> Image.Image:
     """At most ``resolution`` pixels along the longer side, as long for its width as it was; never enlarged."""
-    longer = max(picture.size)
+    size = _within(picture.size, resolution)
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _within(size: tuple[int, int], resolution: int | None) -> tuple[int, int]:
+    """Width and height of a picture that is shown with at most ``resolution`` pixels along its longer side."""
+    longer = max(size)
     if resolution is None or longer <= resolution:
-        return picture
-    width, height = (max(1, round(side * resolution / longer)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+        return size
+    width, height = (max(1, round(side * resolution / longer)) for side in size)
+    return width, height
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

@@ -103,9 +103,9 @@ def look(run: Run, seconds: float = SECONDS) -> Drawn:
 def _guess(run: Run, sample: Sample) -> tuple[tuple[float, float], int]:
     """What a row's size grows with and is read at once: letters and, as if they were, pixels; and its longest side."""
     letters = sum(len(message.text) for message in sample.messages)
-    shapes = [picture.load(run.encoder.resolution).size for picture in sample.pictures]
-    pixels = sum(width * height for width, height in shapes)
-    return (float(letters), pixels / 200), max((max(shape) for shape in shapes), default=0)
+    sides = [picture.sides(run.encoder.resolution) for picture in sample.pictures]
+    pixels = sum(longer * shorter for longer, shorter in sides)
+    return (float(letters), pixels / 200), max((longer for longer, _ in sides), default=0)
 
 
 def _size(run: Run, sample: Sample) -> Size:
