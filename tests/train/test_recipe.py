@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tarsia.core.errors import ConfigError
+from tarsia.train.reading import size
 from tarsia.train.recipe import Recipe, differences
 
 VALUES = {
@@ -244,3 +245,9 @@ def test_an_override_of_steps_takes_the_place_of_epochs_and_the_reverse():
         Recipe.of(VALUES, ["epochs=2", "steps=3"])
     with pytest.raises(ConfigError, match="either steps or epochs"):
         Recipe.of(VALUES, ["steps=null"])
+
+
+@pytest.mark.parametrize("given", ["0.1", "0.0001kB", "9" * 400 + "GB"])
+def test_a_size_of_no_byte_or_of_more_than_there_can_be_is_none(given: str) -> None:
+    with pytest.raises(ConfigError, match="no size"):
+        size(given, "features.limit")

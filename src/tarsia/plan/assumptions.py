@@ -82,10 +82,6 @@ def _word(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-FP32: Final[Mapping[str, Any]] = {"weights": "float32", "gradients": "float32", "master": None, "moments": "float32"}
-"""Everything in float32: no further master copy."""
-
-
 def assume(text: str, **changes: Any) -> Assumptions:
     """Assumptions of a model of the table ("LLaMA-2-13B") or of a round number ("13B", "350M"), with ``changes``.
 

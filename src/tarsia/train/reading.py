@@ -71,9 +71,11 @@ def size(given: int | str, key: str) -> int:
     Raises ConfigError for what is no size, or nothing.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", str(given))
-    if found is None or not float(found[1]):
-        raise ConfigError("That is no size.", given=repr(given), do=f'for example {key}: "4GB"')
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " ")))
+    unit = 0 if found is None else (1024 if found[3] else 1000) ** (" kMGT".index(found[2] or " "))
+    bytes_ = 0.0 if found is None else float(found[1]) * unit
+    if not 1 <= bytes_ < 2**63:
+        raise ConfigError("That is no size.", given=repr(given)[:80], do=f'for example {key}: "4GB"')
+    return int(bytes_)
 
 
 def _fault(error: Exception) -> str:
