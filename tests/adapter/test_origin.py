@@ -11,9 +11,10 @@ from tarsia.adapter import FourBits, Host, open_base
 from tarsia.adapter.export import quantise
 from tarsia.adapter.origin import Origins
 from tarsia.core.attach import Part, attach, detach, patches
-from tarsia.core.errors import AttachError
+from tarsia.core.errors import AdapterError, AttachError
 from tarsia.core.site import Kind
 from tarsia.methods.lora import LoRAConfig
+from tarsia.train.memory import live
 
 
 def linear(host):
@@ -88,3 +89,30 @@ def test_a_base_that_was_quantised_before_it_was_saved_is_refused(checkpoint, tm
     with pytest.raises(AttachError, match="hold the 4 bits alone") as refused:
         attach(host.model, host.sites, [PART], origin=host.origin)
     assert "four_bits" in str(refused.value)
+
+
+def test_a_weight_is_read_alone(tmp_path):
+    """Of a file that is mapped whole the allocator's record holds every byte, however small the tensor."""
+    model = FAMILIES["llava"].build()[0]
+    model.save_pretrained(tmp_path)
+    host = Host.of(model)
+    origins = Origins(tmp_path, model, host.sites)
+    site = linear(host)[0]
+    assert origins.places
+    with live() as watched:
+        weight = origins(site)
+    assert watched.peak == 0
+    assert not weight.untyped_storage().resizable()
+
+
+def test_a_file_that_ends_too_early_is_said(tmp_path):
+    model = FAMILIES["llava"].build()[0]
+    model.save_pretrained(tmp_path)
+    host = Host.of(model)
+    origins = Origins(tmp_path, model, host.sites)
+    site = linear(host)[0]
+    place = origins.places[site.weight]
+    with place.path.open("r+b") as file:
+        file.truncate(place.begin + 1)
+    with pytest.raises(AdapterError, match="can not be read"):
+        origins(site)

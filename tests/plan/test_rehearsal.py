@@ -20,7 +20,7 @@ from tarsia.quant import tiles
 from tarsia.train.recipe import Recipe
 
 NEAR = 0.02
-PHASES = {"forward": "forward", "backward": "backward", "update": "update", "save": "saving"}
+PHASES = {"prepare": "preparing", "forward": "forward", "backward": "backward", "update": "update", "save": "saving"}
 STEPS = 2
 
 LORA = {"method": "lora", "select": "language", "rank": 8, "lr": 1e-4}
@@ -83,8 +83,11 @@ def _rehearsed(folder: Path) -> dict[str, int]:
     line = live(blocks, end)
     peaks: dict[str, int] = {}
     marks = [mark for mark in ledger.marks if mark.moment < end]
+    first = next(mark.moment for mark in marks if mark.phase == "forward")
     for mark, until in zip(marks, [*(m.moment for m in marks[1:]), end], strict=True):
-        peaks[mark.phase] = max(peaks.get(mark.phase, 0), *line[mark.moment : until], 0)
+        # the first step's rows are read before anything says that it has begun
+        phase = "prepare" if mark.phase == "step" and mark.moment < first else mark.phase
+        peaks[phase] = max(peaks.get(phase, 0), *line[mark.moment : until], 0)
     return {phase: peaks[phase] for phase in PHASES}
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor, nn
 
 from tarsia.adapter.fingerprint import shards
 from tarsia.adapter.reading import AGAIN, header
 from tarsia.adapter.spelling import Speller
+from tarsia.adapter.tensors import DTYPES
 from tarsia.core.errors import AdapterError, AttachError
 from tarsia.core.site import Site
 
@@ -27,16 +29,19 @@ class Origins:
         self.folder, self.model, self.sites = folder, model, sites
 
     @cached_property
-    def places(self) -> dict[str, tuple[Path, str]]:
-        """The file and the key of every tensor, by the model's own name of it."""
+    def places(self) -> dict[str, Place]:
+        """Where every tensor lies, by the model's own name of it."""
         find = Speller.of(self.model, self.sites).own
-        found: dict[str, tuple[Path, str]] = {}
+        found: dict[str, Place] = {}
         for path in shards(self.folder):
-            for key in header(path)[0]:
+            table, start = header(path)
+            for key, entry in table.items():
                 module, _, leaf = key.rpartition(".")
                 own = find(module) if module else ""
                 if own is not None:
-                    found[f"{own}.{leaf}" if own else leaf] = (path, key)
+                    begin, end = entry["data_offsets"]
+                    name = f"{own}.{leaf}" if own else leaf
+                    found[name] = Place(path, start + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
         return found
 
     def __call__(self, site: Site) -> Tensor:
@@ -48,13 +53,32 @@ class Origins:
                 given=str(self.folder),
                 do="leave this site to lora or pissa, or save the base again with this version of transformers",
             )
-        path, key = place
         try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise AdapterError(f"{path.name} can not be read.", given=f"{path}: {error}", do=AGAIN) from None
-        return tensor
+            return place.read()
+        except (OSError, EOFError) as error:
+            raise AdapterError(
+                f"{place.path.name} can not be read.", given=f"{place.path}: {error}", do=AGAIN
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of one tensor lie in a safetensors file."""
+
+    path: Path
+    begin: int
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor: its bytes alone are read, and the file is not mapped whole. Raises OSError and EOFError."""
+        raw = bytearray(self.bytes)
+        with self.path.open("rb") as file:
+            file.seek(self.begin)
+            if file.readinto(raw) != self.bytes:
+                raise EOFError("it ends too early")
+        return torch.frombuffer(raw, dtype=DTYPES[self.dtype]).view(self.shape)
 
 
 def nowhere(why: str) -> Callable[[Site], Tensor]:

@@ -27,6 +27,8 @@ _NAMES: Final[Mapping[torch.dtype, str]] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in _NAMES.items()}
+"""By the names that safetensors files have for them."""
 
 
 class TensorFile:
