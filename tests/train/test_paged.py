@@ -459,6 +459,31 @@ def test_what_a_killed_run_left_is_removed_and_a_living_ones_is_not(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_only_files_of_pages_are_removed(tmp_path):
+    kept = ["thesis.pages", "states-1-0.pages.bak", "states-x-0.pages", "my-states-1-0.pages"]
+    for name in (*kept, "states-1-0.pages", "states-1-3.pages"):
+        (tmp_path / name).write_text("words")
+    (tmp_path / "states-1-1.pages").mkdir()
+    (tmp_path / "states-1-2.pages").symlink_to(tmp_path / "thesis.pages")
+    removed = {"states-1-0.pages", "states-1-3.pages"}
+    assert {path.name for path in remove_left(tmp_path)} == removed
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == {*kept, "states-1-1.pages", "states-1-2.pages"}
+
+
+def test_a_file_of_another_user_stays(tmp_path, monkeypatch):
+    (tmp_path / "states-1-0.pages").touch()
+
+    def refuses(*_, **__):
+        raise PermissionError(errno.EACCES, "not yours")
+
+    for name in ("unlink", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os if name == "open" else type(tmp_path), name, refuses)
+            assert remove_left(tmp_path) == ()
+    assert (tmp_path / "states-1-0.pages").exists()
+
+
 def test_a_folder_that_was_made_goes_and_one_that_was_there_stays(tmp_path):
     for folder, stays in ((tmp_path / "made" / "here", False), (tmp_path, True)):
         _, optimiser = made([(200, 100)], Form(32, True, 50_000, folder))

@@ -14,6 +14,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import stat
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,6 +31,8 @@ from tarsia.train.disk import writing
 from tarsia.train.heap import apart
 
 SUFFIX: Final = ".pages"
+_OURS: Final = re.compile(rf"states-[0-9]+-[0-9]+{re.escape(SUFFIX)}")
+"""A file of pages: the process, and which of its files it is."""
 
 
 class Store(Protocol):
@@ -243,19 +247,21 @@ def store_for(device: torch.device, paged: bool, folder: Path) -> Store:
 
 
 def remove_left(folder: Path) -> tuple[Path, ...]:
-    """Remove files of pages whose process has ended. Returns them."""
+    """Remove files of pages whose process has ended, as ``_fresh`` names them and no others. Returns them."""
     gone = []
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    for path in sorted(path for path in folder.iterdir() if _OURS.fullmatch(path.name)):
         try:
-            handle = os.open(path, os.O_RDWR)
-        except FileNotFoundError:  # its process has ended meanwhile, and removed it
+            if not stat.S_ISREG(path.lstat().st_mode):
+                continue
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except (FileNotFoundError, PermissionError):  # its process has ended meanwhile, or it is another user's
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
             gone.append(path)
-        except BlockingIOError:
-            pass  # of a run that goes on
+        except (BlockingIOError, PermissionError):
+            pass  # of a run that goes on, or in a folder where others' files can not be removed
         finally:
             os.close(handle)
     return tuple(gone)
