@@ -132,13 +132,13 @@ def large(folder: Path, place: str, **sizes: Any) -> Row:
 
 
 def _trained(chosen: Any, place: torch.device) -> dict[str, int]:
-    from tarsia.train.loop import _step, _training
+    from tarsia.train.loop import one_step, training
     from tarsia.train.run import prepare
 
     run = prepare(chosen, random_host(chosen, place), 1)
-    with _training(run):
+    with training(run):
         for _ in range(2):
-            _step(run)
+            one_step(run)
     if place.type != "cuda":
         return {}
     return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}

@@ -114,17 +114,17 @@ def _one(seed: int, folder: Path) -> Line:
 
 def _seconds(recipe: Any) -> float:
     """Median over the run's steps of the median of each."""
-    from tarsia.train.loop import _step, _training
+    from tarsia.train.loop import one_step, training
     from tarsia.train.run import prepare
 
     run = prepare(recipe, None, 1)
     seen: dict[int, list[float]] = {number: [] for number in range(run.schedule.steps)}
-    with _training(run):
+    with training(run):
         for turn in range(REPEATS + 1):
             for number, times in seen.items():
                 run.step = number
                 began = time.perf_counter()
-                _step(run)
+                one_step(run)
                 if turn:  # the first turn warms up
                     times.append(time.perf_counter() - began)
     return median(median(times) for times in seen.values())

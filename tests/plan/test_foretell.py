@@ -49,13 +49,13 @@ def _recipe(world: dict[str, Any], rows: Path, steps: int, **changes: Any) -> Re
 def rehearsed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that a plan of ``recipe`` goes through, in their order."""
     seen: list[int] = []
-    step = rehearse.loop._step
+    step = rehearse.loop.one_step
 
     def noted(run: Any) -> Any:
         seen.append(run.step)
         return step(run)
 
-    monkeypatch.setattr(rehearse.loop, "_step", noted)
+    monkeypatch.setattr(rehearse.loop, "one_step", noted)
     plan(recipe)
     return seen
 

@@ -28,7 +28,7 @@ from tarsia.plan.operations import Operations, by_phase, operations
 from tarsia.plan.rehearse import Outline, rehearsing
 from tarsia.plan.speeds import Kernels
 from tarsia.plan.work import work_of
-from tarsia.train.loop import _step, _training
+from tarsia.train.loop import one_step, training
 from tarsia.train.memory import Phase, listening
 from tarsia.train.recipe import Recipe
 from tarsia.train.run import Run, prepare
@@ -60,7 +60,7 @@ class Tiny:
     def sample(self) -> None:
         """Time one step; the one before it only brings the code back into the caches."""
         with torch.enable_grad():
-            _step(self.run)
+            one_step(self.run)
             self.seen.append(_timed(self.run))
 
     @property
@@ -89,7 +89,7 @@ def opened(device: str) -> Iterator[tuple[Tiny, Tiny]]:
             recipe = _recipe(base, select, device)
             run = prepare(recipe, None, torch.get_num_threads())
             with torch.enable_grad():
-                stack.enter_context(_training(run))
+                stack.enter_context(training(run))
             made.append(Tiny(recipe, run))
         few, many = made
         yield few, many
@@ -119,7 +119,7 @@ def _timed(run: Run) -> dict[Phase, float]:
         marks.append((Phase(name), time.perf_counter()))
 
     with listening(begins):
-        _step(run)
+        one_step(run)
         begins(Phase.UPDATE)
     found = dict.fromkeys(Phase, 0.0)
     for (phase, began), (_, ended) in pairwise(marks):

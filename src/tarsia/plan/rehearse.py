@@ -103,7 +103,7 @@ def rehearsing(recipe: Recipe, outline: Outline, ledger: Ledger, gpu: int | None
             ledger.label((p for patch in run.patches.values() for p in patch.parameters()), Category.PATCHES)
             if gpu is not None:
                 cuda.by_lists(run.optimiser)
-            run.fast = stack.enter_context(loop._training(run))
+            run.fast = stack.enter_context(loop.training(run))
             if recipe.features is not None:
                 run.features = stack.enter_context(features(host, _Nowhere()))
                 _believe(run.features)
@@ -116,7 +116,7 @@ def steps(run: Run, ledger: Ledger, numbers: Iterable[int]) -> None:
     for number in numbers:
         run.step = number
         with ledger.during("step"):
-            loop._step(run)
+            loop.one_step(run)
         ledger.label(_states(run.optimiser), Category.STATES)
 
 
@@ -124,7 +124,7 @@ def ending(run: Run, ledger: Ledger) -> None:
     """What comes after the last step: the probe, and the adapter as a value."""
     run.step = run.schedule.steps
     with ledger.during("save"):
-        proof = loop._probe(run)
+        proof = loop.final_probe(run)
         adapter = Adapter.of(run.host, NAME, run.parts, {}, probe=proof)
         for path, patched in adapter.patches.items():
             for tensor in patched.tensors.values():

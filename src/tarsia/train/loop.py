@@ -66,7 +66,7 @@ def fit(
         with threads(wanted) as count, ExitStack() as stack:
             run = prepare(recipe, host, count)
             run.meter = meter
-            run.fast = stack.enter_context(_training(run))
+            run.fast = stack.enter_context(training(run))
             if recipe.features is not None:
                 store = Store(Path(recipe.features.path), recipe.features.bytes)
                 run.features = stack.enter_context(features(run.host, store))
@@ -83,7 +83,7 @@ def fit(
 
 
 @contextmanager
-def _training(run: Run) -> Iterator[tuple[str, ...]]:
+def training(run: Run) -> Iterator[tuple[str, ...]]:
     """The model in training mode, as the recipe wants it; afterwards without patches and as it was.
 
     Gives what is computed in a cheaper way (``train.fast``).
@@ -176,7 +176,7 @@ def _events(
     yield from _evaluation(run, evaluator)
     begun = run.step
     while run.step < steps:
-        yield _step(run)
+        yield one_step(run)
         if run.step == begun + 1 and followed(run.model):
             yield Notice(FOLLOWED)
         yield from _news(run)
@@ -188,7 +188,7 @@ def _events(
         yield from _evaluation(run, evaluator)
     if run.features is not None:
         yield Notice(run.features.summary())
-    proof = _probe(run)
+    proof = final_probe(run)
     yield from _news(run)
     if run.meter is not None:
         memory = run.meter.event(run)
@@ -210,8 +210,11 @@ def _news(run: Run) -> Iterator[Notice]:
         yield from map(Notice, run.optimiser.news())
 
 
-def _step(run: Run) -> Step:
-    """One optimiser step: all its micro-batches, the checks, the update."""
+def one_step(run: Run) -> Step:
+    """One optimiser step: all its micro-batches, the checks, the update. ``run.step`` is the next one's afterwards.
+
+    Raises TrainingError where a gradient is no number, or memory does not suffice.
+    """
     began = time.perf_counter()
     number = run.step + 1
     batches = relieved(run, partial(_given, run))
@@ -280,7 +283,7 @@ def _evaluation(run: Run, evaluator: Evaluator | None) -> Iterator[Evaluated]:
     yield Evaluated(run.step, results)
 
 
-def _probe(run: Run) -> Probe:
+def final_probe(run: Run) -> Probe:
     """A probe on the stream's first rows, those with pictures first: no more than fit a micro-batch, as steps did."""
     rows = min(PROBED, run.recipe.batch)
     numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:rows]
