@@ -23,6 +23,10 @@ _AT_ONCE, _ROWS = 1 << 19, 32
 """Logits that are looked at together, 2 MiB of them, and the fewest positions: fewer make a product slow."""
 
 
+class Unmoved(AdapterError):
+    """The adapter changes no output of the rows that it was probed on."""
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """A fixed batch and what the model gave for it.
@@ -53,7 +57,7 @@ class Probe:
 def probe(host: Host, inputs: Mapping[str, Tensor]) -> Probe:
     """Run the batch (a processor's output: tensors by name) through the active adapters and through the base.
 
-    Raises AdapterError where the outputs are the base's, or are not all finite.
+    Raises Unmoved where the outputs are the base's, AdapterError where they are not all finite.
     """
     batch = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and key != "labels"}
     tokens, logits = [], []
@@ -65,7 +69,7 @@ def probe(host: Host, inputs: Mapping[str, Tensor]) -> Probe:
             tokens.append(top.indices)
             logits.append(top.values)
     if moved.difference == 0:
-        raise AdapterError(
+        raise Unmoved(
             "The adapter changes no output of the probe.", do="train it first, and probe with inputs that it acts on"
         )
     return Probe(

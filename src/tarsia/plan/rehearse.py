@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
-from tarsia.adapter import Adapter, Fingerprint, Host
+from tarsia.adapter import Adapter, Fingerprint, Host, files
 from tarsia.adapter.four_bits import FourBits, Quantisation, choose
-from tarsia.adapter.host import CONFIG, TEXTS, anatomy_in, dtype_of, folder_of, processor_in
+from tarsia.adapter.host import CONFIG, TEXTS, anatomy_in, dtype_of, folder_of, not_twice, processor_in
 from tarsia.adapter.reading import check_finite, read_json
 from tarsia.adapter.stored import stored_form
 from tarsia.anatomy import Anatomy
@@ -32,6 +32,7 @@ from tarsia.quant.tensor import Weight4
 from tarsia.train import loop
 from tarsia.train.features import Cache, features
 from tarsia.train.memory import listening
+from tarsia.train.paged import PagedAdamW
 from tarsia.train.recipe import Recipe
 from tarsia.train.run import NAME, Run, prepare
 from tarsia.train.store import Store
@@ -103,6 +104,8 @@ def rehearsing(recipe: Recipe, outline: Outline, ledger: Ledger, gpu: int | None
             ledger.label((p for patch in run.patches.values() for p in patch.parameters()), Category.PATCHES)
             if gpu is not None:
                 cuda.by_lists(run.optimiser)
+            if isinstance(run.optimiser, PagedAdamW):
+                run.optimiser.store = _NoPages()
             run.fast = stack.enter_context(loop.training(run))
             if recipe.features is not None:
                 run.features = stack.enter_context(features(host, _Nowhere()))
@@ -126,9 +129,10 @@ def ending(run: Run, ledger: Ledger) -> None:
     with ledger.during("save"):
         proof = loop.final_probe(run)
         adapter = Adapter.of(run.host, NAME, run.parts, {}, probe=proof)
-        for path, patched in adapter.patches.items():
-            for tensor in patched.tensors.values():
-                check_finite({path: tensor})
+        # as ``save`` does before it writes: in the form that the file holds, all of them at once
+        check_finite(
+            {f"{path}/{key}": t for path in adapter.patches for key, t in files._stored(adapter, path).items()}
+        )
 
 
 def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
@@ -146,8 +150,8 @@ def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
     sites = tuple(outline.anatomy.sites(model))
     held = _quantised(recipe, outline, model, sites, ghost)
     packed = held is not None and held.asked is None
-    files = Files.of(outline.path, model, sites, packed)
-    arrive(model, files, ghost.ledger)
+    weights = Files.of(outline.path, model, sites, packed)
+    arrive(model, weights, ghost.ledger)
     host = Host(
         name=outline.name,
         path=None,
@@ -161,7 +165,7 @@ def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:
         resolution=recipe.resolution,
     )
     if recipe.four_bits is not None:
-        host.__dict__["origin"] = _origin(model, files.dtype, ghost)
+        host.__dict__["origin"] = _origin(model, weights.dtype, ghost)
     return host
 
 
@@ -180,9 +184,13 @@ def _origin(model: nn.Module, stored: torch.dtype, ghost: Ghost) -> Origin:
 def _quantised(
     recipe: Recipe, outline: Outline, model: nn.Module, sites: tuple[Any, ...], ghost: Ghost
 ) -> Quantisation | None:
-    """Put weights in 4 bits where the recipe or the files want them."""
+    """Put weights in 4 bits where the recipe or the files want them.
+
+    Raises QuantisedAlready where both do, as opening the base does.
+    """
     stored = stored_form(read_json(outline.path / "config.json"), outline.path)
     asked = None if recipe.four_bits is None else recipe.four_bits.form
+    not_twice(asked, stored, outline.path)
     form: FourBits | None = asked or stored
     if form is None:
         return None
@@ -240,6 +248,32 @@ class _Nowhere(Store):
         return None
 
     def put(self, key: bytes, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+
+class _NoPages:
+    """A store of an optimiser's pages that keeps none: what a step takes of memory are the buffers alone."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+
+    def open(self, sizes: Sequence[int], leaving: int) -> None:
+        pass
+
+    def room(self, numbers: int) -> Tensor:
+        return torch.empty(numbers, dtype=torch.float32)
+
+    def write(self, page: int, source: Tensor) -> None:
+        self._known.add(page)
+
+    def read(self, page: int, into: Tensor) -> None:
+        if page not in self._known:
+            into.zero_()
+
+    def wait(self, ticket: None) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

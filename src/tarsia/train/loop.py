@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tarsia import __version__
 from tarsia.adapter import Adapter, Host, Probe, probe, save
+from tarsia.adapter.proof import Unmoved
 from tarsia.core.attach import detach, slots
 from tarsia.core.errors import ConfigError
 from tarsia.data import Batch, Sample
@@ -284,15 +285,24 @@ def _evaluation(run: Run, evaluator: Evaluator | None) -> Iterator[Evaluated]:
 
 
 def final_probe(run: Run) -> Probe:
-    """A probe on the stream's first rows, those with pictures first: no more than fit a micro-batch, as steps did."""
-    rows = min(PROBED, run.recipe.batch)
-    numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:rows]
+    """A probe on the stream's first rows, those with pictures first: as many as a micro-batch, so as steps did.
+
+    Where those show no effect of the adapter, on ``PROBED`` rows.
+    """
+    numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:PROBED]
     run.model.eval()
     # what the steps have freed lies in pieces that a probe's larger blocks do not fit into
     give_back(run.device)
     # as whoever loads the adapter computes it
     with apart(), nullcontext() if run.features is None else run.features.suspended():
-        return relieved(run, lambda: probe(run.host, run.encode(numbers).inputs), "The adapter's probe", numbers)
+        if run.recipe.batch < PROBED:
+            with suppress(Unmoved):
+                return _probed(run, numbers[: run.recipe.batch])
+        return _probed(run, numbers)
+
+
+def _probed(run: Run, numbers: Sequence[int]) -> Probe:
+    return relieved(run, lambda: probe(run.host, run.encode(numbers).inputs), "The adapter's probe", numbers)
 
 
 def _card(run: Run) -> dict[str, Any]:
