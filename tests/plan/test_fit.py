@@ -159,8 +159,8 @@ def test_what_this_process_takes_while_it_plans_is_not_the_run_s(values: dict[st
     assert max(later.figures.phases.values()) == later.figures.total < held.as_it_is.figures.total
 
 
-def test_files_of_others_are_left_alone(found: dict[float, Found], tmp_path: Path) -> None:
-    each = found[0.7]
+def test_files_of_others_are_left_alone(as_it_is: Found, tmp_path: Path) -> None:
+    each = as_it_is
     (path, *_) = write(each.proposals, tmp_path, each.budget, each.basis)
     path.write_text("mine", encoding="utf8")
     with pytest.raises(PlanError, match="in the way"):
@@ -169,8 +169,8 @@ def test_files_of_others_are_left_alone(found: dict[float, Found], tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["1e4", "true", "a: b", "12", "null", "# x", "[", "it's"])
-def test_yaml_keeps_every_text_a_text(found: dict[float, Found], name: str) -> None:
-    (p, *_) = found[0.7].proposals
+def test_yaml_keeps_every_text_a_text(as_it_is: Found, name: str) -> None:
+    (p,) = as_it_is.proposals
     named = replace(p, values={**p.values, "variables": {"date": name}})
     assert as_yaml(named, 1, "").count("date") == 1  # it raises where the text is read as something else
 

@@ -100,8 +100,12 @@ class Picture:
         """
         with self._named():
             picture = self._open()
-            self._check(picture)
-            width, height = _within(picture.size, resolution)
+            try:
+                self._check(picture)
+                width, height = _within(picture.size, resolution)
+            finally:
+                if picture is not self.content:  # a file whose pixels are not read stays open
+                    picture.close()
             return max(width, height), min(width, height)
 
     @contextmanager
