@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TARSIA_CACHE", str(tmp_path / "file"))
     with pytest.raises(PlanError, match="TARSIA_CACHE"):
         keep(ENTRY)
+
+
+def test_of_a_line_that_the_disk_took_in_part_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(ENTRY)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda handle, line: write(handle, line[:20]))
+        with pytest.raises(PlanError, match=r"20 of \d+ bytes"):
+            keep(ENTRY)
+    keep(replace(ENTRY, model="other"))
+    assert list(read()) == [ENTRY, replace(ENTRY, model="other")]
 
 
 def test_what_is_no_file_is_said() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -115,8 +117,7 @@ def keep(entry: Entry) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode())
-            os.fsync(handle)
+            _append(handle, line.encode())
         finally:
             os.close(handle)
     except OSError as error:
@@ -125,6 +126,20 @@ def keep(entry: Entry) -> None:
             given=f"{path}: {error.strerror or error}",
             do="set TARSIA_CACHE to a folder that can be written to",
         ) from None
+
+
+def _append(handle: int, line: bytes) -> None:
+    """Write a line at the end; where that fails nothing of it stays. Raises OSError."""
+    fcntl.flock(handle, fcntl.LOCK_EX)  # else what is cut off could be another run's
+    begin = os.fstat(handle).st_size
+    try:
+        written = os.write(handle, line)
+        if written < len(line):  # a disk that has room for a part tells nothing else
+            raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes could be written")
+        os.fsync(handle)
+    except OSError:
+        os.ftruncate(handle, begin)
+        raise
 
 
 def read() -> Iterator[Entry]:
