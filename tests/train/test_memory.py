@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tarsia.train import memory
 from tarsia.train.memory import ERROR, Live, Phase, can_watch, live, phase
 
 
@@ -189,3 +190,10 @@ class TestAlone:
             del old
         assert level.value == before
         assert capfd.readouterr().err == ""
+
+
+def test_a_torch_with_another_log_is_watched_too(monkeypatch):
+    library = ctypes.CDLL("libc.so.6")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    with memory._hushed():
+        pass

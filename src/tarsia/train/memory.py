@@ -254,14 +254,22 @@ def _stop() -> list[tuple[int, int, int]]:
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Inside, torch does not warn of each block that it did not see being allocated, where it can be told so."""
-    path = next((Path(torch.__file__).parent / "lib").glob("libc10.*"), None)
-    if path is None:
+    level = _log_level()
+    if level is None:
         yield
         return
-    level = ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "FLAGS_caffe2_log_level")
     before = level.value
     level.value = max(before, ERROR)
     try:
         yield
     finally:
         level.value = before
+
+
+def _log_level() -> ctypes.c_int | None:
+    """The level of torch's own log; None where its library is elsewhere, or was built with another log."""
+    path = next((Path(torch.__file__).parent / "lib").glob("libc10.*"), None)
+    try:
+        return None if path is None else ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "FLAGS_caffe2_log_level")
+    except ValueError:  # no such symbol
+        return None
