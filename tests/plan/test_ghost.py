@@ -1,5 +1,6 @@
 """What an operation gives without numbers has the shape, strides and dtype of what it gives with them."""
 
+import resource
 from typing import Any
 
 import pytest
@@ -192,3 +193,24 @@ def test_an_operation_takes_no_more_room_than_it_says() -> None:
         x.sin()
     assert [op.name for op in seen] == ["aten::sin"]
     assert [b.size for b in ledger.blocks if b.op == "aten::sin"] == [400_000, 12345]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize(
+    "phase, limit, words, smaller",
+    [
+        ("load", 64 << 40, ["load", "ulimit -v", "70368.7 GB", "ulimit -v unlimited"], False),
+        ("load", resource.RLIM_INFINITY, ["vm.overcommit_memory is", "sysctl vm.overcommit_memory=1"], False),
+        ("forward", resource.RLIM_INFINITY, ["forward", "vm.overcommit_memory"], True),
+    ],
+)
+def test_memory_that_can_not_be_reserved(
+    phase: str, limit: int, words: list[str], smaller: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    ledger = Ledger()
+    with pytest.raises(PlanError) as caught, Ghost(ledger), ledger.during(phase):
+        torch.empty(1 << 48, dtype=dtype)  # beyond what addresses there are
+    said = str(caught.value)
+    assert all(word in said for word in words), said
+    assert ("make batch" in said) == smaller

@@ -12,11 +12,13 @@ which code that asks for plain parameters takes another way.)
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -25,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarsia.core.errors import PlanError
 from tarsia.plan.ledger import Ledger
+from tarsia.train.heap import out_of_memory
+from tarsia.train.memory import Phase
 
 _aten = torch.ops.aten
 SMALL: Final = 1 << 14
@@ -94,7 +98,13 @@ class Ghost(TorchDispatchMode):
             spec = self._spec_of(func, args, kwargs)
             if isinstance(spec, tuple) and spec[2].is_floating_point and _count(spec[0]) > SMALL:
                 return self._made(func, spec)
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if func in _FRESH and out_of_memory(error):
+                size, _, dtype = self._spec_of(func, args, kwargs)
+                raise self._refused(func, size, dtype) from error
+            raise
         for tensor in _tensors((out,)):
             self.ledger.see(tensor, func.name())
         return out
@@ -150,15 +160,22 @@ class Ghost(TorchDispatchMode):
         try:
             made = torch.empty_strided(size, stride, dtype=dtype)
         except RuntimeError as error:
-            # untouched memory costs nothing, but a system may refuse one block that is larger than all it has
-            raise PlanError(
-                "A single tensor is larger than what this system lets be reserved, so the run can not be rehearsed.",
-                given=f"{func.name()}: {dtype} {size}, {_count(size) * dtype.itemsize / 1e9:.1f} GB",
-                do="make batch, length or resolution smaller; or let memory be reserved (vm.overcommit_memory=1)",
-            ) from error
+            raise self._refused(func, size, dtype) from error
         self.ledger.see(made, func.name()).ghost = True
         harmless(made)
         return made
+
+    def _refused(self, func: Any, size: tuple[int, ...], dtype: torch.dtype) -> PlanError:
+        """Untouched memory costs nothing, but a system may refuse to let it be reserved."""
+        limit, do = _limit()
+        if self.ledger.phase in tuple(Phase):  # nothing of the recipe makes a weight smaller
+            do += "; or make batch, length or resolution smaller"
+        return PlanError(
+            "The system does not let so much memory be reserved, though none of it is used.",
+            given=f"{self.ledger.phase}, {func.name()}: {dtype} {size}, {_count(size) * dtype.itemsize / 1e9:.1f} GB; "
+            f"{limit}",
+            do=do,
+        )
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation that writes into its arguments: they are ghosts afterwards."""
@@ -219,6 +236,18 @@ def _unbound() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _limit() -> tuple[str, str]:
+    """What limits the memory that this process may reserve, and what to do about it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        return f"the process's limit (ulimit -v) is {limit / 1e9:.1f} GB", "raise it: ulimit -v unlimited"
+    try:
+        policy = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="utf8").strip()
+    except OSError:
+        policy = "not known"
+    return f"vm.overcommit_memory is {policy}", "let memory be reserved: sysctl vm.overcommit_memory=1"
 
 
 class _Shared:
