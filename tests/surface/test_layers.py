@@ -18,7 +18,7 @@ BELOW = {
     "adapter": {"core", "anatomy", "methods", "quant", "data", "base.resolve"},
     "evaluate": {"core", "anatomy", "methods", "quant", "data", "adapter"},
     "train": {"core", "anatomy", "methods", "quant", "data", "adapter"},
-    "plan": {"core", "anatomy", "methods", "quant", "data", "adapter", "train"},
+    "plan": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train"},
     "labs": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "plan", "base"},
     "cli": {
         *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "plan", "base"),

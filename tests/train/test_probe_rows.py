@@ -41,7 +41,7 @@ def _tried(monkeypatch: pytest.MonkeyPatch, run: Any, *refusals: AdapterError) -
 
     monkeypatch.setattr(loop, "probe", probe)
     try:
-        loop._probe(run)
+        loop.final_probe(run)
     except AdapterError:
         tried.append([])
     return tried
