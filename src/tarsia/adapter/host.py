@@ -284,12 +284,7 @@ def _loaded(
         )
     if form is None and held is None:
         return _model(folder, dtype), None
-    if form is not None and held is not None:
-        raise QuantisedAlready(
-            "The base is quantised already.",
-            given=f"{folder}: {held.kind}",
-            do="leave four_bits out, or give a base in 16 bits",
-        )
+    not_twice(form, held, folder)
     from tarsia.adapter.quantiser import Tarsia4Config
 
     asked = Tarsia4Config(form or held or FourBits(), anatomy)
@@ -323,6 +318,16 @@ def _loaded(
             do="use a version of transformers that Tarsia is tested with",
         )
     return model, found
+
+
+def not_twice(asked: FourBits | None, held: FourBits | None, folder: Path) -> None:
+    """Raise QuantisedAlready where 4 bits are asked for of a base whose files hold some."""
+    if asked is not None and held is not None:
+        raise QuantisedAlready(
+            "The base is quantised already.",
+            given=f"{folder}: {held.kind}",
+            do="leave four_bits out, or give a base in 16 bits",
+        )
 
 
 def _model(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
