@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,12 @@ from PIL import Image
 from train import small
 
 import tarsia.cli
-from tarsia.plan import calibrate
+import tarsia.plan
+from tarsia.cli import plan as command
+from tarsia.core.errors import TrainingError
+from tarsia.plan import calibrate, picture
 from tarsia.plan.calibrate import Found
+from tarsia.train import disk
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,43 @@ def test_a_run_is_kept_beside_its_plan(recipe: Path, capsys: pytest.CaptureFixtu
     assert "median" in capsys.readouterr().out
 
 
+def test_a_run_that_makes_no_step_is_not_kept_again(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert tarsia.cli.main(["train", str(recipe), "--quiet"]) == 0
+    capsys.readouterr()
+    assert plan("--history", "--json") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_defect_of_the_plan_is_said_and_the_run_goes_on(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defect(_: object) -> None:
+        raise ZeroDivisionError("nothing\nto divide by")
+
+    monkeypatch.setattr(tarsia.plan, "plan", defect)
+    assert tarsia.cli.main(["train", str(recipe), "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["not planned: a defect of the plan, please report: ZeroDivisionError: nothing"]
+    assert Path(out.strip()).is_dir()
+
+
+@pytest.mark.parametrize("step", ["write_synced", "replace"])
+def test_nothing_is_left_of_a_picture_that_failed(
+    step: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: Path, *_: object) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((disk, step, refuses) if step == "write_synced" else (os, step, refuses)))
+    monkeypatch.setattr(picture, "picture", lambda _: b"a picture")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(TrainingError, match="disk is full"):
+        command._draw(None, tmp_path / "pictures" / "plan.png")  # type: ignore[arg-type]
+    assert list((tmp_path / "pictures").iterdir()) == []
+
+
 def test_no_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tarsia.cli.main(["train", str(recipe), "--no-plan"]) == 0
     assert "planned" not in capsys.readouterr().err
@@ -100,6 +143,7 @@ def test_no_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("RECIPE", "--card", "RTX 9999"), ["RTX 9999", "RTX 4090"]),
         (("RECIPE", "model=nowhere"), ["nowhere"]),
         (("RECIPE", "--picture", "/proc/plan.png"), ["picture"]),
+        (("RECIPE", "--picture", "plan.jpg"), ["plan.jpg", "*.png", "--picture plan.png"]),
         (("--wall", "xyz"), ["xyz"]),
         (("RECIPE", "--history"), ["--history alone"]),
         (("RECIPE", "--wall"), ["--wall alone"]),

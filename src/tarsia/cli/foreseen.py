@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from tarsia.train.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Foreseen:
-    """``plan`` is None where the run could not be foretold, which has been said then."""
+    """``plan`` is None where the run could not be foretold, which has been said then.
+
+    ``stepped``: whether the run made a step. One that is finished already has nothing new to compare.
+    """
 
     plan: Plan | None
+    stepped: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, *, quiet: bool = False) -> Foreseen:
@@ -30,6 +34,12 @@ class Foreseen:
         except TarsiaError as error:
             # the run itself will say what is wrong with it
             print(f"not planned: {str(error).splitlines()[0]}", file=sys.stderr)
+            return cls(None)
+        except Exception as error:  # noqa: BLE001
+            # a boundary: the run needs nothing of its plan, and would go on where a plan has a defect
+            told = (str(error).splitlines() or [""])[0]
+            said = f"{type(error).__name__}: {told}"
+            print(f"not planned: a defect of the plan, please report: {said}", file=sys.stderr)
             return cls(None)
         if not quiet:
             sizes = f"{_gb(found.step.peak)} GB of tensors in a step, {_gb(found.total)} GB in all"
@@ -47,9 +57,11 @@ class Foreseen:
         """Compare and keep, once the run says what it took."""
         from tarsia.core.errors import PlanError
         from tarsia.plan.history import LARGE, compared, keep
-        from tarsia.train.events import Memory
+        from tarsia.train.events import Memory, Step
 
-        if self.plan is None or not isinstance(event, Memory):
+        if isinstance(event, Step):
+            self.stepped = True
+        if self.plan is None or not self.stepped or not isinstance(event, Memory):
             return
         entry = compared(self.plan, event)
         if entry is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    """Raise ConfigError for what is not of one recipe beside what is: nothing that was asked for is left out."""
+    """Raise ConfigError for what is not of one recipe beside what is: nothing that was asked for is left out.
+
+    And for a picture that would not be called what it is.
+    """
     from tarsia.core.errors import ConfigError
 
+    if args.picture is not None and args.picture.suffix.lower() != ".png":
+        name = args.picture.with_suffix(".png") if args.picture.name else "plan.png"
+        raise ConfigError(
+            "A plan is drawn as a PNG.", given=f"--picture {args.picture}", allowed="*.png", do=f"--picture {name}"
+        )
     given = {"--history": args.history, "--wall": args.wall is not None}
     apart = [name for name, asked in given.items() if asked]
     beside = {"--calibrate": args.calibrate, "--fit": args.fit, "--card": args.card, "--picture": args.picture}
@@ -210,8 +219,13 @@ def _draw(plan: Plan, path: Path) -> None:
 
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with writing("The picture", path, "give --picture a file in a folder that can be written to"):
-        write_synced(partial, picture(plan))
-        os.replace(partial, path)
+        try:
+            write_synced(partial, picture(plan))
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):  # what went wrong is told, and not that this did too
+                partial.unlink(missing_ok=True)
+            raise
     print(f"picture: {path}", file=sys.stderr)
 
 
