@@ -24,6 +24,7 @@ PHASES = {"prepare": "preparing", "forward": "forward", "backward": "backward", 
 STEPS = 2
 
 LORA = {"method": "lora", "select": "language", "rank": 8, "lr": 1e-4}
+FULL = {"method": "full", "select": "vision", "lr": 1e-4}
 FOUR = {"four_bits": {"kind": "nf4", "nested": True}}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llava", {}),
@@ -35,7 +36,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "packed": ("llava_onevision", {"batching": "packed", "precision": "bfloat16"}),
     "features": ("idefics3", {"features": {}}),
     "experts": ("qwen3_vl_moe", {"parts": [{**LORA, "dropout": 0.1}]}),
-    "full": ("qwen2_vl", {"parts": [{"method": "full", "select": "vision", "lr": 1e-4}]}),
+    "full": ("qwen2_vl", {"parts": [FULL]}),
     "prefix": ("mllama", {"parts": [{"method": "prefix", "select": "language", "length": 16, "lr": 1e-4}]}),
     "loftq": ("qwen3_vl", {**FOUR, "parts": [{**LORA, "method": "loftq"}]}),
 }
@@ -106,6 +107,12 @@ def world() -> None:
 def test_what_a_run_takes(name: str, tmp_path: Path) -> None:
     off = _off(_written(tmp_path, *RUNS[name]))
     print({phase: round(100 * share, 2) for phase, share in off.items()})
+    assert all(abs(share) < NEAR for share in off.values()), off
+
+
+def test_what_states_in_pages_take(tmp_path: Path) -> None:
+    changes = {"parts": [FULL], "optimiser": {"bits": 32, "paged": True, "budget": 1_000_000}}
+    off = _off(_written(tmp_path, "qwen2_vl", changes))
     assert all(abs(share) < NEAR for share in off.values()), off
 
 
