@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -52,7 +53,7 @@ class Work:
 class Plan:
     """What a run of ``recipe`` will take, from a rehearsal of its largest steps and of all around them.
 
-    All sizes are bytes. ``survey`` says which rows it rests on, ``before`` what this process held before it planned.
+    All sizes are bytes. ``survey`` says which rows it rests on, ``before`` what the process holds as the run begins.
     """
 
     recipe: Recipe
@@ -107,7 +108,7 @@ class Plan:
 
     @cached_property
     def process(self) -> Process:
-        """The whole process of a run that begins where this process stood before it planned."""
+        """The whole process, from what it holds as the run begins."""
         return process(self, self.before)
 
     @property
@@ -166,14 +167,18 @@ class Plan:
         }
 
 
-def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = None) -> Plan:
+def plan(
+    recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = None, before: int | None = None
+) -> Plan:
     """Rehearse a recipe. No weight is loaded. Raises as ``tarsia.train.fit`` does, and PlanError.
 
     ``drawn`` is what an earlier plan saw of the same rows (``Survey.drawn``), in as many to a step and as large.
+    ``before`` are the bytes that the process holds as the run begins; None: what this one holds once it has planned,
+    as ``tarsia train`` does in the same process.
     """
     from tarsia.plan.ledger import Ledger
 
-    before, gpu = standing(), cuda.major_of(recipe.device)
+    gpu = cuda.major_of(recipe.device)
     outline = outline or Outline.of(recipe.model)
     ledger = Ledger()
     # forked: a base draws numbers as it is built
@@ -191,7 +196,9 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
         optimiser = run.optimiser
         away = optimiser.bytes - optimiser.resident if isinstance(optimiser, PagedAdamW) else 0
         work = Work(counted, tensors, run.schedule.steps, away)
-    return Plan(recipe, outline, _sorted(rehearsed), found, work, before, gpu)
+    del run, ghost
+    gc.collect()
+    return Plan(recipe, outline, _sorted(rehearsed), found, work, standing() if before is None else before, gpu)
 
 
 def _stretches(marks: Sequence[Mark], line: Sequence[int]) -> Iterable[Stretch]:
