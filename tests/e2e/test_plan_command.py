@@ -63,6 +63,19 @@ def test_json_and_the_picture(recipe: Path, tmp_path: Path, capsys: pytest.Captu
         assert shown.width > 800 and len(shown.convert("RGB").getcolors(1 << 24) or ()) > 8
 
 
+@pytest.mark.parametrize("work, phase", [("evaluate", "score"), ("generate", "token"), ("fold", "fold")])
+def test_what_comes_after_training(work: str, phase: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(recipe, "--for", work, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["phases"][phase] > found["phases"]["prepare"] > 0
+    assert found["live"] == max(found["phases"].values())
+
+
+def test_whether_it_fits_is_said_first(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(recipe) == 0
+    assert "it fits" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_more_rows_take_more(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peaks = []
     for batch in (1, 4):
@@ -74,6 +87,7 @@ def test_more_rows_take_more(recipe: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_card_tells_the_time(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(recipe, "--card", "RTX 4090") == 0
     assert "Time: " in (out := capsys.readouterr().out) and "RTX 4090" in out
+    assert "reserved" in out and "context" in out  # a plan of the card's memory too
 
 
 def test_a_run_is_kept_beside_its_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

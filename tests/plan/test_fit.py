@@ -60,7 +60,7 @@ def as_it_is(values: dict[str, Any]) -> Found:
 @pytest.fixture(scope="module")
 def found(values: dict[str, Any], as_it_is: Found) -> dict[float, Found]:
     whole = as_it_is.as_it_is.figures.total
-    return {share: search(values, int(share * whole)) for share in SHARES}
+    return {share: search(values, int(share * whole)) for share in SHARES[1:2]}
 
 
 def search(values: dict[str, Any], size: int, effort: Effort = EFFORT) -> Found:
@@ -86,8 +86,21 @@ def test_a_recipe_that_fits_is_said_to_fit_before_anything_else(as_it_is: Found)
 
 
 def test_every_proposal_stays_within_its_budget_when_it_is_run(found: dict[float, Found]) -> None:
+    hold(found)
+
+
+@pytest.mark.slow
+def test_every_proposal_at_three_budgets(values: dict[str, Any], as_it_is: Found) -> None:
+    whole = as_it_is.as_it_is.figures.total
+    found = {share: search(values, int(share * whole)) for share in SHARES}
+    hold(found)
+    assert all(each.proposals for each in found.values())
+
+
+def hold(found: dict[float, Found]) -> None:
+    """Run every proposal, and hold it to its budget and its plan."""
     took = {(share, p.name): (measured(p.recipe), each.budget) for share, each in found.items() for p in each.proposals}
-    assert {share for share, _ in took} == set(SHARES)
+    assert {share for share, _ in took} == set(found)
     assert all(held <= size for held, size in took.values()), took
     # and what is planned is what was measured: no proposal is small by being wrong
     planned = {(share, p.name): p.figures.total for share, each in found.items() for p in each.proposals}

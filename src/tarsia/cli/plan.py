@@ -15,10 +15,12 @@ from tarsia.cli.fitted import fitted
 
 if TYPE_CHECKING:
     from tarsia.plan import Plan
-    from tarsia.plan.history import Entry
+    from tarsia.plan.history import Entry, Pair
     from tarsia.plan.time import Speeds
+    from tarsia.train.recipe import Recipe
 
 NAME = "plan"
+WORKS = ("evaluate", "generate", "fold")
 HELP = "what a recipe takes of memory and time, before anything is loaded"
 
 
@@ -30,6 +32,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card", metavar="NAME", help="tell the time on this card, such as 'RTX 4090'")
     parser.add_argument("--fit", metavar="SIZE|CARD", help="the recipes that fit into 24GB or an 'RTX 4090'")
     parser.add_argument("--write", metavar="DIR", type=Path, help="with --fit: write each of them as a recipe")
+    parser.add_argument(
+        "--for",
+        dest="work",
+        metavar="WORK",
+        choices=("train", *WORKS),
+        default="train",
+        help="train (the default), evaluate, generate (the cache of keys and values too) or fold",
+    )
     parser.add_argument("--calibrate", action="store_true", help="measure this machine for a minute, for times")
     parser.add_argument(
         "--wall",
@@ -58,11 +68,13 @@ def run(args: argparse.Namespace) -> int:
     if args.write is not None and args.fit is None:
         raise ConfigError("There is nothing to write.", given=f"--write {args.write}", do="add --fit 24GB, say")
     from tarsia.plan import plan
+    from tarsia.plan.fit import budget
     from tarsia.train.exact import threads
     from tarsia.train.recipe import Recipe
 
     output.no_bars()
-    recipe = Recipe.load(args.recipe, args.overrides)
+    on_card = args.card is not None or (args.fit is not None and budget(args.fit)[1] is not None)
+    recipe = Recipe.load(args.recipe, [*args.overrides, *(["device=cuda"] if on_card else [])])
     with threads(recipe.threads):  # a calibration holds for one number of them
         if args.calibrate:
             _calibrate()
@@ -71,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         if args.picture is not None:
             raise ConfigError("A picture is of one plan.", given="--picture and --fit", do="leave one of them out")
         return fitted(recipe, args.fit, speeds, args.write, args.json)
+    if args.work != "train":
+        return _other(recipe, args)
     found = plan(recipe)
     if args.picture is not None:
         _draw(found, args.picture)
@@ -78,6 +92,23 @@ def run(args: argparse.Namespace) -> int:
         output.line(found.as_json() | {"time": None if speeds is None else seconds(found, speeds)})
     else:
         _show(found, speeds)
+    return 0
+
+
+def _other(recipe: Recipe, args: argparse.Namespace) -> int:
+    """What comes after training: tensors, phase by phase."""
+    from tarsia.plan import Outline, answering
+    from tarsia.plan.foretell import peaks
+
+    rehearse = {"evaluate": answering.evaluating, "generate": answering.generating, "fold": answering.folding}
+    found = peaks(rehearse[args.work](recipe, Outline.of(recipe.model)))
+    if args.json:
+        output.line({"work": args.work, "live": max(found.values()), "phases": found})
+        return 0
+    title = f"{recipe.model}, {args.work}: what lives in memory at most, phase by phase"
+    output.table(title, ("phase", "MB"), [(name, mega(size)) for name, size in found.items()], right=("MB",))
+    most = mega(max(found.values()))
+    print(f"\nTensors alone, at most {most} MB; the process around them is told by a plan of training.")
     return 0
 
 
@@ -95,7 +126,13 @@ def _check_together(args: argparse.Namespace) -> None:
         )
     given = {"--history": args.history, "--wall": args.wall is not None}
     apart = [name for name, asked in given.items() if asked]
-    beside = {"--calibrate": args.calibrate, "--fit": args.fit, "--card": args.card, "--picture": args.picture}
+    beside = {
+        "--for": args.work != "train",
+        "--calibrate": args.calibrate,
+        "--fit": args.fit,
+        "--card": args.card,
+        "--picture": args.picture,
+    }
     others = [name for name, asked in beside.items() if asked] + ([args.recipe] if args.recipe is not None else [])
     if apart and len(apart + others) > 1:
         raise ConfigError(
@@ -126,7 +163,9 @@ def _show(plan: Plan, speeds: Speeds | None) -> None:
     recipe, rehearsal = plan.recipe, plan.rehearsal
     methods = " + ".join(part.method for part in recipe.parts)
     dtype = str(rehearsal.dtype).removeprefix("torch.")
-    title = f"{recipe.model}, {methods}, {dtype}: what lives in memory at most, phase by phase"
+    print(fits(plan))
+    print()
+    title = f"{recipe.model}, {methods}, {dtype}: what lives in tensors at most, phase by phase"
     output.table(title, ("phase", "MB"), [(name, mega(size)) for name, size in plan.phases.items()], right=("MB",))
     print()
     rows = [(str(category), mega(size), f"{size / plan.step.peak:.0%}") for category, size in plan.categories.items()]
@@ -141,8 +180,27 @@ def _show(plan: Plan, speeds: Speeds | None) -> None:
         print(line)
 
 
+def fits(plan: Plan) -> str:
+    """Whether the run has room on this machine, as far as it can be told."""
+    from tarsia.cli.machine import available_memory
+
+    need = f"Needs {mega(plan.total)} MB in all, {mega(plan.live)} MB of it tensors"
+    if not plan.on_processor:
+        return f"{need}, of a GPU that was not looked at."
+    free = available_memory()
+    if free is None:
+        return f"{need}; the system does not tell how much is free."
+    verdict = "it fits" if plan.total <= free else "it does not fit: --fit says what would"
+    return f"{need}; {mega(free)} MB are free on this machine: {verdict}."
+
+
 def whole(plan: Plan) -> str:
     """What the run takes with all that stands beside its tensors."""
+    if not plan.on_processor:
+        found = plan.device
+        held = {"allocated": found.allocated, "reserved": found.reserved, "context": found.context}
+        sizes = ", ".join(f"{mega(size)} MB {name}" for name, size in held.items())
+        return f"The whole device: {sizes}. No GPU has measured this yet."
     parts = ", ".join(f"{name} {mega(size)}" for name, size in plan.process.parts.items() if size)
     return f"The whole process: {mega(plan.total)} MB at most, in {plan.process.phase}: {parts}."
 
@@ -205,10 +263,13 @@ def _calibrate() -> int:
 
     from tarsia.plan.calibrate import calibrate
 
+    output.no_bars()
     with Progress(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring this machine", total=1.0)
         found = calibrate(anew=True, progress=lambda what, share: bar.update(task, description=what, completed=share))
-    print(f"measured; repeats differed by {found.calibration.spread:.0%}", file=sys.stderr)
+    spread = found.calibration.spread
+    busy = "; other work disturbed it: measure again on a quiet machine" if spread > 0.1 else ""
+    print(f"measured; repeats differed by {spread:.0%}{busy}", file=sys.stderr)
     print(found.notice or "kept", file=sys.stderr)
     return 0
 
@@ -240,20 +301,24 @@ def _history(args: argparse.Namespace) -> int:
     if not entries:
         print(f"No run was kept yet in {place()}: `tarsia train` keeps each beside its plan.")
         return 0
+    pairs: dict[str, list[Pair]] = {"tensors": [e.peak for e in entries]}
+    pairs["whole"] = [e.whole for e in entries if e.whole is not None]
     rows = [
-        (
-            *(e.date[:16], e.model, " + ".join(e.methods), e.device),
-            *(mega(e.peak.planned), mega(e.peak.measured)),
-            *("" if pair is None else f"{pair.off:+.1%}" for pair in (e.peak, e.whole)),
-        )
-        for e in entries
+        (*(e.date[:16], e.model, " + ".join(e.methods), e.device), *_both(e.peak), *_both(e.whole)) for e in entries
     ]
-    columns = ("date", "model", "methods", "device", "planned MB", "measured MB", "off", "whole off")
-    output.table("Plans and what was measured, of the step that took most", columns, rows, right=columns[4:])
-    off = [abs(entry.peak.off) for entry in entries]
-    under = sum(entry.peak.off < -0.01 for entry in entries)
-    print(f"\nmedian {median(off):.1%}; {under} of {len(off)} plans were too low by more than 1 %")
+    columns = ("date", "model", "methods", "device", "tensors MB", "measured", "off", "whole MB", "measured", "off")
+    title = "Planned and measured: tensors in the step that took most, and the whole process or device"
+    output.table(title, columns, rows, right=columns[4:])
+    print()
+    for name, members in pairs.items():
+        if members:
+            off, under = [abs(pair.off) for pair in members], sum(pair.off < -0.01 for pair in members)
+            print(f"{name}: off by {median(off):.1%} in the median; {under} of {len(off)} too low by more than 1 %")
     return 0
+
+
+def _both(pair: Pair | None) -> tuple[str, str, str]:
+    return ("", "", "") if pair is None else (mega(pair.planned), mega(pair.measured), f"{pair.off:+.1%}")
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

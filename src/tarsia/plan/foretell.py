@@ -167,9 +167,7 @@ class Plan:
         }
 
 
-def plan(
-    recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = None, before: int | None = None
-) -> Plan:
+def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = None, before: int | None = None) -> Plan:
     """Rehearse a recipe. No weight is loaded. Raises as ``tarsia.train.fit`` does, and PlanError.
 
     ``drawn`` is what an earlier plan saw of the same rows (``Survey.drawn``), in as many to a step and as large.
@@ -199,6 +197,14 @@ def plan(
     del run, ghost
     gc.collect()
     return Plan(recipe, outline, _sorted(rehearsed), found, work, standing() if before is None else before, gpu)
+
+
+def peaks(rehearsal: Rehearsal) -> dict[str, int]:
+    """The most bytes of tensors in each phase of a rehearsal, by its name."""
+    found: dict[str, int] = {}
+    for stretch in _stretches(rehearsal.marks, live(rehearsal.blocks, rehearsal.end)):
+        found[stretch.phase] = max(found.get(stretch.phase, 0), stretch.peak)
+    return found
 
 
 def _stretches(marks: Sequence[Mark], line: Sequence[int]) -> Iterable[Stretch]:
