@@ -21,6 +21,8 @@ class Foreseen:
 
     plan: Plan | None
     stepped: bool = False
+    seconds: float | None = None
+    """Of all steps, where this machine was calibrated."""
 
     @classmethod
     def of(cls, recipe: Recipe, *, quiet: bool = False) -> Foreseen:
@@ -41,9 +43,11 @@ class Foreseen:
             said = f"{type(error).__name__}: {told}"
             print(f"not planned: a defect of the plan, please report: {said}", file=sys.stderr)
             return cls(None)
+        seconds = _seconds(found)
         if not quiet:
             sizes = f"{_gb(found.step.peak)} GB of tensors in a step, {_gb(found.total)} GB in all"
-            print(f"planned: {sizes}", file=sys.stderr)
+            steps = "" if seconds is None else f", {seconds:.0f} s of steps"
+            print(f"planned: {sizes}{steps}", file=sys.stderr)
         free = available_memory()
         if free is not None and found.on_processor and found.total > free:
             print(
@@ -51,16 +55,18 @@ class Foreseen:
                 "`tarsia plan RECIPE --fit SIZE` says what would fit",
                 file=sys.stderr,
             )
-        return cls(found)
+        return cls(found, seconds=None if quiet else seconds)
 
     def see(self, event: Event) -> None:
         """Compare and keep, once the run says what it took."""
         from tarsia.core.errors import PlanError
         from tarsia.plan.history import LARGE, compared, keep
-        from tarsia.train.events import Memory, Step
+        from tarsia.train.events import Finished, Memory, Step
 
         if isinstance(event, Step):
             self.stepped = True
+        if isinstance(event, Finished) and self.stepped and self.seconds is not None:
+            print(f"time of the steps: {self.seconds:.0f} s planned, {event.seconds:.0f} s taken", file=sys.stderr)
         if self.plan is None or not self.stepped or not isinstance(event, Memory):
             return
         entry = compared(self.plan, event)
@@ -72,6 +78,23 @@ class Foreseen:
             keep(entry)
         except PlanError as error:
             print(f"warning: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def _seconds(plan: Plan) -> float | None:
+    from tarsia.core.errors import PlanError
+    from tarsia.plan.calibrate import kept
+    from tarsia.plan.time import Measured
+    from tarsia.train.exact import threads
+
+    if not plan.on_processor:
+        return None
+    try:
+        with threads(plan.recipe.threads):
+            held = kept()
+    except PlanError as error:
+        print(f"warning: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return None if held is None else plan.time(Measured(held)).run(plan.work.steps)
 
 
 def _gb(size: int) -> str:

@@ -160,7 +160,7 @@ class Plan:
             "step_phase": self.step.phase,
             "phases": self.phases,
             "categories": {str(category): size for category, size in self.categories.items()},
-            "gradients": self.gradients,
+            "gradients_at_update": self.gradients,
             **self._whole,
             "steps": list(self.survey.steps),
             "whole": self.survey.whole,

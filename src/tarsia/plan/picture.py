@@ -55,6 +55,9 @@ def picture(plan: Plan, budget: int | None = None) -> bytes:
     axes.set_xlim(0, len(moments) - 1)
     axes.set_xticks([])
     axes.set_ylabel("GB of tensors", color=_INK)
+    gone = ", ".join(str(number + 1) for number in plan.survey.steps)
+    gone = f"operations, one after the other: steps {gone} of {plan.work.steps}, then what is saved"
+    axes.set_xlabel(gone, color=_INK)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
