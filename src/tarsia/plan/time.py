@@ -26,7 +26,7 @@ from tarsia.plan.speeds import Kernels
 from tarsia.plan.work import Kind, Work, work_of
 from tarsia.train.memory import Phase
 
-MODEL: Final = 0.15
+MODEL: Final = 0.2
 """How far a step may be from the sum of its parts where these were measured, as a share of it, to either side."""
 
 
