@@ -23,8 +23,9 @@ from museum.fault import fault as planted_at
 from train import small
 
 from tarsia.adapter import FourBits, open_base
+from tarsia.adapter.proof import Unmoved
 from tarsia.core.attach import slots
-from tarsia.core.errors import AdapterError, ConfigError, SelectionError, TrainingError
+from tarsia.core.errors import ConfigError, SelectionError, TrainingError
 from tarsia.core.site import Component
 from tarsia.train.events import Event, Notice, Step
 from tarsia.train.loop import fit
@@ -385,7 +386,7 @@ def _(folder: Path) -> str:
 
 
 @fault("a training that changes nothing", "tloen/alpaca-lora#357", "vllm-project/vllm#34186",
-       verdict=AdapterError, says="changes no output")  # fmt: skip
+       verdict=Unmoved, says="changes no output")  # fmt: skip
 def no_change(folder: Path, planted: bool) -> Told:
     return told(small.run(values(folder, parts=[{**LANGUAGE[0], "lr": 1e-60 if planted else 1e-2}])))
 
