@@ -81,6 +81,7 @@ def live_bytes(folder: Path) -> Values:
 
     recipe = _recipe(folder, "live")
     host = recipe.open()
+    gc.collect()  # what an earlier run left in cycles would go during this one
     standing = _everything()
     there = sum(block.nbytes() for block in standing)
     held: Values = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def _really(recipe: Recipe, done: Any) -> dict[str, int]:
     host = recipe.open()
     run = prepare(recipe, host, 1)
     model = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _stored(host.model)}
+    gc.collect()  # what an earlier test left in cycles would go during this one
     standing = _everything()
     watcher = watching(standing)
     with watcher as seen, borrowed(seen):

@@ -169,7 +169,7 @@ def test_rows_without_a_picture_beside_rows_with_one(name, tmp_path, monkeypatch
     values = {
         "model": name,
         "parts": [{"method": "lora", "select": select, "lr": 1e-2, "rank": 2} for select in ("language", "vision")],
-        "data": {"train": [{"path": str(small.rows(tmp_path / "rows.jsonl", 8, (1,)))}]},
+        "data": {"train": [{"path": str(small.rows(tmp_path / "rows.jsonl", 8, (0, 0, 1, 1)))}]},
         "steps": 6, "batch": 2, "accumulate": 3, "warmup": 0, "device": "cpu", "threads": 1,
         "out": str(tmp_path / "out"),
     }  # fmt: skip

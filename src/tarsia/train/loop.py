@@ -18,7 +18,7 @@ from tarsia import __version__
 from tarsia.adapter import Adapter, Host, Probe, probe, save
 from tarsia.adapter.proof import Unmoved
 from tarsia.core.attach import detach, slots
-from tarsia.core.errors import ConfigError, TrainingError
+from tarsia.core.errors import ConfigError
 from tarsia.data import Batch, Sample
 from tarsia.train.checkpoint import locked, write
 from tarsia.train.events import Evaluated, Event, Finished, Notice, Saved, Started, Step, read_log
@@ -287,7 +287,7 @@ def _evaluation(run: Run, evaluator: Evaluator | None) -> Iterator[Evaluated]:
 def final_probe(run: Run) -> Probe:
     """A probe on the stream's first rows, those with pictures first: as many as a micro-batch, so as steps did.
 
-    Where those show no effect of the adapter, or can not be given to the model alone, on ``PROBED`` rows.
+    Where those show no effect of the adapter, on ``PROBED`` rows.
     """
     numbers = sorted(range(64), key=lambda n: not run.mixture[n].pictures)[:PROBED]
     run.model.eval()
@@ -296,7 +296,7 @@ def final_probe(run: Run) -> Probe:
     # as whoever loads the adapter computes it
     with apart(), nullcontext() if run.features is None else run.features.suspended():
         if run.recipe.batch < PROBED:
-            with suppress(Unmoved, TrainingError):
+            with suppress(Unmoved):
                 return _probed(run, numbers[: run.recipe.batch])
         return _probed(run, numbers)
 
