@@ -18,10 +18,16 @@ BELOW = {
     "adapter": {"core", "anatomy", "methods", "quant", "data", "base.resolve"},
     "evaluate": {"core", "anatomy", "methods", "quant", "data", "adapter"},
     "train": {"core", "anatomy", "methods", "quant", "data", "adapter"},
+    "merge": {"core", "methods", "quant", "data", "adapter"},
+    "library": {"core", "adapter"},
     "plan": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train"},
-    "labs": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "plan", "base"},
+    "labs": {
+        *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "merge", "library", "plan"),
+        "base",
+    },
     "cli": {
-        *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "plan", "base"),
+        *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "merge", "library", "plan"),
+        "base",
         *("labs.demo", "labs.sources", "labs.chapters", "labs.frame"),
     },
 }

@@ -79,3 +79,11 @@ class TrainingError(TarsiaError):
 
 class PlanError(TarsiaError):
     """Something that can not be foreseen, or a machine that does not give what a plan needs."""
+
+
+class MergeError(TarsiaError):
+    """Adapters that can not be combined, or a fold that would lose what was learnt."""
+
+
+class LibraryError(TarsiaError):
+    """Something is wrong with a library of adapters, or with what is to go into it."""

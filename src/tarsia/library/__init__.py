@@ -1,0 +1,1 @@
+"""Adapters kept as carefully as code: immutable versions, integrity, provenance."""
