@@ -35,7 +35,17 @@ def planned(tmp_path, *, stored="bfloat16", dtype=torch.float32, tied=True, draw
     ]
     places = ((0, "load"), (2, "prepare"), (4, "step"), (5, "forward"), (8, "backward"), (10, "update"), (12, "save"))
     marks = tuple(Mark(moment, phase) for moment, phase in (*places, (14, "")))
-    rehearsed = Rehearsal(tuple(blocks), marks, 15, {}, (), (), dtype, VOCABULARY)
+    rehearsed = Rehearsal(
+        tuple(blocks),
+        marks,
+        15,
+        {},
+        (),
+        (),
+        dtype,
+        VOCABULARY,
+        sum(b.size for b in blocks if b.phase == "load") // dtype.itemsize,
+    )
     text = SimpleNamespace(vocab_size=VOCABULARY, hidden_size=HIDDEN, tie_word_embeddings=tied)
     config = SimpleNamespace(tie_word_embeddings=tied, get_text_config=lambda: text)
     outline = SimpleNamespace(path=tmp_path, anatomy=SimpleNamespace(config=config))

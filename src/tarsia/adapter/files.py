@@ -52,7 +52,7 @@ def save(adapter: Adapter, folder: Path | str) -> None:
     Raises AdapterError where a tensor is not finite, the card is no JSON, or the place can not be written.
     """
     keys = _keys(adapter)
-    tensors = {keys[path][name]: t for path in adapter.patches for name, t in _stored(adapter, path).items()}
+    tensors = stored(adapter)
     check_finite(tensors)
     config = _config(adapter)
     described = _described(adapter, keys)
@@ -133,6 +133,12 @@ def _keys(adapter: Adapter) -> dict[str, dict[str, str]]:
         else:
             keys[path] = {name: f"base_model.model.{adapter.layout.places[path][name]}" for name in patched.tensors}
     return keys
+
+
+def stored(adapter: Adapter) -> dict[str, Tensor]:
+    """All tensors by their keys in the file that ``save`` writes."""
+    keys = _keys(adapter)
+    return {keys[path][name]: t for path in adapter.patches for name, t in _stored(adapter, path).items()}
 
 
 def _stored(adapter: Adapter, path: str) -> Mapping[str, Tensor]:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from tarsia.core.attach import detach, merge
@@ -21,10 +20,10 @@ from tarsia.evaluate.evaluate import MOST_ANSWERS
 from tarsia.evaluate.generate import say
 from tarsia.plan.ghost import Ghost
 from tarsia.plan.ledger import Block, Category, Ledger, live
-from tarsia.plan.rehearse import Outline, Rehearsal, ghost_host
+from tarsia.plan.rehearse import Outline, Rehearsal, prepared
 from tarsia.plan.workspace import Workspace
 from tarsia.train.recipe import Recipe
-from tarsia.train.run import NAME, Run, prepare
+from tarsia.train.run import NAME, Run
 
 PROMPT: Final = "prompt"
 TOKEN: Final = "token"
@@ -38,15 +37,11 @@ TOKENS: Final = 6
 def opened(recipe: Recipe, outline: Outline, ledger: Ledger) -> Iterator[tuple[Run, Ghost]]:
     """The base with the recipe's patches, as whoever loads the adapter has it, without numbers."""
     with Ghost(ledger, Workspace(ledger)) as ghost:
-        with ledger.during("load"):
-            host = ghost_host(recipe, outline, ghost)
-        with ledger.during("prepare"):
-            run = prepare(recipe, host, torch.get_num_threads())
-            ledger.label((p for patch in run.patches.values() for p in patch.parameters()), Category.PATCHES)
+        run = prepared(recipe, outline, ghost)
         try:
             yield run, ghost
         finally:
-            detach(host.model, NAME)
+            detach(run.model, NAME)
 
 
 def generating(recipe: Recipe, outline: Outline, max_new_tokens: int = 32, batch: int = 16) -> Rehearsal:
@@ -98,7 +93,7 @@ def _samples(recipe: Recipe) -> tuple[list[Sample], tuple[str, ...]]:
 def _largest(samples: Sequence[Sample], batch: int) -> list[list[Sample]]:
     """The batch with the most text and the one with the most pixels, of those that rows are answered in."""
     letters = [sum(len(message.text) for message in sample.messages) for sample in samples]
-    pixels = [sum(math.prod(picture.load().size) for picture in sample.pictures) for sample in samples]
+    pixels = [sum(math.prod(picture.sides()) for picture in sample.pictures) for sample in samples]
     by_pictures: dict[int, list[int]] = {}
     for number, sample in enumerate(samples):
         by_pictures.setdefault(len(sample.pictures), []).append(number)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from tarsia.plan.allocator import MIB, Taken, replay
-from tarsia.plan.ghost import Op, Spec
+from tarsia.plan.ghost import Op, gapless, size_of
 from tarsia.plan.ledger import Block
 from tarsia.quant.gpu.plan import ARENA, few
 
@@ -78,7 +78,7 @@ def _unpacked(op: Op, major: int) -> int:
     """The slice of the weight, and the rows of x where they do not lie one behind the other."""
     x, out = op.inputs[0], op.outputs[0]
     rows, columns = prod(x[0][:-1]), x[0][-1]
-    copied = 0 if _dense(x) else _bytes(x)
+    copied = 0 if gapless(x) else size_of(x)
     if rows <= few(x[2], major):
         return copied
     return copied + min(ARENA, columns * out[0][-1] * x[2].itemsize)
@@ -109,19 +109,6 @@ _FORMULAS: Final[Mapping[str, Callable[[Op, int], int]]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_back,
 }
-
-
-def _bytes(spec: Spec) -> int:
-    return prod(spec[0]) * spec[2].itemsize
-
-
-def _dense(spec: Spec) -> bool:
-    step = 1
-    for size, stride in zip(reversed(spec[0]), reversed(spec[1]), strict=True):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
 
 
 def as_there(recipe: Recipe) -> Recipe:

@@ -119,10 +119,7 @@ class Plan:
     @property
     def phases(self) -> dict[str, int]:
         """The most bytes of each phase, by its name."""
-        found: dict[str, int] = {}
-        for stretch in self.stretches:
-            found[stretch.phase] = max(found.get(stretch.phase, 0), stretch.peak)
-        return found
+        return _highest(self.stretches)
 
     def at(self, moment: int) -> dict[Category, int]:
         """Bytes by category at a moment; those that are nothing are left out."""
@@ -201,8 +198,12 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
 
 def peaks(rehearsal: Rehearsal) -> dict[str, int]:
     """The most bytes of tensors in each phase of a rehearsal, by its name."""
+    return _highest(_stretches(rehearsal.marks, live(rehearsal.blocks, rehearsal.end)))
+
+
+def _highest(stretches: Iterable[Stretch]) -> dict[str, int]:
     found: dict[str, int] = {}
-    for stretch in _stretches(rehearsal.marks, live(rehearsal.blocks, rehearsal.end)):
+    for stretch in stretches:
         found[stretch.phase] = max(found.get(stretch.phase, 0), stretch.peak)
     return found
 

@@ -38,6 +38,21 @@ Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Sizes, strides and dtype of a tensor."""
 
 
+def size_of(spec: Spec) -> int:
+    """Bytes of its numbers."""
+    return _count(spec[0]) * spec[2].itemsize
+
+
+def gapless(spec: Spec) -> bool:
+    """Whether numbers lie as they are counted, with no gap."""
+    step = 1
+    for size, stride in zip(reversed(spec[0]), reversed(spec[1]), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """One kind of operation: its name and what it reads and gives; ``inputs`` and ``outputs`` are sizes and dtypes."""

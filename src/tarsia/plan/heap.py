@@ -17,13 +17,11 @@ import platform
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import torch
-
-from tarsia.adapter.reading import read_json
 from tarsia.plan.ledger import Category
+from tarsia.plan.loading import told
+from tarsia.train.memory import Phase
 from tarsia.train.process import resident
 
 if TYPE_CHECKING:
@@ -41,8 +39,7 @@ PROBED: Final = 30_000_000
 """What they keep more for the probe, whose products are with all rows of the head (20 to 45 MB)."""
 DISTINCT: Final = 50
 """Different tokens of a row, for the rows of a mapped table of embeddings that are ever read."""
-IN_STEP: Final = ("forward", "backward", "update")
-"""The phases of a step, as the rehearsal calls them."""
+IN_STEP: Final = tuple(Phase)
 PERSISTENT: Final = (Category.WEIGHTS, Category.QUANTISED)
 
 
@@ -125,21 +122,13 @@ def _loading(plan: Plan, before: int, weights: int) -> dict[str, int]:
 
 def mapped(plan: Plan) -> bool:
     """Whether weights that are not in 4 bits stay in their files, since these hold them as they are computed with."""
-    return _stored(plan) == plan.rehearsal.dtype
-
-
-def _stored(plan: Plan) -> torch.dtype:
-    """What the base's files hold weights in, as they say: the configuration in memory is that of the model built."""
-    values = read_json(Path(plan.outline.path) / "config.json")
-    name = values.get("dtype") or values.get("torch_dtype") or "float32"
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+    return told(plan.outline.path) is plan.rehearsal.dtype
 
 
 def _files(plan: Plan) -> int:
     """Bytes of the weights' files; of a base that is not here yet, as many as its numbers take in their dtype."""
-    here = sum(path.stat().st_size for path in Path(plan.outline.path).glob("*.safetensors"))
-    numbers = sum(b.size for b in plan.rehearsal.blocks if b.phase == "load") // plan.rehearsal.dtype.itemsize
-    return here or numbers * _stored(plan).itemsize
+    here = sum(path.stat().st_size for path in plan.outline.path.glob("*.safetensors"))
+    return here or plan.rehearsal.parameters * told(plan.outline.path).itemsize
 
 
 def _unread(plan: Plan, weights: int) -> int:

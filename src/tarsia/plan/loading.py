@@ -17,23 +17,24 @@ from torch import nn
 from tarsia.adapter.fingerprint import shards
 from tarsia.adapter.reading import header, read_json
 from tarsia.adapter.spelling import Speller
+from tarsia.adapter.tensors import DTYPES
 from tarsia.core.site import Site
 from tarsia.plan.ledger import Block, Category, Ledger
 from tarsia.quant.rounding import PIECE
 from tarsia.quant.tensor import Weight4
 
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-"""By what safetensors calls them, and what configurations do."""
-
 READ: Final = 16 * PIECE
 """Numbers of a weight whose pages of a file are held while it is rounded (``tarsia.quant.rounding``)."""
+
+
+COMPUTED: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def told(folder: Path) -> torch.dtype:
+    """What the files in ``folder`` hold weights in, as its configuration says; float32 where it does not."""
+    values = read_json(folder / "config.json")
+    name = values.get("dtype") or values.get("torch_dtype")
+    return next((dtype for dtype in COMPUTED if str(dtype) == f"torch.{name}"), torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,7 @@ class Files:
     @classmethod
     def of(cls, folder: Path, model: nn.Module, sites: tuple[Site, ...], quantised: bool) -> Self:
         """Read the headers of the files in ``folder``; without files the configuration says what they hold."""
-        values = read_json(folder / "config.json")
-        said = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype")), torch.float32)
+        said = told(folder)
         if not any(folder.glob("*.safetensors")):
             return cls(said, None, quantised)
         own = Speller.of(model, sites).own
@@ -58,7 +58,7 @@ class Files:
             for key, entry in header(path)[0].items():
                 module, _, leaf = key.rpartition(".")
                 place = own(module) if module else ""
-                if place is not None and entry["dtype"] in DTYPES:
+                if place is not None and DTYPES.get(entry["dtype"]) in COMPUTED:
                     found[f"{place}.{leaf}" if place else leaf] = DTYPES[entry["dtype"]]
         dtypes = list(found.values()) or [said]
         return cls(max(set(dtypes), key=dtypes.count), found, quantised)

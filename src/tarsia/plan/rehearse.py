@@ -18,7 +18,7 @@ from tarsia.adapter.host import CONFIG, TEXTS, anatomy_in, dtype_of, folder_of, 
 from tarsia.adapter.reading import check_finite, read_json
 from tarsia.adapter.stored import stored_form
 from tarsia.anatomy import Anatomy
-from tarsia.core.attach import Covered
+from tarsia.core.attach import Covered, base_parameters
 from tarsia.core.patch import Origin
 from tarsia.core.site import Kind, Site
 from tarsia.plan import cuda
@@ -60,7 +60,7 @@ class Outline:
 class Rehearsal:
     """What was noted: blocks in the order of their birth, where phases begin, operations, and what the run says.
 
-    ``end`` is the last moment. ``vocabulary`` is what a row of logits has.
+    ``end`` is the last moment. ``vocabulary`` is what a row of logits has, ``parameters`` how many the base has.
     """
 
     blocks: tuple[Block, ...]
@@ -71,6 +71,7 @@ class Rehearsal:
     fast: tuple[str, ...]
     dtype: torch.dtype
     vocabulary: int
+    parameters: int
 
     @classmethod
     def of(cls, run: Run, ghost: Ghost) -> Self:
@@ -85,6 +86,7 @@ class Rehearsal:
             fast=run.fast,
             dtype=dtype_of(run.recipe.precision, run.device),
             vocabulary=run.host.anatomy.config.get_text_config().vocab_size,
+            parameters=sum(parameter.numel() for parameter in base_parameters(run.model).values()),
         )
 
 
@@ -97,21 +99,29 @@ def rehearsing(recipe: Recipe, outline: Outline, ledger: Ledger, gpu: int | None
     if gpu is not None:
         recipe = cuda.as_there(recipe)
     with Ghost(ledger, Workspace(ledger) if gpu is None else cuda.Scratch(gpu)) as ghost, ExitStack() as stack:
-        with ledger.during("load"):
-            host = ghost_host(recipe, outline, ghost)
+        run = prepared(recipe, outline, ghost)
         with ledger.during("prepare"):
-            run = prepare(recipe, host, torch.get_num_threads())
-            ledger.label((p for patch in run.patches.values() for p in patch.parameters()), Category.PATCHES)
             if gpu is not None:
                 cuda.by_lists(run.optimiser)
             if isinstance(run.optimiser, PagedAdamW):
                 run.optimiser.store = _NoPages()
             run.fast = stack.enter_context(loop.training(run))
             if recipe.features is not None:
-                run.features = stack.enter_context(features(host, _Nowhere()))
+                run.features = stack.enter_context(features(run.host, _Nowhere()))
                 _believe(run.features)
         stack.enter_context(listening(_phases(run, ledger)))
         yield run, ghost
+
+
+def prepared(recipe: Recipe, outline: Outline, ghost: Ghost) -> Run:
+    """The base without numbers, with the recipe's patches; within ``ghost``."""
+    ledger = ghost.ledger
+    with ledger.during("load"):
+        host = ghost_host(recipe, outline, ghost)
+    with ledger.during("prepare"):
+        run = prepare(recipe, host, torch.get_num_threads())
+        ledger.label((p for patch in run.patches.values() for p in patch.parameters()), Category.PATCHES)
+    return run
 
 
 def steps(run: Run, ledger: Ledger, numbers: Iterable[int]) -> None:
@@ -130,9 +140,7 @@ def ending(run: Run, ledger: Ledger) -> None:
         proof = loop.final_probe(run)
         adapter = Adapter.of(run.host, NAME, run.parts, {}, probe=proof)
         # as ``save`` does before it writes: in the form that the file holds, all of them at once
-        check_finite(
-            {f"{path}/{key}": t for path in adapter.patches for key, t in files._stored(adapter, path).items()}
-        )
+        check_finite(files.stored(adapter))
 
 
 def ghost_host(recipe: Recipe, outline: Outline, ghost: Ghost) -> Host:

@@ -89,6 +89,5 @@ class Rehearsals:
 
 
 def _known(found: Plan, outline: Outline) -> Known:
-    line = max(found.rehearsal.coverage, key=lambda line: line.trained)
     stored = stored_form(read_json(outline.path / "config.json"), outline.path)
-    return Known(found.survey.drawn.side, round(line.trained / line.share), stored is not None)
+    return Known(found.survey.drawn.side, found.rehearsal.parameters, stored is not None)

@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from tarsia.plan.ghost import Op, Spec
+from tarsia.plan.ghost import Op, Spec, gapless, size_of
 from tarsia.plan.ledger import Category, Ledger
 from tarsia.quant import cpu, native, tiles
 
@@ -73,27 +73,13 @@ def _numbers(spec: Spec) -> int:
     return prod(spec[0])
 
 
-def _bytes(spec: Spec) -> int:
-    return _numbers(spec) * spec[2].itemsize
-
-
 def _lines(spec: Spec) -> int:
     return prod(spec[0][:-1])
 
 
-def _row_by_row(spec: Spec) -> bool:
-    """Whether numbers lie as they are counted, with no gap."""
-    step = 1
-    for size, stride in zip(reversed(spec[0]), reversed(spec[1]), strict=True):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
-
-
 def _copies(specs: tuple[Spec, ...]) -> int:
     """What those take in a copy without gaps that have some."""
-    return sum(0 if _row_by_row(spec) else _bytes(spec) for spec in specs)
+    return sum(0 if gapless(spec) else size_of(spec) for spec in specs)
 
 
 def _converted(op: Op) -> int:
@@ -130,7 +116,7 @@ def _products(op: Op) -> int:
     factors = _factors(op)
     if not _widened(factors[1][2]):
         return 0
-    return sum(_bytes(spec) for spec in factors if _scattered(spec)) + _product(op)
+    return sum(size_of(spec) for spec in factors if _scattered(spec)) + _product(op)
 
 
 def _scattered(batch: Spec) -> bool:
@@ -142,7 +128,7 @@ def _scattered(batch: Spec) -> bool:
 def _convolution(op: Op) -> int:
     """oneDNN: the weight in an order of its own beside the result in another, then that beside the result as it is."""
     weight = op.inputs[1]
-    return max(_reordered(weight), sum(map(_bytes, op.outputs))) + _copies(op.inputs[:1])
+    return max(_reordered(weight), sum(map(size_of, op.outputs))) + _copies(op.inputs[:1])
 
 
 def _reordered(weight: Spec) -> int:
@@ -246,7 +232,7 @@ def _reference4(rows: int, columns: int, dtype: torch.dtype) -> int:
 
 
 def _pool_back(op: Op) -> int:
-    return sum(map(_bytes, op.outputs))
+    return sum(map(size_of, op.outputs))
 
 
 _FORMULAS: Final[Mapping[str, Callable[[Op], int]]] = {
