@@ -1,0 +1,240 @@
+"""The index of a library: one SQLite file, opened for one short transaction at a time.
+
+Readers and writers hold the library's lock shared for as long as they have the database open, so that whoever
+puts another database in its place (which takes the lock alone) never leaves a process writing to the old one. One
+writer at a time is at work: what it does to files within ``writing`` nobody else does at that moment. The database is
+in WAL mode with synchronous FULL: when ``writing`` is left, what was written has been flushed to the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from tarsia.core.errors import LibraryError
+from tarsia.library.places import Places
+
+PATIENCE: Final = 30.0
+"""Seconds to wait for other processes."""
+
+APPLICATION: Final = 0x54415253
+"""SQLite's application_id of a library: "TARS"."""
+
+SCHEMA_VERSION: Final = 1
+SCHEMA: Final = """
+CREATE TABLE objects (
+    hash TEXT PRIMARY KEY, bytes INTEGER NOT NULL,
+    files TEXT NOT NULL                       -- JSON: {"tarsia.json": [sha256, bytes], ...}
+) WITHOUT ROWID;
+CREATE TABLE versions (
+    name TEXT NOT NULL, number INTEGER NOT NULL CHECK (number > 0),
+    hash TEXT NOT NULL REFERENCES objects,
+    at TEXT NOT NULL, who TEXT NOT NULL, note TEXT NOT NULL,
+    base TEXT,                                -- what its user called the base
+    weights TEXT, architecture TEXT, quantisation TEXT, processor TEXT, template TEXT, -- the base's fingerprint
+    methods TEXT NOT NULL,                    -- "dora, lora"
+    sites INTEGER NOT NULL, numbers INTEGER NOT NULL, -- patches; numbers in their tensors
+    passed INTEGER,                           -- of its gate: 1, 0 or NULL where it was not judged
+    PRIMARY KEY (name, number)
+) WITHOUT ROWID;
+CREATE INDEX versions_hash ON versions (hash);
+CREATE INDEX versions_weights ON versions (weights);
+CREATE TABLE tags (
+    name TEXT NOT NULL, tag TEXT NOT NULL, number INTEGER NOT NULL,
+    PRIMARY KEY (name, tag), FOREIGN KEY (name, number) REFERENCES versions
+) WITHOUT ROWID;
+CREATE TABLE journal (
+    id INTEGER PRIMARY KEY, at TEXT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
+    name TEXT NOT NULL, tag TEXT, before INTEGER, after INTEGER, why TEXT NOT NULL
+);
+CREATE INDEX journal_name ON journal (name, tag);
+CREATE TABLE reads (                          -- contents that were hashed whole when they were first read
+    hash TEXT PRIMARY KEY, stamp TEXT NOT NULL -- JSON: what stat said of the files then
+) WITHOUT ROWID;
+CREATE TABLE facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID; -- journal: bytes of journal.jsonl
+INSERT INTO facts VALUES ('journal', 0);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the journal: ``tag`` went from version ``before`` to ``after`` (None: there was or is none)."""
+
+    at: str
+    who: str
+    action: str
+    name: str
+    tag: str | None
+    before: int | None
+    after: int | None
+    why: str
+
+
+@dataclass(slots=True)
+class Writing:
+    """A transaction that writes: the database, and what it adds to the journal when it is done."""
+
+    db: sqlite3.Connection
+    entries: list[Entry] = field(default_factory=list)
+
+
+@contextmanager
+def reading(places: Places) -> Iterator[sqlite3.Connection]:
+    """The index as it is at one moment. Raises LibraryError where there is none, or it is damaged or busy."""
+    with told(places), held(places), closing(connect(places)) as db:
+        db.execute("BEGIN")
+        yield db
+
+
+@contextmanager
+def writing(places: Places) -> Iterator[Writing]:
+    """The only writer of the library for a moment; what it did is durable once this is left, or undone.
+
+    Raises LibraryError where there is no library, it is damaged or busy, or the disk is full.
+    """
+    with told(places), held(places), closing(connect(places)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            work = Writing(db)
+            yield work
+            if work.entries:
+                _append(places, db, work.entries)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+
+@contextmanager
+def held(places: Places, alone: bool = False) -> Iterator[None]:
+    """The library's lock, shared or alone. Raises LibraryError where others do not let go of it."""
+    handle = os.open(places.lock, os.O_RDONLY)
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise _busy(places) from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(handle)
+
+
+def connect(places: Places) -> sqlite3.Connection:
+    """The database, which must be there, with nothing begun. Raises LibraryError where it is no index of ours."""
+    if not places.index.is_file():
+        raise _damaged(places, "index.sqlite is missing")
+    db = sqlite3.connect(
+        f"{places.index.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=PATIENCE
+    )
+    try:
+        set_up(db)
+        (application,), (schema,) = (
+            db.execute("PRAGMA application_id").fetchone(),
+            db.execute("PRAGMA user_version").fetchone(),
+        )
+        if application != APPLICATION:
+            raise _damaged(places, f"index.sqlite has the application id {application}, not {APPLICATION}")
+        if schema != SCHEMA_VERSION:
+            raise LibraryError(
+                "The library is of another format.", given=schema, allowed=SCHEMA_VERSION, do="update tarsia"
+            )
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def set_up(db: sqlite3.Connection) -> None:
+    """What every connection needs: durable commits, references that are held to."""
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("PRAGMA foreign_keys = ON")
+
+
+def make(db: sqlite3.Connection) -> None:
+    """Fill an empty database with the tables of an index."""
+    set_up(db)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.executescript(
+        f"BEGIN;{SCHEMA};PRAGMA application_id = {APPLICATION};PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
+    )
+
+
+def _append(places: Places, db: sqlite3.Connection, entries: list[Entry]) -> None:
+    """Add entries to the index and to the journal's file, whose unacknowledged end a killed writer may have left."""
+    (known,) = db.execute("SELECT value FROM facts WHERE key = 'journal'").fetchone()
+    lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries).encode()
+    handle = os.open(places.journal, os.O_WRONLY)
+    try:
+        size = os.fstat(handle).st_size
+        if size < known:
+            raise LibraryError(
+                "journal.jsonl has lost its end.",
+                given=f"{places.journal}: {size} of {known} bytes",
+                do="tarsia library verify --repair",
+            )
+        os.ftruncate(handle, known)
+        written = os.pwrite(handle, lines, known)
+        if written != len(lines):
+            raise OSError(None, f"only {written} of {len(lines)} bytes could be written", str(places.journal))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    for entry in entries:
+        values = asdict(entry)
+        marks = ", ".join(f":{key}" for key in values)
+        db.execute(f"INSERT INTO journal ({', '.join(values)}) VALUES ({marks})", values)
+    db.execute("UPDATE facts SET value = ? WHERE key = 'journal'", (known + len(lines),))
+
+
+@contextmanager
+def told(places: Places) -> Iterator[None]:
+    """What SQLite or the system refuses, as a refusal of ours."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            raise _busy(places) from None
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "no such" in str(error):
+            raise _damaged(places, str(error)) from None
+        if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
+            raise _unwritable(places, f"{error} ({name})") from error
+        raise
+    except OSError as error:
+        raise _unwritable(places, error.strerror or error) from error
+
+
+def _busy(places: Places) -> LibraryError:
+    return LibraryError(
+        "Other processes keep the library busy.", given=f"{places.root}, for {PATIENCE:.0f} s", do="try again later"
+    )
+
+
+def _damaged(places: Places, why: str) -> LibraryError:
+    return LibraryError(
+        "The index of the library is damaged or lost.",
+        given=f"{places.index}: {why}",
+        do="tarsia library verify --repair makes it anew from the versions' records",
+    )
+
+
+def _unwritable(places: Places, why: Any) -> LibraryError:
+    return LibraryError(
+        "The library can not be used; what was published is as it was.",
+        given=f"{places.root}: {why}",
+        do="make room, or see to the rights and the disk, and try again",
+    )

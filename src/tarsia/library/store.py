@@ -1,0 +1,317 @@
+"""A library of adapters on disk, for any number of processes at once, any of which may be killed at any moment.
+
+``places`` says where everything lies. What is true after each step of a publish, and who puts it right should the
+process end there (SIGKILL, power cut):
+
+====  =========================================  ======================================================================
+step                                             if it ends here
+====  =========================================  ======================================================================
+1     a stage is made and locked                 a dead stage: ``gc`` removes it
+2     files copied, hashed, held to tarsia.json  the same
+3     files read-only and flushed to the disk    the same
+4     the index's write lock is taken            the system lifts it; SQLite undoes what was begun
+5     stage renamed to objects/ab/ab12...        a content without a version: ``gc`` removes it, or the next publish of
+                                                 the same content uses it, once its hashes are found right
+6     record written (stage, flush, rename)      a record without a version: the next publish of that name writes its
+                                                 own in its place, or ``gc`` removes it
+7     journal.jsonl lengthened and flushed       an end that the index does not know: the next writer cuts it off
+8     transaction committed (WAL, flushed)       published, whole, though nobody was told
+9     the version is returned                    published
+====  =========================================  ======================================================================
+
+Only step 8 makes a version seen, and only after everything that it needs is on the disk; readers see the index
+before it or after it. 5 to 8 are under the index's write lock, which everything else that changes files takes too: ``gc``
+never sees a content between 5 and 8. ``tag`` and ``rollback`` are 4, 7, 8 and 9. ``gc`` takes the write lock, renames what
+nothing refers to into a locked stage, lets go of the lock, and then removes the stage; killed, it leaves a dead stage.
+A library is made under its lock, held alone, and its marker is written last; killed, the next process makes it.
+``repair`` holds the lock alone, moves a damaged index away before it puts the new one in its place, and leaves, killed,
+a library whose index is missing, which everybody refuses and the next ``repair`` mends.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from tarsia.core.errors import LibraryError
+from tarsia.library import content, index, record, stages
+from tarsia.library.index import Entry, Writing
+from tarsia.library.places import CURRENT, FORMAT, Places, Reference, check_name
+from tarsia.library.record import Version
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What came of a publish: ``fresh`` is False where the name had this content already, as ``version``.
+
+    ``left`` names what lay in the source and is no part of an adapter.
+    """
+
+    version: Version
+    fresh: bool
+    left: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The library in a folder. It holds nothing open; every call sees what all processes have done before it."""
+
+    places: Places
+
+    @classmethod
+    def open(cls, root: Path | str) -> Self:
+        """The library that is there. Raises LibraryError where there is none."""
+        places = Places(Path(root))
+        if not places.marker.is_file():
+            raise LibraryError(
+                "There is no library.",
+                given=str(root),
+                do="say which with --library FOLDER or TARSIA_LIBRARY; tarsia library add makes one",
+            )
+        held = content.read_json(places.marker)
+        if held.get("format") != FORMAT:
+            raise LibraryError(
+                "The library is of another format.", given=held.get("format"), allowed=FORMAT, do="update tarsia"
+            )
+        return cls(places)
+
+    @classmethod
+    def make(cls, root: Path | str) -> Self:
+        """The library that is there, or a new one. Raises LibraryError where something else is there."""
+        places = Places(Path(root))
+        if not places.marker.is_file():
+            with index.told(places):
+                _make(places)
+        return cls.open(root)
+
+    def publish(
+        self,
+        folder: Path | str,
+        name: str,
+        *,
+        tags: Sequence[str] = (),
+        note: str = "",
+        who: str | None = None,
+        new_base: bool = False,
+    ) -> Published:
+        """Copy an adapter's folder into the library as the next version of ``name``, which ``current`` moves to.
+
+        Durable when this returns. A content that the name has already gets no second version. ``tags`` move to the
+        version in the same step. Raises LibraryError where the folder is no whole adapter, or belongs to another
+        base than the name's last version and ``new_base`` does not say that this is meant.
+        """
+        check_name(name)
+        for tag in tags:
+            _check_tag(tag)
+        by = who or whoever()
+        with index.told(self.places), stages.staged(self.places) as fresh:
+            taken, left = content.take(Path(folder), fresh)
+            stages.harden(fresh)
+            place = self.places.object(taken.hash)
+            spoilt = place.exists() and bool(content.damage(place, taken.files))
+            with index.writing(self.places) as work:
+                same = record.select(work.db, "versions.name = :n AND hash = :h", {"n": name, "h": taken.hash})
+                if same and not spoilt:
+                    version = same[0]
+                else:
+                    self._install(fresh, taken.hash, spoilt)
+                version = same[0] if same else self._add(work, taken, name, by, note, new_base)
+                for tag in tags:
+                    move(work, version, tag, by, note, "tag")
+                number = version.number
+            return Published(self.version(f"{name}@{number}"), not same, left)
+
+    def _install(self, fresh: Path, digest: str, spoilt: bool) -> None:
+        """Put a content where it belongs, in place of one that is spoilt; one that is there and sound is left."""
+        place = self.places.object(digest)
+        if spoilt and place.exists():
+            with stages.staged(self.places) as away:
+                os.rename(place, away / digest)
+        if place.exists():
+            return
+        if not place.parent.is_dir():
+            place.parent.mkdir()
+            stages.flush(place.parent.parent)
+        os.rename(fresh, place)
+        place.chmod(0o555)
+        stages.flush(place.parent)
+
+    def _add(self, work: Writing, taken: content.Content, name: str, who: str, note: str, new_base: bool) -> Version:
+        before = record.select(work.db, "versions.name = :n", {"n": name})
+        number = before[-1].number + 1 if before else 1
+        version = Version.of(taken, name, number, now(), who, note)
+        if before and not new_base:
+            _check_base(before[-1], version)
+        path = self.places.record(name, number)
+        stages.write(path, record.write(version, taken.files), self.places)
+        record.insert(work.db, version, taken.files)
+        move(work, version, CURRENT, who, note, "publish")
+        return version
+
+    def version(self, reference: Reference | str) -> Version:
+        """The version that a reference means. Raises LibraryError where there is none, or a hash's beginning means two."""
+        asked = Reference.parse(reference) if isinstance(reference, str) else reference
+        with index.reading(self.places) as db:
+            return find(db, asked)
+
+    def folder(self, version: Version) -> Path:
+        """Where a version's files lie, read-only and not looked at."""
+        return self.places.object(version.hash)
+
+    def whole(self, reference: Reference | str) -> tuple[Version, Path]:
+        """A version and its folder, whose files were hashed when it was first read and have not changed since.
+
+        Raises LibraryError, naming each file, where they are not what was published.
+        """
+        asked = Reference.parse(reference) if isinstance(reference, str) else reference
+        with index.reading(self.places) as db:
+            version = find(db, asked)
+            files = record.files_of(db, version.hash)
+            row = db.execute("SELECT stamp FROM reads WHERE hash = ?", (version.hash,)).fetchone()
+        place = self.folder(version)
+        if row is not None and row["stamp"] == stamp(place, files):
+            return version, place
+        before = stamp(place, files)
+        if damage := content.damage(place, files):
+            raise LibraryError(
+                f"The files of {version.reference} are not those that were published.",
+                given="; ".join(damage),
+                do="add the same adapter again, which puts them right, or roll back to another version",
+            )
+        with index.writing(self.places) as work:
+            work.db.execute("INSERT OR REPLACE INTO reads VALUES (?, ?)", (version.hash, before))
+        return version, place
+
+    def versions(self, where: str = "1", **values: object) -> list[Version]:
+        """Versions by name and number."""
+        with index.reading(self.places) as db:
+            return record.select(db, where, values)
+
+
+def find(db: sqlite3.Connection, asked: Reference) -> Version:
+    """The version that a reference means. Raises LibraryError where there is none, or a hash's beginning means two."""
+    where, value = {
+        "number": ("number = :v", asked.number),
+        "tag": ("number = (SELECT number FROM tags WHERE tags.name = :n AND tag = :v)", asked.tag),
+        "hash": ("hash GLOB :v || '*'", asked.hash),
+    }["hash" if asked.hash is not None else "tag" if asked.tag is not None else "number"]
+    found = record.select(db, f"versions.name = :n AND versions.{where}", {"n": asked.name, "v": value})
+    if len({version.hash for version in found}) == 1:
+        return found[-1]
+    if found:
+        raise LibraryError(
+            "This hash is the beginning of more than one.",
+            given=str(asked),
+            allowed=", ".join(f"{version.name}#{version.hash[:16]}" for version in found),
+        )
+    raise _unknown(db, asked)
+
+
+def _unknown(db: sqlite3.Connection, asked: Reference) -> LibraryError:
+    import difflib
+
+    there = record.select(db, "versions.name = :n", {"n": asked.name})
+    if there:
+        tags = sorted({tag for version in there for tag in version.tags})
+        return LibraryError(
+            f"{asked.name} has no such version.",
+            given=str(asked),
+            allowed=f"{asked.name}@1 to @{there[-1].number}; {', '.join(f'@{tag}' for tag in tags)}",
+        )
+    names = [name for (name,) in db.execute("SELECT DISTINCT name FROM versions")]
+    near = difflib.get_close_matches(asked.name, names, 1, 0.6)
+    return LibraryError(
+        "The library has no adapter of this name.",
+        given=asked.name,
+        do=f"did you mean {near[0]}?" if near else "tarsia library list says what there is",
+    )
+
+
+def move(work: Writing, version: Version, tag: str, who: str, why: str, action: str) -> Entry:
+    """Let a tag of the version's name point at it, and write that down."""
+    row = work.db.execute("SELECT number FROM tags WHERE name = ? AND tag = ?", (version.name, tag)).fetchone()
+    work.db.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?)", (version.name, tag, version.number))
+    before = None if row is None else row["number"]
+    entry = Entry(now(), who, action, version.name, tag, before, version.number, why)
+    work.entries.append(entry)
+    return entry
+
+
+def stamp(folder: Path, files: Sequence[str] | dict[str, content.File]) -> str | None:
+    """What the system says of the files without reading them; None where one is not there."""
+    try:
+        found = {name: os.stat(folder / name) for name in files}
+    except OSError:
+        return None
+    return json.dumps({n: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for n, s in sorted(found.items())})
+
+
+def now() -> str:
+    """UTC, in ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def whoever() -> str:
+    """The user's name, or number where the system knows none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def _check_tag(tag: str) -> str:
+    if tag == CURRENT:
+        raise LibraryError(
+            "This tag moves by itself, to what is published.", given=tag, do="tarsia library rollback moves it back"
+        )
+    return check_name(tag, "tag")
+
+
+def _check_base(last: Version, version: Version) -> None:
+    parts = [part for part, digest in version.fingerprint.items() if digest != last.fingerprint[part]]
+    if parts:
+        raise LibraryError(
+            f"The adapter belongs to another base than {last.reference}.",
+            given=f"{version.base or 'a base in memory'}: another {', '.join(parts)}",
+            allowed=f"{last.base or 'a base in memory'}",
+            do="choose another name, or say --new-base if this is meant",
+        )
+
+
+def _make(places: Places) -> None:
+    places.root.mkdir(parents=True, exist_ok=True)
+    ours = {path.name for path in (places.lock, places.index, places.journal)}
+    ours |= {"objects", "records", "stages", "index.sqlite-wal", "index.sqlite-shm", f".{places.marker.name}"}
+    strange = sorted(path.name for path in places.root.iterdir() if path.name not in ours)
+    if strange and not places.marker.is_file():
+        raise LibraryError(
+            "Something that is no library is there already.",
+            given=f"{places.root}: {', '.join(strange[:3])}",
+            do="choose an empty folder",
+        )
+    places.lock.touch()
+    with index.held(places, alone=True):
+        if places.marker.is_file():
+            return
+        for folder in (places.objects, places.records, places.stages):
+            folder.mkdir(exist_ok=True)
+        for name in (places.index.name, f"{places.index.name}-wal", f"{places.index.name}-shm", places.journal.name):
+            # of a process that was killed here: nobody can have published yet
+            (places.root / name).unlink(missing_ok=True)
+        with closing(sqlite3.connect(places.index, isolation_level=None)) as db:
+            index.make(db)
+        places.journal.touch()
+        draft = places.root / f".{places.marker.name}"
+        draft.write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf8")
+        for path in (places.index, places.journal, draft, places.root):
+            stages.flush(path)
+        os.replace(draft, places.marker)
+        stages.flush(places.root)
