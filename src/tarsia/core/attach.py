@@ -179,9 +179,10 @@ def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
             allowed="letters, digits, - and _, but no name that torch's ModuleDict has a use for",
             do=f"for example {re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-') or 'mine'}-1",
         )
-    if name in adapters(model):
+    held = slots(model)
+    if name in _names(held):
         raise AttachError(f"An adapter {name!r} is attached already.", do="choose another name, or detach it first")
-    _unmerged(model)
+    _unmerged(held)
     modules = dict(model.named_modules())
     names: dict[int, set[str]] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
@@ -234,36 +235,54 @@ def _free(module: nn.Module) -> None:
         raise AttachError("The module has something of its own that is called `slot`.", given=type(module).__name__)
 
 
-def _unmerged(model: nn.Module) -> None:
-    if any(slot.kept is not None for slot in slots(model)):
+def _unmerged(held: Sequence[Slot]) -> None:
+    if any(slot.kept is not None for slot in held):
         raise AttachError("The patches are merged into the weights in memory.", do="unmerge first")
 
 
 def slots(model: nn.Module) -> tuple[Slot, ...]:
-    """Every slot of the model, in module order."""
-    return tuple(module for module in model.modules() if isinstance(module, Slot))
+    """Every slot of the model, in module order. None lies inside another, so what slots hold is not walked through."""
+    found: list[Slot] = []
+    seen: set[int] = set()
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, Slot):
+            found.append(module)
+        else:
+            waiting.extend([c for c in reversed(module._modules.values()) if c is not None and c._modules])
+    return tuple(found)
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the attached adapters, in the order in which the model's modules meet them."""
-    return tuple(dict.fromkeys(name for slot in slots(model) for name in slot.patches))
+    return _names(slots(model))
+
+
+def _names(held: Sequence[Slot]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for slot in held for name in slot.patches))
 
 
 def patches(model: nn.Module, name: str) -> dict[Site, Patch]:
     """Site to patch of one adapter, in module order. Raises AttachError where there is none."""
-    _known(model, [name])
+    held = slots(model)
+    _known(held, [name])
     return {
-        slot.sites[key]: patch
-        for slot in slots(model)
-        for key, patch in slot.held(name).items()
-        if not isinstance(patch, Tied)
+        slot.sites[key]: patch for slot in held for key, patch in slot.held(name).items() if not isinstance(patch, Tied)
     }
 
 
-def _known(model: nn.Module, names: Sequence[str]) -> None:
-    unknown = sorted(set(names) - set(adapters(model)))
-    if unknown:
-        held = adapters(model)
+def _known(among: Sequence[Slot], names: Sequence[str]) -> None:
+    wanted = set(names)
+    for slot in among:
+        if not wanted:
+            return
+        wanted.difference_update(slot.patches)
+    if wanted:
+        held, unknown = _names(among), sorted(wanted)
         raise AttachError(
             f"No adapter {unknown[0]!r} is attached.",
             given=", ".join(unknown),
@@ -290,11 +309,13 @@ def activate(model: nn.Module, *parts: Composition | None) -> None:
                 do="enter routed(model, it, segments), or give it to generate()",
             )
     whole = stacked([part for part in parts if part is not None and not isinstance(part, Switch | Parallel)])
-    _known(model, members(whole))
-    _unmerged(model)
-    check(slots(model), [whole])
-    for slot in slots(model):
-        slot.active = tuple(parts_of(whole))
+    held = slots(model)
+    _known(held, members(whole))
+    _unmerged(held)
+    check(held, [whole])
+    acting = tuple(parts_of(whole))
+    for slot in held:
+        slot.act(acting)
 
 
 @contextmanager
@@ -307,12 +328,13 @@ def routed(model: nn.Module, rows: Sequence[Acting | None] | Switch | Parallel, 
     together, and AttachError for merged patches or a name that is not attached.
     """
     route = Route.of(rows, segments)
+    held = slots(model)
     for part in route.order:
-        _known(model, members(part))
-    _unmerged(model)
+        _known(held, members(part))
+    _unmerged(held)
     for part in route.order:
-        check(slots(model), [part])
-    before = [(slot, slot.route) for slot in slots(model)]
+        check(held, [part])
+    before = [(slot, slot.route) for slot in held]
     try:
         for slot, _ in before:
             slot.route = route
@@ -327,8 +349,9 @@ def merge(model: nn.Module) -> None:
 
     Raises AttachError, with nothing changed, where that can not be.
     """
-    _unmerged(model)
-    for slot in slots(model):
+    held = slots(model)
+    _unmerged(held)
+    for slot in held:
         if slot.route is not None:
             raise AttachError("Rows are routed to adapters of their own.", do="merge outside `routed`")
         for name in members(stacked(slot.active)):
@@ -336,7 +359,7 @@ def merge(model: nn.Module) -> None:
                 if type(patch).fold is Patch.fold:
                     raise AttachError(f"The method of {type(patch).__name__} does not fold.", given=name)
     try:
-        for slot in slots(model):
+        for slot in held:
             slot.merge()
     except BaseException:
         unmerge(model)
@@ -355,13 +378,14 @@ def detach(model: nn.Module, name: str) -> None:
     With the last one every trace goes, and what was trainable is so again. Raises AttachError, with
     the adapter in place, where something else wraps a patched module.
     """
-    _known(model, [name])
-    held = [slot for slot in slots(model) if name in slot.patches]
+    every = slots(model)
+    _known(every, [name])
+    held = [slot for slot in every if name in slot.patches]
     left = [one for part in active(model) if (one := without(part, name)) is not None]
     for slot in held:
         slot.seat()
     unmerge(model)
-    for slot in slots(model):
+    for slot in every:
         slot.active = tuple(left)
     for slot in held:
         slot.remove(name)

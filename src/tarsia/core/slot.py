@@ -48,6 +48,11 @@ class Slot(nn.Module):
         module.slot = self
         module.__dict__[seat] = self.run
 
+    def act(self, parts: tuple[Acting, ...]) -> None:
+        """Let these act on every row."""
+        # nn.Module looks whether what is set is a parameter or a module, which takes most of a switch's time
+        self.__dict__["active"] = parts
+
     def add(self, name: str, site: Site, patch: Patch) -> None:
         """Put ``patch`` in for adapter ``name``."""
         if name not in self.patches:
