@@ -34,7 +34,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.render
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/tarsia/quant/kernels/*.so
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/tarsia/*/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # constraints.txt pins torch to a build for the CPU where one is offered; unpinned, several GB of CUDA would come.

@@ -1,4 +1,4 @@
-"""Called by hatchling when Tarsia is built or installed: compiles the kernel into a wheel for this machine."""
+"""Called by hatchling when Tarsia is built or installed: compiles the kernels into a wheel for this machine."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class KernelHook(BuildHookInterface):
-    """Without a compiler the wheel is one for every machine, and the slow reference runs: said here and by doctor."""
+    """Without a compiler the wheel is one for every machine, and the slow references run: said here and by doctor."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
         build = _load(Path(self.root, "src", "tarsia", "quant", "build.py"))
         try:
-            library = build.build()
+            libraries = [build.build(library) for library in build.LIBRARIES]
         except build.BuildError as error:
-            self.app.display_warning(f"Without the 4-bit kernel, whose place the slow reference takes: {error}")
+            self.app.display_warning(f"Without the kernels, whose place the slow references take: {error}")
             return
         if version == "editable":
             return  # it lies among the sources, which are what is installed
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        build_data["artifacts"] += [str(path.relative_to(self.root)) for path in libraries]
 
 
 def _load(path: Path) -> ModuleType:

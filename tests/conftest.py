@@ -1,4 +1,4 @@
-"""The kernel for 4-bit weights is that of the sources here, compiled anew where it is not; a cache of our own."""
+"""The kernels are those of the sources here, compiled anew where they are not; a cache of our own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # what runs keep for their user is not the suite's to write
     os.environ["TARSIA_CACHE"] = config.stash[CACHE] = tempfile.mkdtemp(prefix="tarsia-cache-")
-    library = build.KERNELS / build.LIBRARY
     try:
-        if not library.exists() or not build.fresh(library):
-            build.build()
+        for library in build.LIBRARIES:
+            if not library.path.exists() or not library.fresh():
+                build.build(library)
     except build.BuildError as error:
-        # the tests of the kernel fail or are skipped, each for its reason; the others run on the reference
+        # the tests of the kernels fail or are skipped, each for its reason; the others run on the reference
         config.stash[REASON] = str(error)
 
 
@@ -36,4 +36,4 @@ REASON = pytest.StashKey[str]()
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     reason = config.stash.get(REASON, None)
-    return None if reason is None else f"4-bit kernel: not built: {reason}"
+    return None if reason is None else f"a kernel is not built: {reason}"

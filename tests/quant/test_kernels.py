@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tarsia.quant import build, codec, native
+from tarsia.quant import build, codec, loader, native
 from tarsia.quant.levels import KINDS, bounds, levels, scale_levels
 
 DTYPES = tuple(native.DTYPES)
@@ -28,20 +28,22 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     cc = build.compiler()
     if cc is None:
         pytest.skip("there is no C compiler")
-    path = tmp_path_factory.mktemp("kernel") / build.LIBRARY
-    build.compile_library(path, build.machine(), [*cc, "-Werror"])
-    loaded = native._load(path)
+    path = tmp_path_factory.mktemp("kernel") / build.FOUR_BITS.file
+    build.compile_library(build.FOUR_BITS, path, build.machine(), [*cc, "-Werror"])
+    loaded = loader.load(native.INTERFACE, path)
     assert not isinstance(loaded, str), loaded
-    return loaded[0]
+    return loaded
 
 
 @pytest.fixture(
-    scope="session", params=["portable", *(Path(name).stem for name in build.SETS.get(build.machine(), ()))]
+    scope="session", params=["portable", *(Path(name).stem for name in build.FOUR_BITS.sets.get(build.machine(), ()))]
 )
 def kernel(request: pytest.FixtureRequest, library: ctypes.CDLL) -> native.Kernel:
     """One instruction set on this thread alone; also where the processor has it and does not say so."""
     name = request.param
-    if not library.tarsia4_supported(native.SETS[name]) and not native._executes(Path(library._name), name):
+    if not library.tarsia4_supported(native.SETS[name]) and not loader.executes(
+        native.INTERFACE, Path(library._name), name
+    ):
         pytest.skip(f"this processor does not execute {name}")
     return native.Kernel(library, name, 0)
 
@@ -342,9 +344,9 @@ def test_threads_share_the_work_whatever_the_runtime_grants(library: ctypes.CDLL
     y = product(alone, value, x)
     for granted in (1, 2, 5):
         parallel = signature(granting(granted))
-        team = native._TEAM.pack(ctypes.cast(parallel, ctypes.c_void_p).value, 3)
+        team = loader._TEAM.pack(ctypes.cast(parallel, ctypes.c_void_p).value, 3)
         several = native.Kernel(library, "portable", 0)
-        several._teams = {torch.get_num_threads(): team}
+        several._team._packed = {torch.get_num_threads(): team}
         asked.clear()
         codes, absmax, done = encoded(several, w)
         assert done == 0

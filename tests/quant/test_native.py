@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ import torch
 
 from tarsia.cli import machine
 from tarsia.core.errors import ConfigError
-from tarsia.quant import build, native, ops
+from tarsia.quant import build, loader, native, ops
 from tarsia.quant.levels import levels
 
 CC = build.compiler()
-LIBRARY = build.KERNELS / build.LIBRARY
+LIBRARY = build.FOUR_BITS.path
 needs_cc = pytest.mark.skipif(CC is None, reason="there is no C compiler")
 needs_kernel = pytest.mark.skipif(CC is None and not LIBRARY.exists(), reason="no C compiler and no compiled kernel")
 
@@ -35,21 +36,29 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     native.library.cache_clear()
 
 
-def stub(folder: Path, abi: int = native.ABI, here: str = "1", names: tuple[str, ...] = NAMES, code: int = 0) -> Path:
+def stub(
+    folder: Path, abi: int = native.INTERFACE.abi, here: str = "1", names: tuple[str, ...] = NAMES, code: int = 0
+) -> Path:
     """A library that answers, and does nothing."""
     rest = " ".join(f"int tarsia4_{name}(void) {{ return {code}; }}" for name in names)
-    source, library = folder / "stub.c", folder / build.LIBRARY
+    source, library = folder / "stub.c", folder / LIBRARY.name
     source.write_text(STUB.format(abi=abi, here=here, rest=rest), encoding="utf8")
     subprocess.run([*CC, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     return library
 
 
+def copy(folder: Path) -> build.Library:
+    """The same sources in another folder."""
+    shutil.copytree(LIBRARY.parent, folder, ignore=shutil.ignore_patterns("*.so", ".build-*"))
+    return build.FOUR_BITS.at(folder)
+
+
 @needs_kernel
 def test_the_kernel_of_these_sources_runs() -> None:
-    assert build.fresh(LIBRARY), "python -m tarsia.quant.build"
+    assert build.FOUR_BITS.fresh(), "python -m tarsia.quant.build"
     kernel, status = native._find(LIBRARY, "")
     assert kernel is not None and status.do is None
-    there = [name for name in native.BEST_FIRST if name in status.text]
+    there = [name for name in native.INTERFACE.best_first if name in status.text]
     assert kernel.name == there[0]
     if build.machine() == "x86_64" and "avx2" in machine.cpu_flags()[1]:
         assert {"avx2", "portable"} <= set(there), "the dispatcher does not know what was compiled"
@@ -89,17 +98,17 @@ def test_what_can_not_be_forced_is_an_error(monkeypatch: pytest.MonkeyPatch, nam
 
 
 def missing(folder: Path) -> Path:
-    return folder / build.LIBRARY
+    return folder / LIBRARY.name
 
 
 def no_library(folder: Path) -> Path:
-    (folder / build.LIBRARY).write_text("not a library", encoding="utf8")
-    return folder / build.LIBRARY
+    (folder / LIBRARY.name).write_text("not a library", encoding="utf8")
+    return folder / LIBRARY.name
 
 
 def cut_short(folder: Path) -> Path:
-    (folder / build.LIBRARY).write_bytes(stub(folder).read_bytes()[:200])
-    return folder / build.LIBRARY
+    (folder / LIBRARY.name).write_bytes(stub(folder).read_bytes()[:200])
+    return folder / LIBRARY.name
 
 
 def wrong_processor(folder: Path) -> Path:
@@ -115,7 +124,7 @@ def another_library(folder: Path) -> Path:
 
 
 def wrong_interface(folder: Path) -> Path:
-    return stub(folder, abi=native.ABI + 1)
+    return stub(folder, abi=native.INTERFACE.abi + 1)
 
 
 def nothing_runs(folder: Path) -> Path:
@@ -141,7 +150,8 @@ def test_without_a_kernel_the_reference_runs_and_it_is_said_once(
     w = torch.randn(7, 100)
     expected = ops.quantise4(w, levels("nf4"), 64)
     native.library.cache_clear()
-    monkeypatch.setattr(build, "KERNELS", plant(tmp_path).parent)
+    planted = replace(native.INTERFACE, library=build.FOUR_BITS.at(plant(tmp_path).parent))
+    monkeypatch.setattr(native, "INTERFACE", planted)
     with caplog.at_level(logging.WARNING):
         found = [ops.quantise4(w, levels("nf4"), 64) for _ in range(3)]
     assert all(torch.equal(a, b) for pair in found for a, b in zip(pair, expected, strict=True))
@@ -191,12 +201,12 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_cc
 @pytest.mark.usefixtures("quickly")
 def test_a_library_of_other_sources_is_said(tmp_path: Path) -> None:
-    shutil.copytree(build.KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so", ".build-*"))
-    library = build.compile_library(tmp_path / "kernels" / build.LIBRARY, build.machine(), CC, tmp_path / "kernels")
-    assert build.fresh(library, library.parent) and native._find(library, "")[1].do is None
+    copied = copy(tmp_path / "kernels")
+    library = build.compile_library(copied, copied.path, build.machine(), CC)
+    assert copied.fresh() and native._find(library, "")[1].do is None
     with (tmp_path / "kernels" / "portable.c").open("a", encoding="utf8") as source:
         source.write("/* changed */\n")
-    assert not build.fresh(library, library.parent)
+    assert not copied.fresh()
     kernel, status = native._find(library, "")
     assert kernel is not None and "other sources" in status.text and status.do
 
@@ -213,22 +223,22 @@ def test_an_instruction_that_ends_the_process_is_not_forced(tmp_path: Path) -> N
 
 
 def test_threads_are_those_of_torchs_runtime() -> None:
-    address, words = native._threads(native._maps())
-    if not machine.OPENMP.search(native._maps()):
+    address, words = loader.threads(loader.maps())
+    if not machine.OPENMP.search(loader.maps()):
         pytest.skip("torch has loaded no OpenMP runtime here")
     assert address and "torch's" in words
 
 
 @pytest.mark.parametrize("maps", ["", "7f00-7f01 r-xp 00000000 08:01 1 /nowhere/libgomp.so.1\n"])
 def test_no_second_runtime_is_loaded(maps: str) -> None:
-    address, words = native._threads(maps)
+    address, words = loader.threads(maps)
     assert address == 0 and "one thread" in words
 
 
 TWO = """
 import torch
 from tarsia.cli import machine
-from tarsia.quant import native, ops
+from tarsia.quant import loader, native, ops
 from tarsia.quant.levels import levels
 w = torch.randn(512, 1024)
 x = torch.randn(3, 1024)
@@ -239,7 +249,7 @@ for threads in (1, 2):
     weight = (codes, scales, None, None, levels("nf4"), 64, 512, 1024)
     found.append((codes, scales, ops.dequantise4(*weight, torch.bfloat16), ops.linear4(x, *weight, None)))
 assert all(torch.equal(a, b) for a, b in zip(*found))
-print(native.library().name, len(set(machine.OPENMP.findall(native._maps()))))
+print(native.library().name, len(set(machine.OPENMP.findall(loader.maps()))))
 """
 
 
@@ -254,10 +264,10 @@ def test_two_threads_give_the_same_bits_and_one_runtime() -> None:
 @needs_cc
 @pytest.mark.usefixtures("quickly")
 def test_what_does_not_compile_is_said_in_the_compilers_words(tmp_path: Path) -> None:
-    shutil.copytree(build.KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so", ".build-*"))
+    copied = copy(tmp_path / "kernels")
     (tmp_path / "kernels" / "portable.c").write_text("nonsense", encoding="utf8")
     with pytest.raises(build.BuildError, match="nonsense"):
-        build.compile_library(tmp_path / "out.so", build.machine(), CC, tmp_path / "kernels")
+        build.compile_library(copied, tmp_path / "out.so", build.machine(), CC)
     assert not list(tmp_path.glob("*.so"))
 
 
@@ -269,15 +279,16 @@ def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 @needs_cc
 def test_building_in_place_prints_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def compiled(target: Path, *_: object) -> Path:
+    def compiled(library: build.Library, target: Path, *_: object) -> Path:
         return target
 
     monkeypatch.setattr(build, "compile_library", compiled)
     assert build.main() == 0
-    assert capsys.readouterr().out.strip() == str(LIBRARY)
+    assert capsys.readouterr().out.splitlines() == [str(library.path) for library in build.LIBRARIES]
 
 
 def test_another_machine_has_its_own_sources() -> None:
-    assert {path.name for path in build.sources("aarch64")} >= {"neon.c", "portable.c", "tarsia4.c"}
-    assert "neon.c" not in {path.name for path in build.sources("x86_64")}
-    assert {path.name for path in build.sources("riscv64")} == set(build.EVERYWHERE)
+    sources = build.FOUR_BITS.sources
+    assert {path.name for path in sources("aarch64")} >= {"neon.c", "portable.c", "tarsia4.c"}
+    assert "neon.c" not in {path.name for path in sources("x86_64")}
+    assert {path.name for path in sources("riscv64")} == set(build.FOUR_BITS.everywhere)

@@ -64,9 +64,9 @@ def read(data: bytes, dtype: torch.dtype) -> Tensor:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver and the library, compiled for ARM with warnings as errors."""
     folder = tmp_path_factory.mktemp("arm")
-    library = build.compile_library(folder / build.LIBRARY, "aarch64", [CC, "-Werror"])
+    library = build.compile_library(build.FOUR_BITS, folder / build.FOUR_BITS.file, "aarch64", [CC, "-Werror"])
     source, made = Path(__file__).with_name("driver.c"), folder / "driver"
-    linked = ["-I", str(build.KERNELS), str(source), str(library), f"-Wl,-rpath,{folder}", "-o", str(made)]
+    linked = ["-I", str(build.FOUR_BITS.folder), str(source), str(library), f"-Wl,-rpath,{folder}", "-o", str(made)]
     subprocess.run([CC, "-O2", "-Wall", "-Wextra", "-Werror", *linked], check=True)
     return made
 

@@ -1,0 +1,2 @@
+#define STEPS tarsia_merge_avx2
+#include "body.h"

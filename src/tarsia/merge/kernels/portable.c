@@ -1,0 +1,2 @@
+#define STEPS tarsia_merge_portable
+#include "body.h"
