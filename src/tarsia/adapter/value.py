@@ -13,7 +13,7 @@ from torch import Tensor
 import tarsia.methods  # noqa: F401 (fills the registry that adapters are made from)
 from tarsia.adapter.fingerprint import Fingerprint, form_in_words
 from tarsia.adapter.four_bits import FourBits
-from tarsia.adapter.host import Host
+from tarsia.adapter.host import Host, Outline
 from tarsia.adapter.layout import Layout, layout
 from tarsia.adapter.proof import Probe
 from tarsia.core.attach import Part, install, patches
@@ -135,7 +135,7 @@ def put(host: Host, adapter: Adapter, name: str, *, allow: Collection[str] = ())
             given=", ".join(absent[:3]),
             do="open the base that the adapter was trained on",
         )
-    made = {path: _restored(host, sites[path], patched) for path, patched in adapter.patches.items()}
+    made = {path: restored(host, sites[path], patched) for path, patched in adapter.patches.items()}
     order = [site for site in host.sites if site.path in made]
     install(host.model, [(site, made[site.path]) for site in order], name=name)
 
@@ -148,7 +148,8 @@ def _trained_over(adapter: Adapter, base: Fingerprint) -> str:
     return f"{adapter.base or 'a base in memory'}, {form_in_words(base.quantisation, held)}"
 
 
-def _restored(host: Host, site: Site, patched: Patched) -> Patch:
+def restored(host: Host | Outline, site: Site, patched: Patched) -> Patch:
+    """The patch at ``site`` of this base, its tensors copied. Raises AdapterError where it does not fit there."""
     kind = find(patched.method).patch
     if site.kind not in find(patched.method).kinds:
         raise AdapterError(f"{patched.method} does not go to {site.path}.", given=f"a site of kind {site.kind}")
@@ -188,7 +189,7 @@ def _restored(host: Host, site: Site, patched: Patched) -> Patch:
     return patch
 
 
-def _check_shape(host: Host, site: Site, patch: Patch) -> None:
+def _check_shape(host: Host | Outline, site: Site, patch: Patch) -> None:
     """Fold the still empty patch, without numbers, into tensors of the base's shapes."""
     if type(patch).fold is Patch.fold:
         return

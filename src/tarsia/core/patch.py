@@ -141,6 +141,28 @@ class Thin(Protocol):
         ...
 
 
+class Additive(Protocol):
+    """A patch that adds the same to whatever weight and bias it is put on; found by presence too."""
+
+    def delta(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """up [out, rank] and down [rank, in] with W' = W + up down, both or none; and d with b' = b + d, or None."""
+        ...
+
+
+class Joinable(Protocol):
+    """A patch of which several, weighted, at one site are exactly one of the kind; found by presence too."""
+
+    @staticmethod
+    def joined(
+        patches: Sequence[tuple[Mapping[str, Any], Mapping[str, Tensor]]], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Constants and tensors of the patch whose change is the weighted sum of theirs.
+
+        Raises MergeError where these are not alike enough to be one.
+        """
+        ...
+
+
 class Measured(Protocol):
     """A patch that is DoRA's: two thin factors and the length of each row; found by presence too."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -58,6 +58,18 @@ class BitFit(Patch):
         if constants["added"] and shapes["change"] != site.shape[:1]:
             raise AttachError(f"The bias does not fit {site.path}.", given=shapes["change"], allowed=site.shape[:1])
         return cls(torch.empty(shapes["change"]), **constants)
+
+    def delta(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """d alone: what is added to any bias."""
+        return None, None, self.change
+
+    @staticmethod
+    def joined(
+        patches: Sequence[tuple[Mapping[str, Any], Mapping[str, Tensor]]], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The weighted sum of the changes."""
+        change = sum(weight * tensors["change"].double() for weight, (_, tensors) in zip(weights, patches, strict=True))
+        return dict(patches[0][0]), {"change": torch.as_tensor(change)}
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if bias is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tarsia.core.errors import AttachError, ConfigError
+from tarsia.core.errors import AttachError, ConfigError, MergeError
 from tarsia.core.method import method
 from tarsia.core.patch import Base, Outside
 from tarsia.core.site import Kind, Role, Site
@@ -98,6 +98,41 @@ class Bottleneck(Outside):
             given, allowed = repr(constants["activation"]), ", ".join(ACTIVATIONS)
             raise AttachError(f"Unknown activation at {site.path}.", given=given, allowed=allowed)
         return cls(tensors={name: torch.empty(shape) for name, shape in shapes.items()}, **constants)
+
+    @staticmethod
+    def joined(
+        patches: Sequence[tuple[Mapping[str, Any], Mapping[str, Tensor]]], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """One bottleneck as wide as all together: D and d above one another, U side by side, each times its weight.
+
+        A norm's own scales and shifts go into D and d, so what is left of it is the same for all. Raises MergeError
+        where activations differ, or some have a norm and others none.
+        """
+        first = dict(patches[0][0])
+        kinds = {(constants["activation"], "norm" in tensors) for constants, tensors in patches}
+        if len(kinds) > 1:
+            raise MergeError(
+                "Bottlenecks of different kinds can not be made one.",
+                given="; ".join(f"{f}{' after a norm' if norm else ''}" for f, norm in sorted(kinds)),
+                allowed="one activation, and a norm in all or in none",
+                do="merge adapters that were trained with one configuration, or let them act side by side",
+            )
+        shares = [w * c.get("scale", 1.0) / first.get("scale", 1.0) for w, (c, _) in zip(weights, patches, strict=True)]
+        held = [{name: tensor.double() for name, tensor in tensors.items()} for _, tensors in patches]
+        width, normed = held[0]["up"].shape[0], "norm" in held[0]
+        downs = [t["down"] * t["norm"] if normed else t["down"] for t in held]
+        made = {
+            "down": torch.cat(downs),
+            "up": torch.cat([share * t["up"] for share, t in zip(shares, held, strict=True)], 1),
+        }
+        if normed or any("down_bias" in t for t in held):
+            shifts = [t.get("down_bias", t["down"].new_zeros(len(t["down"]))) for t in held]
+            shifted = [d + t["down"] @ t["norm_bias"] if normed else d for d, t in zip(shifts, held, strict=True)]
+            last = [s * t.get("up_bias", t["up"].new_zeros(width)) for s, t in zip(shares, held, strict=True)]
+            made |= {"down_bias": torch.cat(shifted), "up_bias": torch.stack(last).sum(0)}
+        if normed:
+            made |= {"norm": torch.ones(width).double(), "norm_bias": torch.zeros(width).double()}
+        return first, made
 
     def through(self, h: Tensor) -> Tensor:
         """B(h) for hidden states [..., width], in their dtype."""

@@ -63,6 +63,15 @@ class IA3(Patch):
         scaled = (weight.to(wide) * scales[:, None]).to(weight.dtype)
         return scaled, None if bias is None else (bias.to(wide) * scales).to(bias.dtype)
 
+    @staticmethod
+    def joined(
+        patches: Sequence[tuple[Mapping[str, Any], Mapping[str, Tensor]]], weights: Sequence[float]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """1 + the weighted sum of l - 1: W' - W is linear in l - 1, and so is b' - b."""
+        moved = [tensors["scales"].double() - 1 for _, tensors in patches]
+        change = sum(weight * scales for weight, scales in zip(weights, moved, strict=True))
+        return dict(patches[0][0]), {"scales": 1 + torch.as_tensor(change)}
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
         scales = self.scales.to(x.dtype)
         return base(x * scales) if self.inner else base(x) * scales

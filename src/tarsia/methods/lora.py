@@ -128,6 +128,11 @@ class LoRA(Patch):
         """A [rank, in] and B [out, rank] of the change scale * B A, in the masters' dtype."""
         return self.A, self.B
 
+    def delta(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """scale * B and A: what is added to any weight."""
+        a, b = self.factors()
+        return self.scale * b, a, None
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         a, b = self.factors()
         # in the wider of the two: an adapter of half precision must not round the base

@@ -123,6 +123,10 @@ class VeRA(Patch):
         self.down, self.up = self.down.on(self.d.device), self.up.on(self.d.device)
         return self
 
+    def delta(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """diag(b) B and diag(d) A: what is added to any weight."""
+        return self.b[:, None] * self.up.tensor.to(self.b), self.d[:, None] * self.down.tensor.to(self.d), None
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         wide = torch.promote_types(weight.dtype, self.b.dtype)
         a, b = (held.tensor.to(self.d.device, wide) for held in (self.down, self.up))
