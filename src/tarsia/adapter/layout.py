@@ -72,8 +72,9 @@ def layout(model: nn.Module, patched: Sequence[tuple[Site, str]]) -> Layout:
             obstacles.append(f"{site.path}: PEFT would leave {', '.join(site.tied)} as it is, which is the same tensor")
     saved, homeless = _saved(modules, {name for held in places.values() for name in held.values()})
     obstacles += homeless
+    endings = {name[at + 1 :] for name in modules for at, letter in enumerate(name) if letter == "."}
     for path in targets:
-        if any(other != path and other.endswith(f".{path}") for other in modules):
+        if path in endings:
             obstacles.append(f"{path}: PEFT would take other modules that end alike too")
         if any(re.match(rf"(^|.*\.){module}($|\..*)", path) for module in saved):
             obstacles.append(f"{path}: PEFT would leave it out for a module in modules_to_save")

@@ -14,7 +14,7 @@ from tarsia.plan import cuda
 from tarsia.plan.heap import IN_STEP, Process, process, standing
 from tarsia.plan.ledger import Block, Category, Mark, live
 from tarsia.plan.operations import Operations, operations
-from tarsia.plan.rehearse import Outline, Rehearsal, ending, rehearsing, steps
+from tarsia.plan.rehearse import Outline, Rehearsal, ending, rehearsing, settle, steps
 from tarsia.plan.survey import Drawn, Survey, survey
 from tarsia.plan.time import Speeds, StepTime, predict
 from tarsia.train.exact import threads
@@ -180,10 +180,11 @@ def plan(recipe: Recipe, outline: Outline | None = None, drawn: Drawn | None = N
     with threads(recipe.threads), torch.random.fork_rng([]), rehearsing(recipe, outline, ledger, gpu) as (run, ghost):
         with ledger.during(SURVEY):
             found = survey(run, drawn)
+            if 0 not in found.steps:
+                settle(run, ledger)
         if run.schedule.steps > 1:
             # the optimiser's states are there from the second step on: whichever is typical, the first comes first
-            first, *others = found.steps
-            steps(run, ledger, (first, *(n for n in others if n != found.typical)))
+            steps(run, ledger, [n for n in found.steps if n == 0 or n != found.typical])
         counted = operations(run, ghost, (found.typical,))
         ending(run, ledger)
         rehearsed = Rehearsal.of(run, ghost)

@@ -133,6 +133,17 @@ def steps(run: Run, ledger: Ledger, numbers: Iterable[int]) -> None:
         ledger.label(_states(run.optimiser), Category.STATES)
 
 
+def settle(run: Run, ledger: Ledger) -> None:
+    """Give the optimiser the states that it has after a first step, without that step."""
+    for patch in run.patches.values():
+        for parameter in patch.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    run.watch.observe(1, ())
+    run.optimiser.step()
+    run.optimiser.zero_grad(set_to_none=True)
+    ledger.label(_states(run.optimiser), Category.STATES)
+
+
 def ending(run: Run, ledger: Ledger) -> None:
     """What comes after the last step: the probe, and the adapter as a value."""
     run.step = run.schedule.steps

@@ -127,22 +127,30 @@ def _fill(sizes: dict[tuple[int, int], Size], guesses: dict[tuple[int, int], tup
 
 
 def _largest(run: Run, sizes: Sequence[Size], per_step: int) -> tuple[int, ...]:
-    """The first step, and of the others those with the largest micro-batch in each of the ways that memory grows with.
+    """The steps with the largest micro-batch in each of the ways that memory grows with, without the first and with it.
 
-    The first has no optimiser's states beside it: however large it is, the next in size may take more.
+    The first has no optimiser's states beside it: however large it is, the next in size may take more. It does what
+    none does after it where rows are packed or features kept.
     """
     batch, packs = run.recipe.batch, run.packs
     best: list[tuple[int, int]] = []
-    for start in range(per_step, len(sizes), per_step):
+    first: list[int] = []
+    for start in range(0, len(sizes), per_step):
         rows = list(sizes[start : start + per_step])
         if run.recipe.batching == "grouped":
             rows.sort()
         parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         found = [_weight(part, packs) for part in parts]
         score = [max(column) for column in zip(*found, strict=True)]
+        if not start:
+            first = score
+            continue
         best = best or [(-1, 0)] * len(score)
         best = [max(old, (new, -start)) for old, new in zip(best, score, strict=True)]
-    return tuple(dict.fromkeys((0, *(-start // per_step for _, start in best))))
+    others = [-start // per_step for _, start in best]
+    as_large = all(new <= old for new, (old, _) in zip(first, best, strict=True)) if best else False
+    unlike = packs or run.features is not None or not as_large
+    return tuple(dict.fromkeys((0, *others) if unlike else others))
 
 
 def _weight(rows: Sequence[Size], packs: bool) -> tuple[int, int, int, int]:
