@@ -84,7 +84,7 @@ def quantise(name: str, out: Path | str, form: FourBits | None = None, show: Sho
             with TensorFile(fresh / path.name, {"format": "pt"}) as file:
                 for key, count in _shard(path, tables[path], names, found, file, index):
                     parts.append(count if key in names else 0)
-        _copy(folder, fresh)
+        copy_beside(folder, fresh)
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if len(sources) > 1 or (folder / _INDEX).is_file():
             total = sum(_bytes(header(fresh / path.name)[0]) for path in sources)
@@ -183,7 +183,8 @@ def _bytes(table: Mapping[str, Any]) -> int:
     return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in table.values())
 
 
-def _copy(folder: Path, fresh: Path) -> None:
+def copy_beside(folder: Path, fresh: Path) -> None:
+    """Copy what lies beside a base's weights, but for config.json and the weights' index: the processor's files."""
     for pattern in _COPIED:
         for path in folder.glob(pattern):
             if path.name not in ("config.json", _INDEX):

@@ -19,6 +19,9 @@ from tarsia.core.method import method
 from tarsia.core.patch import Base, Patch
 from tarsia.core.site import Role, Site
 
+TILE = 1 << 17
+"""Numbers of a weight that are folded at once: in float32 what a processor's second cache holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
@@ -134,10 +137,34 @@ class LoRA(Patch):
         return self.scale * b, a, None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled() or weight.device.type != "cpu":
+            a, b, wide = self._wide(weight)
+            return torch.addmm(weight.to(wide), b, a, alpha=self.scale).to(weight.dtype), bias
+        return self.fold_into(weight, torch.empty_like(weight)), bias
+
+    @torch.no_grad()
+    def fold_into(self, weight: Tensor, out: Tensor) -> Tensor:
+        """Write the folded ``weight`` [out, in] to ``out``, of its dtype, which may be ``weight`` itself; returns it.
+
+        A tile of rows at a time, small enough to stay in the processor's cache: each is read and written once.
+        """
+        a, b, wide = self._wide(weight)
+        rows = max(1, TILE // max(1, weight.shape[1]))
+        tile = None if weight.dtype == wide else weight.new_empty(min(rows, len(weight)), weight.shape[1], dtype=wide)
+        for first in range(0, len(weight), rows):
+            given, update = weight[first : first + rows], b[first : first + rows]
+            if tile is None:
+                torch.addmm(given, update, a, alpha=self.scale, out=out[first : first + rows])
+            else:
+                part = tile[: len(given)].copy_(given).addmm_(update, a, alpha=self.scale)
+                out[first : first + rows].copy_(part)
+        return out
+
+    def _wide(self, weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+        """Both factors in the wider dtype of theirs and the weight's: half precision must not round the base."""
         a, b = self.factors()
-        # in the wider of the two: an adapter of half precision must not round the base
         wide = torch.promote_types(weight.dtype, b.dtype)
-        return (weight.to(wide) + self.scale * (b.to(wide) @ a.to(wide))).to(weight.dtype), bias
+        return a.to(wide), b.to(wide), wide
 
     def update(self, x: Tensor) -> Tensor:
         """scale * B A x for x [..., in], in the dtype of x."""

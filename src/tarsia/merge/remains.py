@@ -1,0 +1,84 @@
+"""How much of an intended change is there after a weight was rounded: measured by site, and in all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLED = 32
+"""Rows of a large weight, evenly spaced, that what remains is measured on where all of it would take too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """Sums over ``count`` numbers of a change d that was intended, and of what the stored numbers hold of it.
+
+    ``intended`` is |d|^2, ``along`` <stored - before, d>, ``noise`` |stored - (before + d)|^2, ``weight`` |before|^2.
+    """
+
+    count: int
+    intended: float
+    along: float
+    noise: float
+    weight: float
+
+    @classmethod
+    def of(cls, before: Tensor, exact: Tensor, stored: Tensor) -> Remains:
+        """From the numbers before, those intended and those written, of one shape."""
+        before, exact, stored = (t.detach().reshape(-1).to(torch.float64) for t in (before, exact, stored))
+        change, off = exact - before, stored - exact
+        return cls(
+            before.numel(),
+            float(change @ change),
+            float((stored - before) @ change),
+            float(off @ off),
+            float(before @ before),
+        )
+
+    def __add__(self, other: Remains) -> Remains:
+        return Remains(
+            self.count + other.count,
+            self.intended + other.intended,
+            self.along + other.along,
+            self.noise + other.noise,
+            self.weight + other.weight,
+        )
+
+    @property
+    def share(self) -> float:
+        """The part of the change that is left: its projection on what was intended. 1 where none was."""
+        return self.along / self.intended if self.intended else 1.0
+
+    @property
+    def size(self) -> float:
+        """The change as a share of the weight, |d| / |before|; 0 where there is no weight."""
+        return math.sqrt(self.intended / self.weight) if self.weight else 0.0
+
+    @property
+    def off(self) -> float:
+        """The root of the mean square of what rounding moved a number by."""
+        return math.sqrt(self.noise / self.count) if self.count else 0.0
+
+
+NOTHING = Remains(0, 0.0, 0.0, 0.0, 0.0)
+
+
+def of_all(parts: Mapping[str, Remains]) -> Remains:
+    """Of all parameters together, each as its numbers weigh."""
+    return sum(parts.values(), NOTHING)
+
+
+def worst(parts: Mapping[str, Remains], count: int = 3) -> list[tuple[str, Remains]]:
+    """The changed parameters that keep least of their change."""
+    changed = [(name, one) for name, one in parts.items() if one.intended]
+    return sorted(changed, key=lambda held: held[1].share)[:count]
+
+
+def sampled(rows: int) -> Tensor:
+    """Numbers of the rows, of so many, that a sample takes: int64, evenly spaced from the first to the last."""
+    found: Tensor = torch.linspace(0, rows - 1, min(rows, SAMPLED)).round().long().unique()
+    return found

@@ -1,0 +1,159 @@
+"""The files of a folded base, written shard by shard: what is not touched is copied as it is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tarsia.adapter.reading import AGAIN
+from tarsia.adapter.tensors import DTYPES, TensorFile
+from tarsia.core.errors import AdapterError
+from tarsia.merge.folding import Folding, Job
+from tarsia.merge.units import Stored
+from tarsia.quant.codec import Quantised
+from tarsia.quant.state import to_tensors
+
+INDEX: Final = "model.safetensors.index.json"
+_CHUNK: Final = 8 << 20
+_ELSEWHERE: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What the system says where it does not copy between these two files itself."""
+
+
+class Streams:
+    """Writes the shards of one fold. A job whose keys lie apart is made once, and kept until all is written."""
+
+    def __init__(self, folding: Folding) -> None:
+        self.folding = folding
+        self.waiting: dict[str, Tensor | Quantised] = {}
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def same_size(self, source: Path, target: Path) -> None:
+        """Copy ``source`` to ``target`` with the touched tensors folded: every header and offset is what it was."""
+        places = self.folding.stored.places
+        touched = [key for key in self.folding.stored.tables[source] if key in self.folding.by_key]
+        with source.open("rb") as read, target.open("wb") as write:
+            at = 0
+            for key in sorted(touched, key=lambda key: places[key].begin):
+                copy_range(read.fileno(), write.fileno(), at, places[key].begin)
+                write_all(write.fileno(), self._bytes(key, read.fileno()), places[key].begin)
+                at = places[key].begin + places[key].bytes
+            copy_range(read.fileno(), write.fileno(), at, source.stat().st_size)
+
+    def other_size(self, source: Path, target: Path) -> dict[str, str]:
+        """Write ``target`` anew, tensor by tensor; returns the file of each of its keys."""
+        stored = self.folding.stored
+        index: dict[str, str] = {}
+        dropped = {key for unit in stored.units.values() if unit.packed for key in unit.keys[1:]}
+        with source.open("rb") as read, TensorFile(target, {"format": "pt"}) as file:
+            for key in stored.tables[source]:
+                if key not in self.folding.by_key:
+                    index[key] = target.name
+                    _add(file, stored, key, read.fileno())
+                elif key not in dropped:
+                    value = self._value(key)
+                    parts = to_tensors(key, value) if isinstance(value, Quantised) else {key: value}
+                    for name, tensor in parts.items():
+                        file.add(name, tensor)
+                        index[name] = target.name
+        return index
+
+    def _bytes(self, key: str, source: int) -> memoryview:
+        """The bytes of one folded tensor."""
+        job = self.folding.by_key[key]
+        patch = self.folding.quick(job)
+        if patch is None:
+            value = self._value(key)
+            assert isinstance(value, Tensor)
+            return _raw(value)
+        weight = self._read(key, source)
+        return _raw(self.folding.in_place(job, patch, weight))
+
+    def _read(self, key: str, source: int) -> Tensor:
+        """A tensor of the files in memory that is used again: fresh memory costs more than the arithmetic does."""
+        place = self.folding.stored.places[key]
+        if len(self._arena) < place.bytes:
+            self._arena = torch.empty(place.bytes, dtype=torch.uint8)
+        held = self._arena[: place.bytes]
+        read_all(source, _raw(held), place.begin, place.path)
+        return held.view(DTYPES[place.dtype]).view(place.shape)
+
+    def _value(self, key: str) -> Tensor | Quantised:
+        if key not in self.waiting:
+            self.waiting |= self._made(self.folding.by_key[key])
+        return self.waiting.pop(key)
+
+    def _made(self, job: Job) -> Mapping[str, Tensor | Quantised]:
+        made = self.folding.made(job)
+        for key, value in made.items():
+            place = self.folding.stored.places[key]
+            if isinstance(value, Tensor) and not job.units[0].packed and tuple(value.shape) != place.shape:
+                raise AdapterError("A folded tensor has another shape.", given=f"{key} {tuple(value.shape)}")
+        return made
+
+
+def _add(file: TensorFile, stored: Stored, key: str, source: int) -> None:
+    """Put a tensor that nobody touches into ``file``, as its bytes are."""
+    place, entry = stored.places[key], stored.tables[stored.places[key].path][key]
+    raw = bytearray(place.bytes)
+    read_all(source, memoryview(raw), place.begin, place.path)
+    count = 1
+    for size in place.shape:
+        count *= size
+    file.add_bytes(key, str(entry["dtype"]), list(place.shape), max(1, place.bytes // max(1, count)), raw)
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, and no copy of them where it is contiguous."""
+    flat: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def read_all(source: int, into: memoryview, begin: int, path: Path) -> None:
+    """Fill ``into`` from ``begin`` on. Raises AdapterError where the file ends too early."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(source, [into[done:]], begin + done)
+        if not count:
+            raise AdapterError(f"{path.name} is truncated.", given=str(path), do=AGAIN)
+        done += count
+
+
+def write_all(target: int, data: memoryview, begin: int) -> None:
+    """Write all of ``data`` at ``begin``. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(target, data[done:], begin + done)
+
+
+def copy_range(source: int, target: int, begin: int, end: int) -> None:
+    """Copy bytes ``begin`` to ``end`` to the same place, inside the system where it can. Raises OSError."""
+    at = begin
+    while at < end:
+        try:
+            count = os.copy_file_range(source, target, end - at, at, at)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _ELSEWHERE:
+                raise
+            count = _by_hand(source, target, at, min(end, at + _CHUNK))
+        if not count:
+            raise OSError(errno.EIO, "the file that is copied ends too early")
+        at += count
+
+
+def _by_hand(source: int, target: int, begin: int, end: int) -> int:
+    data = os.pread(source, end - begin, begin)
+    write_all(target, memoryview(data), begin)
+    return len(data)
+
+
+def write_index(folder: Path, names: Mapping[str, str], total: int) -> None:
+    """The table of which file holds which tensor."""
+    held = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    (folder / INDEX).write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
