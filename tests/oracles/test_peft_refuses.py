@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES
 
 from tarsia.adapter import Adapter, Host, load, put, save
+from tarsia.adapter.files import sealed
 from tarsia.core.attach import Part, attach, patches
 from tarsia.core.errors import AdapterError
 from tarsia.core.method import find
@@ -71,6 +72,6 @@ def test_constants_that_were_edited_are_refused(edit: dict[str, Any], words: str
     path = tmp_path / "a/tarsia.json"
     described = json.loads(path.read_text())
     next(iter(described["patches"].values()))["constants"] |= edit
-    path.write_text(json.dumps(described))
+    path.write_text(sealed(described))
     with pytest.raises(AdapterError, match=words):
         put(Host.of(FAMILIES["llava"].build()[0]), load(tmp_path / "a"), "b")

@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
+from tarsia.adapter.patterns import fault
 from tarsia.core.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -50,6 +52,12 @@ _READ = {
     "use_dora",
     "use_rslora",
 }
+# Where patterns stand in the expressions that PEFT makes of them.
+_SAVES, _LAYERS, _OWN = r"(^|.*\.)%s($|\..*)", r"(?:^|.*?\.)%s\.(?P<index>\d+)\.", r"(.*\.)?(%s)$"
+_ANY_LAYER = r".*?\.[^.]*\.(?P<index>\d+)\."
+_FRAMES = {"rank_pattern": _OWN, "alpha_pattern": _OWN, "modules_to_save": _SAVES, "layers_pattern": _LAYERS}
+_MANY = 1 << 13
+"""Names in a list, and patterns in a table, of a configuration: each is held to each module."""
 # Initialisations that leave the base's weights as they are.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -120,7 +128,7 @@ class PeftConfig:
                 return False
         elif _ends(path, self.exclude_modules):
             return False
-        if any(re.match(rf"(^|.*\.){module}($|\..*)", path) for module in self.modules_to_save):
+        if any(_framed(_SAVES, module).match(path) for module in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules == DUMMY:
@@ -133,10 +141,8 @@ class PeftConfig:
     def _layer(self, path: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern] or [
-            r".*?\.[^.]*\.(?P<index>\d+)\."
-        ]
-        found = next((match for p in patterns if (match := re.match(p, path))), None)
+        framed = [_framed(_LAYERS, pattern) for pattern in self.layers_pattern] or [_framed(_ANY_LAYER, "")]
+        found = next((match for pattern in framed if (match := pattern.match(path))), None)
         return found is not None and int(found["index"]) in self.layers_to_transform
 
     def saves(self, module: str) -> bool:
@@ -157,8 +163,14 @@ def _ends(path: str, names: Sequence[str]) -> bool:
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 
+@lru_cache(1 << 14)
+def _framed(frame: str, pattern: str) -> re.Pattern[str]:
+    """Compiled once: an adapter with a rank for each module asks for each of its patterns at each module."""
+    return re.compile(frame.replace("%s", pattern))
+
+
 def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), default)
+    return next((v for k, v in patterns.items() if _framed(_OWN, k).match(path)), default)
 
 
 def _refuse(fields: Mapping[str, Any], key: str, fine: bool, allowed: str) -> None:
@@ -172,11 +184,13 @@ def _check_forms(fields: Mapping[str, Any]) -> None:
     """Refuse values of another form than PEFT's, and what is no regular expression where PEFT takes it for one."""
     for key, known in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         table = fields.get(key) or {}
-        _refuse(fields, key, isinstance(table, Mapping) and all(map(known, table.values())), "numbers by pattern")
+        _refuse(fields, key, isinstance(table, Mapping) and len(table) <= _MANY, f"a table, of {_MANY} at most")
+        _refuse(fields, key, all(map(known, table.values())), "numbers by pattern")
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         names = fields.get(key) or ()
         text = isinstance(names, str) and key != "modules_to_save"
         fine = text or (isinstance(names, list | tuple | set) and all(isinstance(name, str) and name for name in names))
+        fine = fine and (text or len(names) <= _MANY)
         _refuse(fields, key, fine, "a list of names" + (" or a pattern" if key != "modules_to_save" else ""))
     layers = fields.get("layers_to_transform")
     listed = [layers] if isinstance(layers, int) else layers or []
@@ -185,16 +199,15 @@ def _check_forms(fields: Mapping[str, Any]) -> None:
     dropout = fields.get("lora_dropout") or 0
     _refuse(fields, "lora_dropout", _is_number(dropout) and 0 <= dropout < 1, "at least 0 and below 1")
     patterns = [(key, fields[key]) for key in ("target_modules", "exclude_modules") if isinstance(fields.get(key), str)]
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"):
+    for key in _FRAMES:
         given = fields.get(key) or ()
         patterns += [(key, pattern) for pattern in ([given] if isinstance(given, str) else given)]
     for key, pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
+        why = fault(pattern, _FRAMES.get(key, "%s"))
+        if why is not None:
             raise AdapterError(
-                f"The adapter's {key} holds no regular expression.", given=f"{pattern!r}: {error}"
-            ) from None
+                f"The adapter's {key} holds no regular expression that can be used.", given=f"{pattern[:200]!r}: {why}"
+            )
 
 
 def _is_rank(value: object) -> bool:

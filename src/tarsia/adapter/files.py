@@ -3,7 +3,8 @@
 adapter_config.json        PEFT's, where PEFT has a place for all of it; else peft_type TARSIA
 adapter_model.safetensors  the tensors
 probe.safetensors          inputs and outputs of the probe, where there is one
-tarsia.json                format, parts, patches with their constants, fingerprint, card, digests of the files
+tarsia.json                format, parts, patches with their constants, fingerprint, card, digests and sizes of the
+                           other files, and last its own seal: its SHA-256 with 64 zeros where the seal stands
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -28,9 +29,21 @@ from tarsia.adapter.config import OURS, PeftConfig
 from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.host import Host
 from tarsia.adapter.layout import Layout
+from tarsia.adapter.mapped import map_tensors
 from tarsia.adapter.proof import Probe
-from tarsia.adapter.reading import AGAIN, check_finite, read_json, read_tensors
+from tarsia.adapter.reading import (
+    AGAIN,
+    about,
+    check_finite,
+    header,
+    parsed,
+    parsed_strictly,
+    read_bytes,
+    read_json,
+    read_tensors,
+)
 from tarsia.adapter.value import Adapter, Patched
+from tarsia.core import seal
 from tarsia.core.attach import Part
 from tarsia.core.errors import AdapterError
 from tarsia.core.method import find
@@ -41,6 +54,12 @@ CONFIG, TENSORS, OURSELVES, PROBE = (
     "adapter_model.safetensors",
     "tarsia.json",
     "probe.safetensors",
+)
+_SEAL = "seal"
+_NEWER = {"bytes", _SEAL}
+"""What adapters that were saved before 0.6 do not have: they are read without."""
+_NAMES = frozenset(
+    ("format", "tarsia", "parts", "patches", "layout", "base", "fingerprint", "card", "probe", "sha256", *_NEWER)
 )
 _PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 """What PEFT calls the tensors of an update."""
@@ -63,8 +82,10 @@ def save(adapter: Adapter, folder: Path | str) -> None:
         if adapter.probe is not None:
             _write_tensors(_probe_tensors(adapter.probe), fresh / PROBE)
             digests[PROBE] = _sha256(fresh / PROBE)
-        _write_json(config, fresh / CONFIG)
-        _write_json(described | {"sha256": digests}, fresh / OURSELVES)
+        _write(_json(config, CONFIG), fresh / CONFIG)
+        digests[CONFIG] = _sha256(fresh / CONFIG)
+        sizes = {name: (fresh / name).stat().st_size for name in digests}
+        _write(sealed(described | {"sha256": digests, "bytes": sizes}), fresh / OURSELVES)
 
     write_folder(Path(folder), write, is_adapter)
 
@@ -79,11 +100,22 @@ def load(folder: Path | str, host: Host | None = None, *, allow: Collection[str]
     if not folder.is_dir():
         raise AdapterError("There is no such adapter.", given=str(folder), do="give the folder that it was saved in")
     if (folder / OURSELVES).is_file():
-        return _read(folder)
+        return _read(folder, read_tensors, True)
     from tarsia.adapter.foreign import read_foreign
 
-    fields = read_json(folder / CONFIG)
-    return read_foreign(fields, read_tensors(folder / TENSORS), host, allow=allow)
+    fields = parsed_strictly(read_bytes(folder / CONFIG), folder / CONFIG)
+    tensors = read_tensors(folder / TENSORS)
+    with about(folder / CONFIG, "can not be understood"):
+        return read_foreign(fields, tensors, host, allow=allow)
+
+
+def load_mapped(folder: Path | str, *, whole: bool = False) -> Adapter:
+    """Read an adapter that Tarsia saved, its tensors as views of its file (``mapped.map_tensors``).
+
+    With ``whole`` the caller knows that these very files were read before and are not changed since: digests,
+    numbers and whether the files agree are then not looked at again. Without, all is checked as by ``load``.
+    """
+    return _read(Path(folder), _known if whole else _mapped, not whole)
 
 
 def recorded(folder: Path | str) -> Fingerprint | None:
@@ -178,31 +210,58 @@ def _described(adapter: Adapter, keys: Mapping[str, Mapping[str, str]]) -> dict[
     }
 
 
-def _read(folder: Path) -> Adapter:
-    described = read_json(folder / OURSELVES)
+def _mapped(path: Path) -> dict[str, Tensor]:
+    header(path)
+    tensors = map_tensors(path)
+    with about(path):
+        check_finite(tensors)
+    return tensors
+
+
+def _known(path: Path) -> dict[str, Tensor]:
+    with about(path, "is not the file that was read before"):
+        return map_tensors(path)
+
+
+def _read(folder: Path, tensors_of: Callable[[Path], dict[str, Tensor]], checked: bool) -> Adapter:
+    place = folder / OURSELVES
+    raw = read_bytes(place)
+    described = (parsed_strictly if checked else parsed)(raw, place)
     if described.get("format") != FORMAT:
         raise AdapterError(
-            "tarsia.json is of another format.", given=described.get("format"), allowed=FORMAT, do="update tarsia"
+            "tarsia.json is of another format.",
+            given=f"{place}: {described.get('format')!r}",
+            allowed=FORMAT,
+            do="update tarsia",
         )
-    try:
-        for name in (TENSORS, PROBE) if described["probe"] is not None else (TENSORS,):
-            _check_digest(folder / name, described["sha256"][name])
-        layout = _layout(described["layout"])
-        adapter = Adapter(
-            parts=tuple(_part(part) for part in described["parts"]),
-            patches=MappingProxyType(_patches(described["patches"], read_tensors(folder / TENSORS), layout)),
-            layout=layout,
-            base=described["base"],
-            fingerprint=None if described["fingerprint"] is None else Fingerprint.read(described["fingerprint"]),
-            card=MappingProxyType(dict(described["card"])),
-            probe=None if described["probe"] is None else _probe(read_tensors(folder / PROBE), described["probe"]),
-        )
-        _check_agreement(adapter, read_json(folder / CONFIG))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(
-            "tarsia.json is incomplete, or was edited.", given=f"{folder}: {type(error).__name__} {error}", do=AGAIN
-        ) from None
+    with about(place):
+        names = (TENSORS, PROBE) if described["probe"] is not None else (TENSORS,)
+        if checked:
+            _check_names(described, place)
+            for name in names:
+                _check_digest(folder / name, described)
+        adapter = _made(described, {name: tensors_of(folder / name) for name in names})
+    if checked:
+        fields = parsed_strictly(read_bytes(folder / CONFIG), folder / CONFIG)
+        with about(folder / CONFIG):
+            _check_agreement(adapter, fields)
+        if CONFIG in described["sha256"]:
+            _check_digest(folder / CONFIG, described)
+        _check_seal(described, raw, place)
     return adapter
+
+
+def _made(described: Mapping[str, Any], held: Mapping[str, dict[str, Tensor]]) -> Adapter:
+    layout = _layout(described["layout"])
+    return Adapter(
+        parts=tuple(_part(part) for part in described["parts"]),
+        patches=MappingProxyType(_patches(described["patches"], held[TENSORS], layout)),
+        layout=layout,
+        base=described["base"],
+        fingerprint=None if described["fingerprint"] is None else Fingerprint.read(described["fingerprint"]),
+        card=MappingProxyType(dict(described["card"])),
+        probe=None if described["probe"] is None else _probe(held[PROBE], described["probe"]),
+    )
 
 
 def _part(values: Mapping[str, Any]) -> Part:
@@ -292,14 +351,41 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(None, str(error)) from error
 
 
-def _write_json(value: Mapping[str, Any], path: Path) -> None:
-    try:
-        text = json.dumps(value, indent=2, allow_nan=False, default=_plain)
-    except (TypeError, ValueError) as error:
+def sealed(described: Mapping[str, Any]) -> str:
+    """The text of tarsia.json, with its seal.
+
+    Raises AdapterError where the card is no JSON.
+    """
+    return seal.sealed(_json({**described, _SEAL: seal.BLANK}, OURSELVES))
+
+
+def _check_seal(described: Mapping[str, Any], raw: bytes, place: Path) -> None:
+    if _SEAL in described and not seal.intact(raw, described[_SEAL]):
         raise AdapterError(
-            f"{path.name} can not be written.", given=error, do="keep the card to what JSON holds"
-        ) from None
-    path.write_text(text + "\n", encoding="utf-8")
+            "tarsia.json is not the file that was saved: damaged, or edited since.", given=str(place), do=AGAIN
+        )
+
+
+def _check_names(described: Mapping[str, Any], place: Path) -> None:
+    missing = sorted((_NAMES if _NEWER & described.keys() else _NAMES - _NEWER) - described.keys())
+    extra = sorted(described.keys() - _NAMES)
+    if missing or extra:
+        raise AdapterError(
+            "tarsia.json is incomplete, was edited, or is that of a later version.",
+            given=f"{place}: " + "; ".join(f"{n} {k[0][:80]}" for n, k in (("no", missing), ("unknown", extra)) if k),
+            do="fetch the files again, or update tarsia",
+        )
+
+
+def _json(value: Mapping[str, Any], name: str) -> str:
+    try:
+        return json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n"
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{name} can not be written.", given=error, do="keep the card to what JSON holds") from None
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _plain(value: object) -> object:
@@ -313,12 +399,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_digest(path: Path, digest: str) -> None:
+def _check_digest(path: Path, described: Mapping[str, Any]) -> None:
+    """Hold a file to its size, where there is one, and to its digest: a file that grew is not read to its end."""
     if not path.is_file():
         raise AdapterError(f"{path.name} is missing.", given=str(path.parent), do=AGAIN)
-    if _sha256(path) != digest:
+    size, digest = path.stat().st_size, described["sha256"][path.name]
+    if ("bytes" in described and described["bytes"][path.name] != size) or _sha256(path) != digest:
         raise AdapterError(
             f"{path.name} is not the file that was saved: truncated, or changed since.",
-            given=f"{path}, {path.stat().st_size} bytes",
+            given=f"{path}, {size} bytes",
             do=AGAIN,
         )

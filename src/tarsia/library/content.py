@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tarsia.core import seal
 from tarsia.core.errors import LibraryError
 
 CONFIG, TENSORS, PROBE, OURSELVES = (
@@ -159,12 +160,15 @@ def look(folder: Path, said: Path | None = None) -> Content:
     if wrong:
         raise LibraryError("tarsia.json is incomplete, or was edited.", given=f"{said / OURSELVES}: {wrong}", do=AGAIN)
     for name, file in files.items():
-        if name.endswith(".safetensors") and described["sha256"][name] != file.sha256:
+        if described["sha256"].get(name, file.sha256) != file.sha256:
             raise LibraryError(
                 f"{name} is not the file that was saved: truncated, or changed since.",
                 given=f"{said / name}, {file.bytes} bytes",
                 do=AGAIN,
             )
+    if "seal" in described and not seal.intact((folder / OURSELVES).read_bytes(), described["seal"]):
+        given = str(said / OURSELVES)
+        raise LibraryError("tarsia.json is not the file that was saved: damaged or edited.", given=given, do=AGAIN)
     if set(held[TENSORS]) != set(wanted):
         differing = sorted(set(held[TENSORS]) ^ set(wanted))
         given = f"{said}: {', '.join(differing[:3])}"
@@ -187,7 +191,7 @@ def _wrong(described: Mapping[str, Any], files: Mapping[str, File]) -> str:
     if not all(isinstance(part["method"], str) for part in described["parts"]):
         return "parts without a method"
     expected = {TENSORS} | ({PROBE} if described["probe"] is not None else set())
-    if set(described["sha256"]) != expected or expected != {n for n in files if n.endswith(".safetensors")}:
+    if set(described["sha256"]) - {CONFIG} != expected or expected != {n for n in files if n.endswith(".safetensors")}:
         return f"hashes of {', '.join(described['sha256'])}"
     return ""
 
