@@ -8,9 +8,24 @@ import re
 from typing import Any, NoReturn
 
 import tarsia
-from tarsia.cli import advise, ask, demo, doctor, evaluate, forgetting, lab, lint, plan, quantise, sites, train
+from tarsia.cli import (
+    advise,
+    ask,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    forgetting,
+    lab,
+    library,
+    lint,
+    plan,
+    quantise,
+    sites,
+    train,
+)
 
-VERBS = (demo, sites, advise, lint, plan, quantise, train, evaluate, forgetting, ask, lab, doctor)
+VERBS = (demo, sites, advise, lint, plan, quantise, train, evaluate, forgetting, export, library, ask, lab, doctor)
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,14 +9,15 @@ in WAL mode with synchronous FULL: when ``writing`` is left, what was written ha
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from tarsia.core.errors import LibraryError
 from tarsia.library.places import Places
@@ -76,6 +77,27 @@ class Entry:
     after: int | None
     why: str
 
+    def line(self, number: int) -> str:
+        """As it stands in journal.jsonl, as the entry of this number (from 1)."""
+        text = json.dumps({"id": number, **asdict(self)}, ensure_ascii=False)
+        return f'{text[:-1]}, "check": "{_check(text)}"}}\n'
+
+    @classmethod
+    def parse(cls, line: str) -> tuple[int, Self]:
+        """Number and entry of a line. Raises ValueError where it is not one, or was changed since it was written."""
+        values = json.loads(line)
+        if not isinstance(values, dict) or "check" not in values:
+            raise ValueError("no entry")
+        check, number = values.pop("check"), values.get("id")
+        if check != _check(json.dumps(values, ensure_ascii=False)) or type(number) is not int:
+            raise ValueError("changed since it was written")
+        del values["id"]
+        return number, cls(**values)
+
+
+def _check(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 @dataclass(slots=True)
 class Writing:
@@ -125,7 +147,7 @@ def held(places: Places, alone: bool = False) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise _busy(places) from None
+                    raise busy(places) from None
                 time.sleep(0.01)
         yield
     finally:
@@ -176,7 +198,9 @@ def make(db: sqlite3.Connection) -> None:
 def _append(places: Places, db: sqlite3.Connection, entries: list[Entry]) -> None:
     """Add entries to the index and to the journal's file, whose unacknowledged end a killed writer may have left."""
     (known,) = db.execute("SELECT value FROM facts WHERE key = 'journal'").fetchone()
-    lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries).encode()
+    (last,) = db.execute("SELECT coalesce(max(id), 0) FROM journal").fetchone()
+    numbered = list(enumerate(entries, last + 1))
+    lines = "".join(entry.line(number) for number, entry in numbered).encode()
     handle = os.open(places.journal, os.O_WRONLY)
     try:
         size = os.fstat(handle).st_size
@@ -193,11 +217,26 @@ def _append(places: Places, db: sqlite3.Connection, entries: list[Entry]) -> Non
         os.fsync(handle)
     finally:
         os.close(handle)
-    for entry in entries:
-        values = asdict(entry)
+    note(db, numbered)
+    db.execute("UPDATE facts SET value = ? WHERE key = 'journal'", (known + len(lines),))
+
+
+def note(db: sqlite3.Connection, numbered: Iterable[tuple[int, Entry]]) -> None:
+    """Add entries to the index's journal, under their numbers."""
+    for number, entry in numbered:
+        values = {"id": number, **asdict(entry)}
         marks = ", ".join(f":{key}" for key in values)
         db.execute(f"INSERT INTO journal ({', '.join(values)}) VALUES ({marks})", values)
-    db.execute("UPDATE facts SET value = ? WHERE key = 'journal'", (known + len(lines),))
+
+
+def entries(db: sqlite3.Connection, where: str = "1", values: Sequence[object] = ()) -> list[tuple[int, Entry]]:
+    """Entries of the index's journal, with their numbers, in order."""
+    rows = db.execute(f"SELECT * FROM journal WHERE {where} ORDER BY id", values)
+    return [(number, Entry(**rest)) for row in rows for number, rest in [_parted(dict(row))]]
+
+
+def _parted(values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return values.pop("id"), values
 
 
 @contextmanager
@@ -208,7 +247,7 @@ def told(places: Places) -> Iterator[None]:
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise _busy(places) from None
+            raise busy(places) from None
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "no such" in str(error):
             raise _damaged(places, str(error)) from None
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
@@ -218,7 +257,7 @@ def told(places: Places) -> Iterator[None]:
         raise _unwritable(places, error.strerror or error) from error
 
 
-def _busy(places: Places) -> LibraryError:
+def busy(places: Places) -> LibraryError:
     return LibraryError(
         "Other processes keep the library busy.", given=f"{places.root}, for {PATIENCE:.0f} s", do="try again later"
     )

@@ -1,4 +1,4 @@
-"""What the library says of one version: as a value, as a row of the index, and as a file from which the row can be made.
+"""What the library says of one version: as a value, as a row of the index, and as a file to make the row anew from.
 
 A record's file holds the same as the row, the hashes of its files, and a hash of all that, so that damage is seen.
 """
@@ -61,6 +61,7 @@ class Version:
         """What there is to say of a content that is published now."""
         said = content.described
         gate = said["card"].get("gate")
+        base: dict[str, Any] = said["fingerprint"] or dict.fromkeys(FINGERPRINT)
         passed = gate.get("passed") if isinstance(gate, dict) else None
         return cls(
             name=name,
@@ -70,7 +71,11 @@ class Version:
             who=who,
             note=note,
             base=said["base"],
-            **{part: (said["fingerprint"] or {}).get(part) for part in FINGERPRINT},
+            weights=base["weights"],
+            architecture=base["architecture"],
+            quantisation=base["quantisation"],
+            processor=base["processor"],
+            template=base["template"],
             methods=", ".join(sorted({patch["method"] for patch in said["patches"].values()})),
             sites=len(said["patches"]),
             numbers=content.numbers,
@@ -100,6 +105,21 @@ def select(db: sqlite3.Connection, where: str = "1", values: Mapping[str, object
         values or {},
     )
     return [Version.read(row) for row in rows]
+
+
+def highest(db: sqlite3.Connection, name: str) -> int:
+    """The highest version that a name ever had, lost ones included; 0 where it never had one."""
+    (number,) = db.execute(
+        "SELECT max(coalesce((SELECT max(number) FROM versions WHERE name = :n), 0),"
+        " coalesce((SELECT max(after) FROM journal WHERE name = :n), 0))",
+        {"n": name},
+    ).fetchone()
+    return int(number)
+
+
+def retired(db: sqlite3.Connection) -> set[tuple[str, int]]:
+    """Versions that were given up; their numbers are not given again."""
+    return {(name, number) for name, number in db.execute("SELECT name, before FROM journal WHERE action = 'retire'")}
 
 
 def insert(db: sqlite3.Connection, version: Version, files: Mapping[str, File]) -> None:

@@ -62,13 +62,23 @@ def dead(places: Places) -> Iterator[Path]:
             os.close(handle)
 
 
+def shift(path: Path, stage: Path, name: str | None = None) -> None:
+    """Take a file or a folder, which may be read-only, out of the library's sight, into a stage."""
+    if path.is_dir():
+        path.chmod(0o755)  # a folder that can not be written can not be given another parent
+    os.rename(path, stage / (name or path.name))
+
+
 def remove(folder: Path) -> None:
     """Remove a folder, or a file, that may be read-only."""
-    if folder.is_dir():
-        folder.chmod(0o700)
-        shutil.rmtree(folder)
-    else:
+    if not folder.is_dir():
         folder.unlink()
+        return
+    folder.chmod(0o700)
+    for inner in folder.iterdir():
+        if inner.is_dir():
+            inner.chmod(0o700)
+    shutil.rmtree(folder)
 
 
 def harden(folder: Path) -> None:
@@ -88,15 +98,15 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write(path: Path, content: bytes, places: Places) -> None:
-    """Write a read-only file, whole or not at all, durably; its folder is made where it is not there."""
+def write(path: Path, content: bytes, places: Places, mode: int = 0o444) -> None:
+    """Write a file, whole or not at all, durably; its folder is made where it is not there."""
     if not path.parent.is_dir():
         path.parent.mkdir()
         flush(path.parent.parent)
     with staged(places) as fresh:
         draft = fresh / path.name
         draft.write_bytes(content)
-        draft.chmod(0o444)
+        draft.chmod(mode)
         flush(draft)
         os.replace(draft, path)
     flush(path.parent)

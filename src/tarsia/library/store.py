@@ -20,10 +20,11 @@ step                                             if it ends here
 ====  =========================================  ======================================================================
 
 Only step 8 makes a version seen, and only after everything that it needs is on the disk; readers see the index
-before it or after it. 5 to 8 are under the index's write lock, which everything else that changes files takes too: ``gc``
-never sees a content between 5 and 8. ``tag`` and ``rollback`` are 4, 7, 8 and 9. ``gc`` takes the write lock, renames what
-nothing refers to into a locked stage, lets go of the lock, and then removes the stage; killed, it leaves a dead stage.
-A library is made under its lock, held alone, and its marker is written last; killed, the next process makes it.
+before it or after it. 5 to 8 are under the index's write lock, which everything else that changes files takes too, so
+``gc`` never sees a content between 5 and 8. ``tag`` and ``rollback`` are 4, 7, 8 and 9. ``gc`` takes the write lock,
+renames what nothing refers to into a locked stage, lets go of the lock, and then removes the stage; killed, it leaves
+a dead stage. A library is made under its lock, held alone, and its marker is written last; killed, the next process
+makes it.
 ``repair`` holds the lock alone, moves a damaged index away before it puts the new one in its place, and leaves, killed,
 a library whose index is missing, which everybody refuses and the next ``repair`` mends.
 """
@@ -134,7 +135,7 @@ class Library:
         place = self.places.object(digest)
         if spoilt and place.exists():
             with stages.staged(self.places) as away:
-                os.rename(place, away / digest)
+                stages.shift(place, away)
         if place.exists():
             return
         if not place.parent.is_dir():
@@ -146,7 +147,7 @@ class Library:
 
     def _add(self, work: Writing, taken: content.Content, name: str, who: str, note: str, new_base: bool) -> Version:
         before = record.select(work.db, "versions.name = :n", {"n": name})
-        number = before[-1].number + 1 if before else 1
+        number = record.highest(work.db, name) + 1
         version = Version.of(taken, name, number, now(), who, note)
         if before and not new_base:
             _check_base(before[-1], version)
@@ -157,7 +158,7 @@ class Library:
         return version
 
     def version(self, reference: Reference | str) -> Version:
-        """The version that a reference means. Raises LibraryError where there is none, or a hash's beginning means two."""
+        """The version that a reference means. Raises LibraryError where there is none, or it could be two."""
         asked = Reference.parse(reference) if isinstance(reference, str) else reference
         with index.reading(self.places) as db:
             return find(db, asked)
@@ -190,10 +191,97 @@ class Library:
             work.db.execute("INSERT OR REPLACE INTO reads VALUES (?, ?)", (version.hash, before))
         return version, place
 
-    def versions(self, where: str = "1", **values: object) -> list[Version]:
-        """Versions by name and number."""
+    def tag(self, reference: Reference | str, tag: str, *, why: str = "", who: str | None = None) -> Entry:
+        """Let a tag point at a version, wherever it pointed before."""
+        asked = Reference.parse(reference) if isinstance(reference, str) else reference
+        _check_tag(tag)
+        with index.writing(self.places) as work:
+            return move(work, find(work.db, asked), tag, who or whoever(), why, "tag")
+
+    def untag(self, name: str, tag: str, *, why: str = "", who: str | None = None) -> Entry:
+        """Take a tag away. Raises LibraryError where there is none."""
+        asked = Reference(check_name(name), tag=_check_tag(tag))
+        with index.writing(self.places) as work:
+            version = find(work.db, asked)
+            work.db.execute("DELETE FROM tags WHERE name = ? AND tag = ?", (name, tag))
+            entry = Entry(now(), who or whoever(), "untag", name, tag, version.number, None, why)
+            work.entries.append(entry)
+            return entry
+
+    def rollback(
+        self, name: str, tag: str = CURRENT, *, to: int | None = None, why: str = "", who: str | None = None
+    ) -> Entry:
+        """Let a tag point at version ``to`` again, or at what it pointed at before its last move that still counts.
+
+        Rolled back twice, it is where it was two moves ago. Raises LibraryError where there is no such version.
+        """
+        with index.writing(self.places) as work:
+            held = find(work.db, Reference(check_name(name), tag=tag))
+            if to is None:
+                past = trail([e for _, e in index.entries(work.db, "name = ? AND tag = ?", (name, tag))])
+                if len(past) < 2:
+                    raise LibraryError(f"{name}@{tag} was never anywhere else.", given=held.reference)
+                to = past[-2]
+            if to == held.number:
+                raise LibraryError(f"{name}@{tag} is there already.", given=held.reference)
+            version = find(work.db, Reference(name, number=to))
+            return move(work, version, tag, who or whoever(), why, "rollback")
+
+    def retire(self, name: str, number: int, *, why: str = "", who: str | None = None) -> Entry:
+        """Give a version up, for good: ``sweep`` removes its content where no other version has the same.
+
+        Its number is not given again. Raises LibraryError where a tag points at it, or there never was one.
+        """
+        with index.writing(self.places) as work:
+            values = {"n": check_name(name), "v": number}
+            held = record.select(work.db, "versions.name = :n AND number = :v", values)
+            once = index.entries(work.db, "action = 'publish' AND name = ? AND after = ?", (name, number))
+            if (not held and not once) or (name, number) in record.retired(work.db):
+                raise _unknown(work.db, Reference(name, number=number))
+            if held and held[0].tags:
+                raise LibraryError(
+                    "A version that a tag points at is not given up.",
+                    given=", ".join(f"{name}@{tag}" for tag in held[0].tags),
+                    do="let the tags point at other versions first",
+                )
+            work.db.execute("DELETE FROM versions WHERE name = :n AND number = :v", values)
+            work.db.execute("DELETE FROM reads WHERE hash NOT IN (SELECT hash FROM versions)")
+            work.db.execute("DELETE FROM objects WHERE hash NOT IN (SELECT hash FROM versions)")
+            entry = Entry(now(), who or whoever(), "retire", name, None, number, None, why)
+            work.entries.append(entry)
+            return entry
+
+    def history(self, name: str | None = None) -> list[Entry]:
+        """The journal, of one name or of all, in order."""
         with index.reading(self.places) as db:
-            return record.select(db, where, values)
+            found = index.entries(db) if name is None else index.entries(db, "name = ?", (check_name(name),))
+            return [entry for _, entry in found]
+
+    def search(
+        self,
+        pattern: str | None = None,
+        *,
+        tag: str | None = None,
+        base: str | None = None,
+        digest: str | None = None,
+        every: bool = False,
+    ) -> list[Version]:
+        """Versions by name and number: each name's current one, or ``every``, of those that all options choose.
+
+        ``pattern`` is a shell's, for names; ``tag`` takes the versions that it points at; ``base`` is part of what the
+        base is called, or how the hash of its weights begins; ``digest`` is how the content's hash begins.
+        """
+        conditions = {
+            "versions.name GLOB :pattern": pattern,
+            "(versions.name, number) IN (SELECT name, number FROM tags WHERE tag = :tag)": tag
+            or (None if every or digest else CURRENT),
+            "(instr(lower(base), lower(:base)) OR weights GLOB '*:' || :base || '*')": base,
+            "hash GLOB :digest || '*'": digest,
+        }
+        where = " AND ".join(condition for condition, value in conditions.items() if value is not None)
+        values = {"pattern": pattern, "tag": tag or CURRENT, "base": base, "digest": digest}
+        with index.reading(self.places) as db:
+            return record.select(db, where or "1", values)
 
 
 def find(db: sqlite3.Connection, asked: Reference) -> Version:
@@ -243,6 +331,19 @@ def move(work: Writing, version: Version, tag: str, who: str, why: str, action: 
     entry = Entry(now(), who, action, version.name, tag, before, version.number, why)
     work.entries.append(entry)
     return entry
+
+
+def trail(moves: Sequence[Entry]) -> list[int]:
+    """Where a tag has been, without what was rolled back; the last is where it is. Empty where it was taken away."""
+    been: list[int] = []
+    for entry in moves:
+        if entry.after is None:
+            been = []
+        elif entry.action == "rollback" and entry.after in been:
+            del been[len(been) - been[::-1].index(entry.after) :]
+        elif not been or been[-1] != entry.after:
+            been.append(entry.after)
+    return been
 
 
 def stamp(folder: Path, files: Sequence[str] | dict[str, content.File]) -> str | None:

@@ -1,0 +1,236 @@
+"""Everything that a library holds, looked at: each fault with its file."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tarsia.core.errors import LibraryError
+from tarsia.library import content, index, record, stages, sweep
+from tarsia.library.content import File
+from tarsia.library.index import Entry
+from tarsia.library.places import CURRENT, Places, Reference
+from tarsia.library.record import Version
+from tarsia.library.store import find
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with which file."""
+
+    file: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Faults, and what ``gc`` would remove; how many versions and contents were looked at, and their bytes."""
+
+    faults: tuple[Fault, ...]
+    garbage: tuple[Path, ...]
+    versions: int
+    objects: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The index at one moment: versions, files by content, tags, the journal and how long its file was."""
+
+    versions: Mapping[tuple[str, int], Version]
+    files: Mapping[str, Mapping[str, File]]
+    tags: Mapping[tuple[str, str], int]
+    journal: Sequence[tuple[int, Entry]]
+    length: int
+
+    @classmethod
+    def read(cls, db: sqlite3.Connection) -> Known:
+        """All of an index."""
+        versions = {(v.name, v.number): v for v in record.select(db)}
+        return cls(
+            versions,
+            {digest: record.files_of(db, digest) for digest in {v.hash for v in versions.values()}},
+            {(name, tag): number for name, tag, number in db.execute("SELECT name, tag, number FROM tags")},
+            index.entries(db),
+            db.execute("SELECT value FROM facts WHERE key = 'journal'").fetchone()[0],
+        )
+
+
+def verify(places: Places, references: Iterable[str] = ()) -> Verified:
+    """Look at every file of the library, or of the versions that are named alone.
+
+    Others may go on publishing meanwhile. Where the index is damaged the rest is judged by the records.
+    Raises LibraryError where there is no such version, or others keep the library busy.
+    """
+    asked = [Reference.parse(text) for text in references]
+    faults = list(of_index(places))
+    if faults:
+        return _by_records(places, faults)
+    with index.reading(places) as db:
+        known = Known.read(db)
+        chosen = [find(db, one) for one in asked] if asked else list(known.versions.values())
+    files = {version.hash: known.files[version.hash] for version in chosen}
+    faults += [fault for version in chosen for fault in of_record(places, version, known.files[version.hash])]
+    faults += of_objects(places, files)
+    garbage: tuple[Path, ...] = ()
+    if not asked:
+        faults += [*of_tags(places, known), *of_journal(places, known)]
+        with index.writing(places) as work:  # nobody is in the middle of a publish now
+            more, garbage = of_strangers(places, Known.read(work.db))
+        faults += more
+        garbage += tuple(stages.dead(places))
+    size = sum(file.bytes for held in files.values() for file in held.values())
+    return Verified(tuple(faults), garbage, len(chosen), len(files), size)
+
+
+def of_index(places: Places) -> list[Fault]:
+    """What is wrong with the database itself."""
+    try:
+        with index.held(places), closing(index.connect(places)) as db:
+            said = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
+            broken = db.execute("PRAGMA foreign_key_check").fetchall()
+            if said == ["ok"] and not broken:
+                Known.read(db)
+                return []
+    except (sqlite3.DatabaseError, ValueError, TypeError, LookupError) as error:
+        if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            raise index.busy(places) from None
+        return [Fault(places.index, f"{type(error).__name__} {error}")]
+    except LibraryError as error:
+        if error.given is None or str(places.index) not in str(error.given):
+            raise
+        return [Fault(places.index, str(error.given).removeprefix(f"{places.index}: "))]
+    lost = [f"{row['table']} refers to {row['parent']} that is not there" for row in broken]
+    return [Fault(places.index, text) for text in [*(s for s in said if s != "ok"), *lost]]
+
+
+def of_objects(places: Places, files: Mapping[str, Mapping[str, File]]) -> list[Fault]:
+    """What is wrong with contents, every byte of which is hashed."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(lambda digest: _of_object(places, digest, files[digest]), files))
+    suspects = [digest for digest, faults in zip(files, found, strict=True) if faults]
+    if not suspects:
+        return []
+    # another process may have been putting a spoilt one right: ask again while nobody writes
+    with index.writing(places):
+        return [fault for digest in suspects for fault in _of_object(places, digest, files[digest])]
+
+
+def _of_object(places: Places, digest: str, files: Mapping[str, File]) -> list[Fault]:
+    folder = places.object(digest)
+    if content.hash_of(files) != digest:
+        return [Fault(places.index, f"the files of the content {digest} have another hash")]
+    return [_fault(text) for text in content.damage(folder, files)]
+
+
+def _fault(text: str) -> Fault:
+    file, _, what = text.partition(": ")
+    return Fault(Path(file), what)
+
+
+def of_record(places: Places, version: Version, files: Mapping[str, File]) -> list[Fault]:
+    """What is wrong with the file of a version's record."""
+    path = places.record(version.name, version.number)
+    try:
+        written = record.read(places, version.name, version.number)
+    except LibraryError as error:
+        return [Fault(path, str(error.given).removeprefix(f"{path}: "))]
+    return [] if written == (replace(version, tags=()), dict(files)) else [Fault(path, "is not what the index says")]
+
+
+def of_tags(places: Places, known: Known) -> list[Fault]:
+    """Names without a current version, and tags that the journal puts elsewhere."""
+    names = {name for name, _ in known.versions}
+    faults = [
+        Fault(places.index, f"{n} has no current version") for n in sorted(names) if (n, CURRENT) not in known.tags
+    ]
+    told = tags_of(entry for _, entry in known.journal)
+    differing = sorted(key for key in told.keys() | known.tags.keys() if told.get(key) != known.tags.get(key))
+    return faults + [
+        Fault(
+            places.index, f"{name}@{tag} is {known.tags.get((name, tag))}, and {told.get((name, tag))} by the journal"
+        )
+        for name, tag in differing
+    ]
+
+
+def tags_of(moves: Iterable[Entry]) -> dict[tuple[str, str], int]:
+    """Where the journal leaves every tag."""
+    tags: dict[tuple[str, str], int] = {}
+    for entry in moves:
+        if entry.tag is not None and entry.after is not None:
+            tags[entry.name, entry.tag] = entry.after
+        elif entry.tag is not None:
+            tags.pop((entry.name, entry.tag), None)
+    return tags
+
+
+def published(moves: Iterable[Entry]) -> set[tuple[str, int]]:
+    """Versions that the journal knows, without those that it says were retired."""
+    entries = list(moves)
+    made = {(e.name, e.after) for e in entries if e.action == "publish" and e.after is not None}
+    return made - retired(entries)
+
+
+def retired(moves: Iterable[Entry]) -> set[tuple[str, int]]:
+    """Versions that the journal says were retired."""
+    return {(e.name, e.before) for e in moves if e.action == "retire" and e.before is not None}
+
+
+def of_journal(places: Places, known: Known) -> list[Fault]:
+    """Where journal.jsonl is not what the index says; what follows is a killed writer's, and counts for nothing."""
+    try:
+        with places.journal.open("rb") as file:
+            held = file.read(known.length)
+    except OSError as error:
+        return [Fault(places.journal, error.strerror or str(error))]
+    wanted = "".join(entry.line(number) for number, entry in known.journal).encode()
+    if held == wanted:
+        return []
+    lines = zip(held.split(b"\n"), wanted.split(b"\n"), strict=False)
+    number = next((n for n, (a, b) in enumerate(lines, 1) if a != b), None)
+    return [Fault(places.journal, f"line {number} is not what the index says" if number else "has another length")]
+
+
+def of_strangers(places: Places, known: Known) -> tuple[list[Fault], tuple[Path, ...]]:
+    """Versions that the index lacks; and what is left of killed processes and of what was retired."""
+    highest: dict[str, int] = {}
+    for name, number in [*known.versions, *((e.name, e.after or 0) for _, e in known.journal)]:
+        highest[name] = max(number, highest.get(name, 0))
+    gone = retired(entry for _, entry in known.journal)
+    faults, garbage = [], []
+    for path, (name, number) in sweep.records(places):
+        if (name, number) in gone or number > highest.get(name, 0):
+            garbage.append(path)
+        elif (name, number) not in known.versions:
+            faults.append(Fault(path, "is of a version that the index lacks"))
+    garbage += [path for path in sweep.contents(places) if path.name not in known.files]
+    for key in sorted(published(entry for _, entry in known.journal) - set(known.versions)):
+        if not places.record(*key).exists():
+            faults.append(
+                Fault(places.record(*key), "is not there; the journal knows this version, the index does not")
+            )
+    return faults, tuple(garbage)
+
+
+def _by_records(places: Places, faults: list[Fault]) -> Verified:
+    """The same of a library whose index can not be asked."""
+    held: list[tuple[Version, dict[str, File]]] = []
+    for path, (name, number) in sweep.records(places):
+        try:
+            held.append(record.read(places, name, number))
+        except LibraryError as error:
+            faults.append(Fault(path, str(error.given).removeprefix(f"{path}: ")))
+    files = {version.hash: files for version, files in held}
+    for digest, wanted in files.items():
+        faults += _of_object(places, digest, wanted)
+    size = sum(file.bytes for one in files.values() for file in one.values())
+    return Verified(tuple(faults), (), len(held), len(files), size)
