@@ -1,0 +1,153 @@
+"""Adapters over 4 bits: a choice that nobody guesses, and what is left of a change that is rounded again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES
+from merge.fold_world import LORA, saved, trained
+
+from tarsia.adapter import FourBits, open_base
+from tarsia.adapter.export import quantise
+from tarsia.core.attach import Part
+from tarsia.core.errors import ConfigError, MergeError
+from tarsia.core.method import METHODS
+from tarsia.merge.fold import RECORD, fold
+from tarsia.quant.tensor import Weight4
+
+NF4 = FourBits()
+LARGE = Part("lora", "language.*.v", METHODS["lora"].config(rank=8, alpha=8.0))
+"""With tensors of this size the change is as large as the weight."""
+SIZE = 0.3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("bits") / "base", "llava")
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    return trained(base, form=NF4)
+
+
+@pytest.fixture(scope="module")
+def packed(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "four"
+    quantise(str(base), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def over_packed(packed):
+    return trained(packed)
+
+
+def test_there_is_no_default(base, adapter, packed, over_packed, tmp_path):
+    for folder, one in ((base, adapter), (packed, over_packed)):
+        with pytest.raises(ConfigError, match="into which numbers") as refusal:
+            fold(str(folder), one, tmp_path / "out")
+        assert "dequantised:" in str(refusal.value.allowed) and "original:" in str(refusal.value.allowed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_choice_where_there_is_none(base, packed, over_packed, tmp_path):
+    with pytest.raises(ConfigError, match="nothing to choose"):
+        fold(str(base), trained(base), tmp_path / "out", onto="dequantised")
+    with pytest.raises(ConfigError, match="hold the 4 bits alone"):
+        fold(str(packed), over_packed, tmp_path / "out", onto="original")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl_moe", pytest.param("mllama", marks=pytest.mark.slow)])
+def test_onto_the_dequantised_numbers_it_is_what_it_was_trained_over(name, tmp_path):
+    base = saved(tmp_path / "base", name)
+    folded = fold(str(base), trained(base, name=name, form=NF4), tmp_path / "out", onto="dequantised")
+    assert folded.proof.difference <= 1e-5 * folded.proof.peak
+    assert json.loads((tmp_path / "out" / RECORD).read_text())["onto"] == "dequantised"
+    plain, four = (open_base(str(f), processor=False, four_bits=form) for f, form in ((base, None), (base, NF4)))
+    given = open_base(str(tmp_path / "out"), processor=False).model.state_dict()
+    quantised = [k for k, v in four.model.state_dict().items() if isinstance(v, Weight4) and "v_proj" not in k]
+    untouched = next(k for k in quantised if "q_proj" not in k)
+    assert not torch.equal(given[untouched], plain.model.state_dict()[untouched])
+    assert torch.equal(given[untouched], four.model.state_dict()[untouched].dense(torch.float32))
+
+
+def test_onto_the_original_it_is_the_adapter_there(base, adapter, tmp_path):
+    folded = fold(str(base), adapter, tmp_path / "out", onto="original")
+    assert folded.proof.difference <= 1e-5 * folded.proof.peak
+    given = open_base(str(tmp_path / "out"), processor=False).model.state_dict()
+    plain = open_base(str(base), processor=False).model.state_dict()
+    up = next(k for k in plain if "language" in k and "up_proj" in k)
+    assert torch.equal(given[up], plain[up])
+
+
+def test_loftq_means_nothing_over_the_original(base, tmp_path):
+    part = Part("loftq", "language.*.{q,v}", METHODS["loftq"].config(rank=4))
+    made = trained(base, (part,), form=NF4)
+    with pytest.raises(MergeError, match="loftq"):
+        fold(str(base), made, tmp_path / "out", onto="original")
+    assert fold(str(base), made, tmp_path / "out", onto="dequantised").proof.agreement == 1
+
+
+def test_files_in_four_bits_become_files_in_sixteen(packed, over_packed, tmp_path):
+    folded = fold(str(packed), over_packed, tmp_path / "out", onto="dequantised")
+    assert folded.proof.difference <= 1e-5 * folded.proof.peak
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_small_change_does_not_survive_rounding_again(base, packed, tmp_path):
+    """The change is far below the steps of the levels: rounded again, nearly nothing of it is left."""
+    small = trained(packed, (LORA,), size=0.02)
+    with pytest.raises(MergeError, match="would be left") as refusal:
+        fold(str(packed), small, tmp_path / "out", onto="dequantised", requantise=NF4)
+    assert "|d|/|W|" in str(refusal.value.given) and "q_proj" in str(refusal.value.given)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", [NF4, FourBits("int4", nested=False)])
+def test_a_large_change_survives(form, packed, tmp_path):
+    large = trained(packed, (LARGE,), size=SIZE)
+    folded = fold(str(packed), large, tmp_path / "out", onto="dequantised", requantise=form)
+    share = folded.record["remains"]["share"]
+    assert 0.9 <= share <= 1.1
+    host = open_base(str(tmp_path / "out"), processor=False)
+    assert host.quantisation.form.kind == form.kind
+    if form is NF4:  # what nobody changed has the bytes that it had
+        mine, theirs = (open_base(str(f), processor=False).model.state_dict() for f in (tmp_path / "out", packed))
+        up = next(k for k in theirs if "language" in k and "up_proj" in k)
+        assert torch.equal(mine[up].codes, theirs[up].codes)
+
+
+def test_requantised_the_untouched_have_the_live_bytes(base, tmp_path):
+    made = trained(base, (LARGE,), form=NF4, size=SIZE)
+    folded = fold(str(base), made, tmp_path / "out", onto="dequantised", requantise=NF4)
+    assert folded.proof.difference <= folded.proof.allowed
+    mine = open_base(str(tmp_path / "out"), processor=False).model.state_dict()
+    live = open_base(str(base), processor=False, four_bits=NF4).model.state_dict()
+    up = next(k for k in live if "language" in k and "up_proj" in k)
+    assert torch.equal(mine[up].codes, live[up].codes)
+
+
+def test_bitsandbytes_reads_the_result(base, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the oracle")
+    pytest.importorskip("accelerate", reason="Transformers wants it beside bitsandbytes")
+    from transformers import AutoModelForImageTextToText
+
+    wide = {
+        "text_config": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+        "vision_config": {"hidden_size": 64, "intermediate_size": 128},
+    }
+    base = saved(tmp_path / "base", **wide)
+    made = trained(base, (LARGE,), form=NF4, size=SIZE)
+    fold(str(base), made, tmp_path / "out", onto="dequantised", requantise=NF4)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    inputs = FAMILIES["llava"].batch((1, 1))
+    with torch.no_grad():
+        theirs = model(**inputs).logits
+        mine = open_base(str(tmp_path / "out"), processor=False).model(**inputs).logits
+    assert (theirs - mine).abs().max() <= 1e-4 * mine.abs().max()
