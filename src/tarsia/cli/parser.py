@@ -15,6 +15,7 @@ from tarsia.cli import (
     doctor,
     evaluate,
     export,
+    fold,
     forgetting,
     lab,
     library,
@@ -25,7 +26,23 @@ from tarsia.cli import (
     train,
 )
 
-VERBS = (demo, sites, advise, lint, plan, quantise, train, evaluate, forgetting, export, library, ask, lab, doctor)
+VERBS = (
+    demo,
+    sites,
+    advise,
+    lint,
+    plan,
+    quantise,
+    train,
+    evaluate,
+    forgetting,
+    fold,
+    export,
+    library,
+    ask,
+    lab,
+    doctor,
+)
 
 
 class Parser(argparse.ArgumentParser):
