@@ -72,6 +72,7 @@ def examine() -> Iterator[Finding]:
     yield compiler()
     yield kernel(*kernel_here())
     yield from gpu_kernel()
+    yield merge_kernel()
     yield base(Path(__file__).parents[1] / "base" / "mini-1")
 
 
@@ -309,6 +310,16 @@ def gpu_kernel() -> Iterator[Finding]:
     if torch.cuda.is_available():
         status = cuda.status()
         yield kernel(status.text, status.do, status.refused, "4-bit on a GPU")
+
+
+def merge_kernel() -> Finding:
+    """What trims and elects where adapters are merged."""
+    try:
+        from tarsia.merge import kernel as merging
+    except ImportError:
+        return kernel(None, "install torch", name="merge kernel")
+    status = merging.status()
+    return kernel(status.text, status.do, status.refused, "merge kernel")
 
 
 def base(folder: Path) -> Finding:

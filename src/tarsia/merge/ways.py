@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tarsia.core.errors import MergeError
+from tarsia.merge import fast
 from tarsia.merge.align import ALIGN, Frame, core, whole
 from tarsia.merge.combine import COMBINE, Combine, check_weights
 from tarsia.merge.delta import Delta
@@ -201,6 +202,9 @@ def _side_by_side(deltas: Sequence[Delta], shares: Sequence[float]) -> Delta:
 def _framed(way: Way, deltas: Sequence[Delta], weights: Tensor, seeds: Sequence[int], matrix: bool) -> Delta:
     if not matrix:
         return Delta(whole=_rest(way, whole(deltas).parts, weights, seeds))
+    made = fast.merged(way, deltas, weights, seeds)
+    if made is not None:
+        return made
     frame = _frame(way, deltas)
     if frame.parts.ndim > 3:  # a matrix for each expert
         each = [_merged(way, frame.parts[:, i], weights, seeds) for i in range(frame.parts.shape[1])]

@@ -1,5 +1,6 @@
 /* The steps with registers of 16 numbers; by hand only what a compiler does not find. */
 #define STEPS tarsia_merge_avx512
+#define LANES 16
 #define HAS_BETWEEN
 
 #include <immintrin.h>

@@ -1,5 +1,6 @@
 /* The steps in plain C, for a compiler to do many numbers at a time with the flags of the including source, which has
- * defined STEPS, the name of its table. What it defines besides (HAS_...) it does by hand. */
+ * defined STEPS, the name of its table, and LANES, how many numbers a register has. What it defines besides (HAS_...)
+ * it does by hand. */
 #include "steps.h"
 
 #include <math.h>
@@ -71,23 +72,49 @@ static void drop(const float *x, int64_t n, const tarsia_merge_mask *mask, int64
     }
 }
 
+/* As many numbers as a register has, and the bits of each. */
+typedef float numbers __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t words __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+static inline numbers load(const float *x) {
+    numbers all;
+    memcpy(&all, x, sizeof all);
+    return all;
+}
+
+/* x where `when` is all ones, +0 where it is 0. */
+static inline numbers where(words when, numbers x) { return (numbers)((words)x & when); }
+
+/* LANES numbers from x[k] + at on. */
+static inline void elect_some(const float *const *x, int64_t count, int64_t at, const float *votes,
+                              const float *weights, const float *shares, float *out) {
+    numbers total = {0}, sums = {0}, parts = {0};
+    for (int64_t k = 0; k < count; k++) total += votes[k] * load(x[k] + at);
+    words minus = ~(words)(total >= 0.0f) & INT32_MIN; /* the sign to be turned, where - is elected */
+    for (int64_t k = 0; k < count; k++) {
+        numbers one = load(x[k] + at);
+        words agrees = (numbers)((words)(votes[k] * one) ^ minus) > 0.0f;
+        sums += where(agrees, weights[k] * one);
+        parts += where(agrees, shares[k] - (numbers){0});
+    }
+    words none = (numbers)((words)parts & INT32_MAX) < 1e-8f;
+    numbers found = sums / (numbers)(((words)parts & ~none) | ((words)(1.0f - (numbers){0}) & none));
+    memcpy(out + at, &found, sizeof found);
+}
+
 static void elect(const float *const *x, int64_t count, int64_t n, const float *votes, const float *weights,
                   const float *shares, float *out) {
-    float total[TILE_COLUMNS] = {0}, sums[TILE_COLUMNS] = {0}, parts[TILE_COLUMNS] = {0};
-    for (int64_t k = 0; k < count; k++) {
-        const float *one = x[k], vote = votes[k];
-        for (int64_t i = 0; i < n; i++) total[i] += vote * one[i];
-    }
-    for (int64_t i = 0; i < n; i++) total[i] = total[i] >= 0.0f ? 1.0f : -1.0f;
-    for (int64_t k = 0; k < count; k++) {
-        const float *one = x[k], vote = votes[k], weight = weights[k], share = shares[k];
-        for (int64_t i = 0; i < n; i++) {
-            int agrees = vote * one[i] * total[i] > 0.0f; /* times 1 or -1: exact */
-            sums[i] += agrees ? weight * one[i] : 0.0f;
-            parts[i] += agrees ? share : 0.0f;
+    int64_t whole = n / LANES * LANES;
+    for (int64_t at = 0; at < whole; at += LANES) elect_some(x, count, at, votes, weights, shares, out);
+    for (int64_t at = whole; at < n; at++) {
+        float total = 0.0f, sums = 0.0f, parts = 0.0f;
+        for (int64_t k = 0; k < count; k++) total += votes[k] * x[k][at];
+        for (int64_t k = 0; k < count; k++) {
+            float voted = votes[k] * x[k][at];
+            if (total >= 0.0f ? voted > 0.0f : voted < 0.0f) sums += weights[k] * x[k][at], parts += shares[k];
         }
+        out[at] = sums / (fabsf(parts) < 1e-8f ? 1.0f : parts);
     }
-    for (int64_t i = 0; i < n; i++) out[i] = sums[i] / (parts[i] == 0.0f ? 1.0f : parts[i]);
 }
 
 static void sum(const float *const *x, int64_t count, int64_t n, const float *weights, float *out) {

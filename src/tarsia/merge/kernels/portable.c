@@ -1,2 +1,3 @@
 #define STEPS tarsia_merge_portable
+#define LANES 4
 #include "body.h"

@@ -56,7 +56,7 @@ int tarsia_merge_thresholds(int isa, const tarsia_merge_delta *deltas, int64_t c
                             int64_t kept, tarsia_merge_mask *masks, const tarsia4_team *team);
 
 /* out[place] = sum of weights[i] * x_i over the changes that agree / sum of shares[i] over them (over 1 where that is
- * 0); x_i is what stays of change i. The majority is + where the sum of votes[i] * x_i is at least 0, else -; change i
+ * below 1e-8); x_i is what stays of change i. The majority is + where the sum of votes[i] * x_i is at least 0, else -; change i
  * agrees where votes[i] * x_i is not 0 and has that sign. */
 int tarsia_merge_elect(int isa, const tarsia_merge_delta *deltas, int64_t count, int64_t rows, int64_t columns,
                        const tarsia_merge_mask *masks, const float *votes, const float *weights, const float *shares,
