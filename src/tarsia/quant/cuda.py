@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tarsia.quant import codec, cpu
 from tarsia.quant.cpu import Packed4
-from tarsia.quant.native import VARIABLE, Status
+from tarsia.quant.loader import Status
+from tarsia.quant.native import VARIABLE
 
 
 @cache
