@@ -178,8 +178,9 @@ def _site(asked: _Asked, path: str) -> tuple[Patched | None, float]:
         whole = _as_it_is(held, shares, asked.rank) or _joined(held, shares, path, asked.rank)
         if whole is not None:
             return whole, 0.0
-    if all(one is not None and not method_of(one.method).folds for one in held if one is not None):
+    if any(one is not None and not method_of(one.method).folds for one in held):
         _refuse_unfolding(held, asked.way, path)
+    _check_corrections(asked, held, factor, path)
     found = [Delta() if one is None else delta_of(one, asked.grounds, path) for one in held]
     made = combined(asked.way, found, asked.weights, path, matrix=site.kind in MATRICES).scaled(factor)
     rank = asked.rank
@@ -228,6 +229,25 @@ def _refuse_unfolding(held: Sequence[Patched | None], way: Way, path: str) -> No
         else "such a patch of one adapter alone, at weight 1, by a plain sum",
         do="use task_arithmetic" if joins and not way.linear else "let the adapters act side by side, or leave one out",
     )
+
+
+def _check_corrections(asked: _Asked, held: Sequence[Patched | None], factor: float, path: str) -> None:
+    """Raise MergeError where what a base lost to its 4 bits would be put back more than once, or in part.
+
+    A patch that ``corrects`` starts as that loss and is trained on from there: both are one pair of factors.
+    """
+    corrects = [one is not None and method_of(one.method).corrects for one in held]
+    if not any(corrects):
+        return
+    shares = asked.way.shares(asked.weights)
+    counted = factor * sum(share for share, does in zip(shares, corrects, strict=True) if does)
+    if not asked.way.linear or abs(counted - 1) > 1e-9:
+        raise MergeError(
+            f"Each of these patches at {path} puts back what the 4 bits took from the weight, so it must count once.",
+            given=f"{sum(corrects)} of them, by {asked.way.name}, {counted:g} times together",
+            allowed="a weighted sum of them in which their weights add up to 1",
+            do="use linear, the weighted mean",
+        )
 
 
 def _patched(made: Delta, site: Site, grounds: Grounds, rank: int | None) -> tuple[Patched | None, float]:

@@ -83,8 +83,8 @@ def iso_c(parts: Tensor, weights: Tensor) -> Tensor:
 def iso_cts(parts: Tensor, weights: Tensor, *, common: float = 0.8) -> Tensor:
     """Iso-C with directions of each task alone beside the common ones (Iso-CTS, 2502.04959, algorithm 2).
 
-    Of as many directions as the smaller side of the parts has, the share ``common`` are the sum's largest; the others,
-    equally many a task, are the largest of tau_i outside of them. All are orthogonalised together (polar factor) and
+    Of as many directions as all parts span together, the share ``common`` are the sum's largest; the others, equally
+    many a task, are the largest of tau_i outside of them. All are orthogonalised together (polar factor) and
     get the mean of their singular values.
     """
     tasks = [w * part for w, part in zip(weights.double(), parts.double(), strict=True) if bool(part.any())]
@@ -92,7 +92,7 @@ def iso_cts(parts: Tensor, weights: Tensor, *, common: float = 0.8) -> Tensor:
     u, s, v = _directions(total(parts, weights).double(), size)
     if not len(s):
         return torch.zeros_like(parts[0], dtype=torch.float64)
-    smaller = min(parts.shape[1:])
+    smaller = _spanned(parts, size)
     each = round((smaller - int(smaller * common)) / len(tasks))
     shared = min(smaller - each * len(tasks), len(s))
     u, s, v = u[:, :shared], s[:shared], v[:shared]
@@ -106,13 +106,17 @@ def iso_cts(parts: Tensor, weights: Tensor, *, common: float = 0.8) -> Tensor:
 def tsv(parts: Tensor, weights: Tensor) -> Tensor:
     """Task singular vectors made orthogonal together, each with its own singular value (TSV-M, arXiv:2412.00081).
 
-    Each task keeps its largest singular directions, at most its share of the smaller side of the parts.
+    Each task keeps all its singular directions where these are no more than the tasks span together, as with low-rank
+    changes; else its equal share of so many, the largest.
     """
     tasks = [w * part for w, part in zip(weights.double(), parts.double(), strict=True) if bool(part.any())]
     if not tasks:
         return torch.zeros_like(parts[0], dtype=torch.float64)
-    each = max(1, min(parts.shape[1:]) // len(tasks))
-    found = [_directions(task, _size(parts, weights)) for task in tasks]
+    size = _size(parts, weights)
+    found = [_directions(task, size) for task in tasks]
+    smaller = _spanned(parts, size)
+    most = max(len(values) for _, values, _ in found)
+    each = most if sum(len(values) for _, values, _ in found) <= smaller else max(1, smaller // len(tasks))
     lefts = polar(torch.cat([left[:, :each] for left, _, _ in found], 1))
     rights = polar(torch.cat([right[:each] for _, _, right in found]))
     return (lefts * torch.cat([values[:each] for _, values, _ in found])) @ rights
@@ -193,6 +197,13 @@ def polar(matrix: Tensor) -> Tensor:
 def _size(parts: Tensor, weights: Tensor) -> float:
     """What sums of the parts are measured against, to tell nothing from rounding."""
     return float((weights.double().abs() * parts.double().flatten(1).norm(dim=1)).sum())
+
+
+def _spanned(parts: Tensor, size: float) -> int:
+    """How many directions all parts have together, on the side where these are fewer: the same in a core."""
+    wide = parts.double()
+    rows, columns = torch.cat(list(wide), 0), torch.cat(list(wide), 1)
+    return min(int((torch.linalg.svdvals(side) > NOTHING * size).sum()) for side in (rows, columns))
 
 
 def _directions(matrix: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -128,7 +128,7 @@ class Grounds:
 
 def _held(module: torch.nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
     weight, bias = dense(module, site)
-    return weight.detach(), None if bias is None else bias.detach()
+    return weight.detach().cpu(), None if bias is None else bias.detach().cpu()
 
 
 class _Files:
