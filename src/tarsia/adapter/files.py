@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -99,7 +102,7 @@ def load(folder: Path | str, host: Host | None = None, *, allow: Collection[str]
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError("There is no such adapter.", given=str(folder), do="give the folder that it was saved in")
-    if (folder / OURSELVES).is_file():
+    if any(os.path.lexists(folder / name) for name in (OURSELVES, PROBE)):
         return _read(folder, read_tensors, True)
     from tarsia.adapter.foreign import read_foreign
 
@@ -238,6 +241,7 @@ def _read(folder: Path, tensors_of: Callable[[Path], dict[str, Tensor]], checked
         names = (TENSORS, PROBE) if described["probe"] is not None else (TENSORS,)
         if checked:
             _check_names(described, place)
+            _check_seal(described, raw, place)
             for name in names:
                 _check_digest(folder / name, described)
         adapter = _made(described, {name: tensors_of(folder / name) for name in names})
@@ -247,12 +251,13 @@ def _read(folder: Path, tensors_of: Callable[[Path], dict[str, Tensor]], checked
             _check_agreement(adapter, fields)
         if CONFIG in described["sha256"]:
             _check_digest(folder / CONFIG, described)
-        _check_seal(described, raw, place)
     return adapter
 
 
 def _made(described: Mapping[str, Any], held: Mapping[str, dict[str, Tensor]]) -> Adapter:
     layout = _layout(described["layout"])
+    if not (described["base"] is None or isinstance(described["base"], str)):
+        raise AdapterError("The base is no name.", given=repr(described["base"])[:80], do=AGAIN)
     return Adapter(
         parts=tuple(_part(part) for part in described["parts"]),
         patches=MappingProxyType(_patches(described["patches"], held[TENSORS], layout)),
@@ -274,14 +279,24 @@ def _layout(values: Mapping[str, Any]) -> Layout:
 
 
 def _patches(described: Mapping[str, Any], held: dict[str, Tensor], layout: Layout) -> dict[str, Patched]:
-    wanted = {key: path for path, patch in described.items() for key in patch["tensors"].values()}
-    missing, extra = sorted(wanted.keys() - held.keys()), sorted(held.keys() - wanted.keys())
+    named = [key for patch in described.values() for key in patch["tensors"].values()]
+    wanted = set(named)
+    if len(wanted) < len(named):
+        raise AdapterError("Two patches name one tensor.", given=Counter(named).most_common(1)[0][0], do=AGAIN)
+    missing, extra = sorted(wanted - held.keys()), sorted(held.keys() - wanted)
     if missing or extra:
         raise AdapterError(
             f"{TENSORS} and tarsia.json do not agree.",
             given="; ".join(f"{n} {', '.join(k[:3])}" for n, k in (("missing", missing), ("left over", extra)) if k),
             do=AGAIN,
         )
+    broken = next((key for key, value in held.items() if not value.is_floating_point()), None)
+    if broken is not None:
+        given = f"{broken} in {TENSORS}: {held[broken].dtype}"
+        raise AdapterError("A tensor can not be one that was trained.", given=given, do=AGAIN)
+    absent = sorted({*layout.targets, *layout.places} - described.keys())
+    if absent:
+        raise AdapterError("The layout names sites that have no patch.", given=absent[0], do=AGAIN)
     patches = {}
     for path, patch in described.items():
         method = find(patch["method"])
@@ -341,7 +356,13 @@ def _probe_tensors(probe: Probe) -> dict[str, Tensor]:
 
 def _probe(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Probe:
     inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
-    return Probe(inputs=inputs, tokens=tensors["tokens"], logits=tensors["logits"], **values)
+    tokens, logits = tensors["tokens"], tensors["logits"]
+    numbers = [float(values[name]) for name in ("difference", "peak")]
+    plain = (tokens.dtype, logits.dtype) == (torch.int64, torch.float32) and isinstance(values["dtype"], str)
+    if not (plain and tokens.shape == logits.shape and tokens.dim() == 3 and all(map(math.isfinite, numbers))):
+        given = f"{PROBE}: tokens {tokens.dtype} {tuple(tokens.shape)}, logits {logits.dtype} {tuple(logits.shape)}"
+        raise AdapterError("The probe is none.", given=f"{given}, {dict(values)}", do=AGAIN)
+    return Probe(inputs=inputs, tokens=tokens, logits=logits, **values)
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -67,6 +67,7 @@ def read_foreign(
     if host is None:
         raise AdapterError(
             "An adapter that PEFT made is understood only against its base.",
+            given="there is no tarsia.json beside it",
             do="open the base and pass it: load(folder, host)",
         )
     name = fields.get("base_model_name_or_path") or None

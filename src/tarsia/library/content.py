@@ -15,9 +15,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
-from tarsia.core import seal
+from tarsia.core import seal, tables
 from tarsia.core.errors import LibraryError
 
 CONFIG, TENSORS, PROBE, OURSELVES = (
@@ -28,6 +28,9 @@ CONFIG, TENSORS, PROBE, OURSELVES = (
 )
 FILES: Final = (CONFIG, TENSORS, PROBE, OURSELVES)
 """What an adapter is made of; PROBE may be missing."""
+
+JSON_BYTES: Final = 1 << 27
+"""The longest description that is read."""
 
 FORMAT: Final = 1
 """The format of tarsia.json that is understood."""
@@ -131,8 +134,22 @@ def _copy(source: Path, name: str, folder: int, target: Path) -> None:
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise LibraryError("This is no file.", given=str(source / name), do=AGAIN)
+        _check_length(source / name, file)
         with (target / name).open("xb") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
+
+
+def _check_length(path: Path, file: BinaryIO) -> None:
+    """Refuse, before it is copied, a file that can be seen to be none by its length. It is read from its beginning."""
+    size = os.fstat(file.fileno()).st_size
+    if path.name.endswith(".safetensors"):
+        most = min(size - 8, tables.LONGEST)
+        if not 0 < int.from_bytes(file.read(8), "little") <= most:
+            given = f"{path}, {size} bytes"
+            raise LibraryError(f"{path.name} is truncated or no safetensors file.", given=given, do=AGAIN)
+    elif size > JSON_BYTES:
+        raise LibraryError(f"{path.name} is too long.", given=f"{path}, {size} bytes", allowed=JSON_BYTES, do=AGAIN)
+    file.seek(0)
 
 
 def look(folder: Path, said: Path | None = None) -> Content:
@@ -210,20 +227,16 @@ def read_json(path: Path, said: Path | None = None) -> dict[str, Any]:
 def table(path: Path, said: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a safetensors file, by key. Raises LibraryError where it is no whole one."""
     size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length) if length <= min(size - 8, tables.LONGEST) else b""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length)) if 0 < length <= size - 8 else {}
-        entries.pop("__metadata__", None)
-        spans = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
-        ends = [0, *(end for _, end in spans)]
-        whole = bool(spans) and all(span[0] == end for span, end in zip(spans, ends, strict=False))
-        whole = whole and 8 + length + ends[-1] == size
-        shapes = {key: tuple(int(n) for n in entry["shape"]) for key, entry in entries.items()}
-        if path.name == TENSORS:
-            whole = whole and all(entry["dtype"] in _FLOATS for entry in entries.values())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise LibraryError(f"{path.name} is truncated or no safetensors file.", given=f"{said}, {size} bytes", do=AGAIN)
-    return shapes
+        entries = tables.parse(raw, size - 8 - length)
+        odd = [key for key, entry in entries.items() if path.name == TENSORS and entry["dtype"] not in _FLOATS]
+        if odd or not entries:
+            raise ValueError(f"{odd[0][:80]} is no number that is trained" if odd else "there is no tensor")
+    except ValueError as error:
+        raise LibraryError(
+            f"{path.name} is truncated or no safetensors file.", given=f"{said}, {size} bytes: {error}", do=AGAIN
+        ) from None
+    return {key: tuple(entry["shape"]) for key, entry in entries.items()}

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -63,7 +64,8 @@ def _first(library: Library, version: Version, place: Path, files: dict[str, con
     if before is None or before != stamp(place, files):
         raise LibraryError("The files were changed while they were read.", given=str(place), do="open it again")
     if settled(place, files):
-        with index.writing(library.places) as work:
+        # a full disk takes nothing from what was read: it is looked at again the next time
+        with suppress(LibraryError), index.writing(library.places) as work:
             work.db.execute("INSERT OR REPLACE INTO reads VALUES (?, ?)", (version.hash, before))
     return adapter
 
