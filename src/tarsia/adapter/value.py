@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
@@ -122,9 +122,7 @@ def put(host: Host, adapter: Adapter, name: str, *, allow: Collection[str] = ())
     missing, and BaseMismatch where the fingerprint differs (``allow``: see Fingerprint.check). The model is
     changed only where all is well.
     """
-    if adapter.fingerprint is not None:
-        mine, theirs = _trained_over(adapter, adapter.fingerprint), f"{host.name}, {host.form}"
-        adapter.fingerprint.check(host.fingerprint, allow=allow, mine=mine, theirs=theirs)
+    belongs(host, adapter, allow)
     if not adapter.patches:
         raise AdapterError("The adapter has no patch.", do="train it first")
     sites = {site.path: site for site in host.sites}
@@ -135,9 +133,17 @@ def put(host: Host, adapter: Adapter, name: str, *, allow: Collection[str] = ())
             given=", ".join(absent[:3]),
             do="open the base that the adapter was trained on",
         )
-    made = {path: restored(host, sites[path], patched) for path, patched in adapter.patches.items()}
+    fitting: set[Hashable] = set()
+    made = {path: restored(host, sites[path], patched, fitting) for path, patched in adapter.patches.items()}
     order = [site for site in host.sites if site.path in made]
     install(host.model, [(site, made[site.path]) for site in order], name=name)
+
+
+def belongs(host: Host, adapter: Adapter, allow: Collection[str] = ()) -> None:
+    """Raise BaseMismatch where the adapter says that its base is another (``allow``: see Fingerprint.check)."""
+    if adapter.fingerprint is not None:
+        mine, theirs = _trained_over(adapter, adapter.fingerprint), f"{host.name}, {host.form}"
+        adapter.fingerprint.check(host.fingerprint, allow=allow, mine=mine, theirs=theirs)
 
 
 def _trained_over(adapter: Adapter, base: Fingerprint) -> str:
@@ -148,8 +154,11 @@ def _trained_over(adapter: Adapter, base: Fingerprint) -> str:
     return f"{adapter.base or 'a base in memory'}, {form_in_words(base.quantisation, held)}"
 
 
-def restored(host: Host | Outline, site: Site, patched: Patched) -> Patch:
-    """The patch at ``site`` of this base, its tensors copied. Raises AdapterError where it does not fit there."""
+def restored(host: Host | Outline, site: Site, patched: Patched, fitting: set[Hashable] | None = None) -> Patch:
+    """The patch at ``site`` of this base, its tensors copied. Raises AdapterError where it does not fit there.
+
+    ``fitting`` remembers, from one site to the next like it, what was found to have the shape of the base.
+    """
     kind = find(patched.method).patch
     if site.kind not in find(patched.method).kinds:
         raise AdapterError(f"{patched.method} does not go to {site.path}.", given=f"a site of kind {site.kind}")
@@ -184,19 +193,23 @@ def restored(host: Host | Outline, site: Site, patched: Patched) -> Patch:
             do="the files are broken or foreign: fetch them again",
         )
     # one of its own, which loses what numbers it has
-    _check_shape(host, site, kind.restore(site, shapes, patched.constants))
+    _check_shape(host, site, kind.restore(site, shapes, patched.constants), set() if fitting is None else fitting)
     patch.load_state_dict({k: v.clone() for k, v in patched.tensors.items()}, strict=True, assign=True)
     return patch
 
 
-def _check_shape(host: Host | Outline, site: Site, patch: Patch) -> None:
-    """Fold the still empty patch, without numbers, into tensors of the base's shapes."""
+def _check_shape(host: Host | Outline, site: Site, patch: Patch, fitting: set[Hashable]) -> None:
+    """Fold the still empty patch, without numbers, into tensors of the base's shapes: once for each kind of place."""
     if type(patch).fold is Patch.fold:
         return
-    names = dict(host.model.named_parameters(remove_duplicate=False))
-    whole = names[site.weight]
+    whole = host.model.get_parameter(site.weight)
     weight = torch.empty(whole.shape if whole.is_floating_point() else site.shape, device="meta")
-    bias = None if site.bias is None else torch.empty(names[site.bias].shape, device="meta")
+    bias = None if site.bias is None else torch.empty(host.model.get_parameter(site.bias).shape, device="meta")
+    own = tuple((key, value.shape) for key, value in patch.state_dict().items())
+    constants = tuple((key, getattr(patch, key)) for key in patch.constants)
+    key = (type(patch), site.kind, site.role, weight.shape, None if bias is None else bias.shape, own, constants)
+    if key in fitting:
+        return
     try:
         folded = patch.to("meta").fold(weight, bias)
     except RuntimeError as error:
@@ -205,6 +218,7 @@ def _check_shape(host: Host | Outline, site: Site, patch: Patch) -> None:
         if (None if before is None else before.shape) != (None if after is None else after.shape):
             given = "no tensor" if after is None else str(tuple(after.shape))
             raise _misfit(site, patch, f"{given} in place of {before if before is None else tuple(before.shape)}")
+    fitting.add(key)
 
 
 def _misfit(site: Site, patch: Patch, why: str) -> AdapterError:
