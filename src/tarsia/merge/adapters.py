@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +24,7 @@ from tarsia.core.method import find as method_of
 from tarsia.core.site import Component, Kind, Site
 from tarsia.merge.align import refactored
 from tarsia.merge.delta import Delta, Grounds, delta_of
+from tarsia.merge.inputs import Watched
 from tarsia.merge.ways import Way, combined, find
 
 MATRICES = frozenset({Kind.WEIGHT, Kind.EXPERT})
@@ -55,6 +57,18 @@ class _Asked:
     scale: float
     components: Mapping[Component, float]
     rank: int | None
+
+    @cached_property
+    def watched(self) -> tuple[Watched, ...]:
+        """The adapters over their probes. Raises MergeError where the base is not open."""
+        base = self.grounds.base
+        if not isinstance(base, Host):
+            raise MergeError(
+                f"{self.way.name} looks at what layers are given, and an outline runs nothing.",
+                given=base.name,
+                do="give the base itself, opened",
+            )
+        return tuple(Watched(adapter, base) for adapter in self.adapters)
 
     def factor(self, site: Site) -> float:
         """What the result at a site is multiplied with."""
@@ -182,6 +196,9 @@ def _site(asked: _Asked, path: str) -> tuple[Patched | None, float]:
         _refuse_unfolding(held, asked.way, path)
     _check_corrections(asked, held, factor, path)
     found = [Delta() if one is None else delta_of(one, asked.grounds, path) for one in held]
+    if asked.way.combining.sees and site.kind is Kind.WEIGHT:
+        # one that leaves this layer as it is has inputs too, which the others must leave alone
+        found = [replace(delta, inputs=partial(w.at, path)) for delta, w in zip(found, asked.watched, strict=True)]
     made = combined(asked.way, found, asked.weights, path, matrix=site.kind in MATRICES).scaled(factor)
     rank = asked.rank
     if rank is None and asked.way.thin:

@@ -83,6 +83,13 @@ def core(deltas: Sequence[Delta]) -> Frame:
     return Frame(left, right, torch.stack(parts))
 
 
+def outputs(deltas: Sequence[Delta]) -> Frame:
+    """An orthonormal basis of all outputs alone: parts [p, in]. Factored deltas stay so, and inputs are the layer's."""
+    frame = core(deltas)
+    assert frame.right is not None
+    return Frame(frame.left, None, frame.parts @ frame.right)
+
+
 def knots(deltas: Sequence[Delta]) -> Frame:
     """KnOTS: one SVD of [tau_1 ... tau_n] = U S [V_1 ... V_n]; the parts are S V_i [p, in] (2410.19735, eq. 3-4).
 

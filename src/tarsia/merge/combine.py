@@ -6,7 +6,7 @@ value 0, an order among equals) the docstring says what is taken in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,6 +154,40 @@ def wudi(
     return _sylvester(left, right, found, summed, ridge)
 
 
+def regmean(
+    parts: Tensor, weights: Tensor, *, inputs: Sequence[Tensor], ridge: float = 0.001, toward: float = 0.0
+) -> Tensor:
+    """The tau that answers each adapter's own inputs as that adapter does (RegMean, arXiv:2212.09849, eq. 2), for
+    deltas.
+
+    With X_i [n_i, in] what the layer is given when adapter i runs over its probe, tau minimises
+
+        sum_i |(tau - w_i tau_i) X_i^T|^2 / n_i + l |tau - toward * sum_i w_i tau_i|^2
+
+    where l is ``ridge`` times the mean eigenvalue of sum_i X_i^T X_i / n_i. (The paper weighs the diagonal of the
+    moments in place of l.) The equation solved is as large as the layer's inputs, or as the samples where these are
+    fewer. The columns of tau are those of the tau_i, so factored deltas stay factored: parts are [n, p, in].
+    """
+    summed = total(parts, weights).double()
+    start = toward * summed
+    rows = torch.cat([x.double() / max(1, len(x)) ** 0.5 for x in inputs])
+    gaps = [w * part.double() - start for w, part in zip(weights.double(), parts, strict=True)]
+    missed = torch.cat([gap @ x.double().T / max(1, len(x)) ** 0.5 for gap, x in zip(gaps, inputs, strict=True)], 1)
+    pull = ridge * float(rows.square().sum()) / rows.shape[1]
+    if len(rows) < rows.shape[1]:
+        return start + _over(missed, rows @ rows.T, pull) @ rows
+    return start + _over(missed @ rows, rows.T @ rows, pull)
+
+
+def _over(goal: Tensor, moment: Tensor, pull: float) -> Tensor:
+    """goal (moment + pull I)^-1 for a symmetric moment; within what it spans where pull is 0."""
+    values, axes = torch.linalg.eigh(moment)
+    values = values.clamp_min(0) + pull
+    safe = values > NOTHING * values.max()
+    solved: Tensor = (goal @ axes) * torch.where(safe, 1 / torch.where(safe, values, 1.0), 0.0) @ axes.T
+    return solved
+
+
 def _sylvester(left: Tensor | None, right: Tensor | None, found: Tensor, summed: Tensor, ridge: float) -> Tensor:
     """X with left X + X right + l X = found + l summed, where a side that is None is zero, left and right symmetric."""
     rows, row_axes = _spectrum(left, found.shape[0])
@@ -219,7 +253,7 @@ class Combine:
     ``linear``: the result is a weighted sum, so factors can be laid side by side and patches joined. ``invariant``: it
     does not depend on the basis, so it may be done in a core. ``negative``: a weight below 0 has a meaning with these
     options (those of ``positive`` take it away). ``rest``: what is done to biases and other tensors that are no
-    matrix.
+    matrix. ``sees``: it looks at what layers are given.
     """
 
     run: Callable[..., Tensor]
@@ -227,6 +261,7 @@ class Combine:
     invariant: bool = False
     negative: bool = True
     rest: Callable[..., Tensor] | None = None
+    sees: bool = False
 
 
 COMBINE: Mapping[str, Combine] = {
@@ -237,6 +272,7 @@ COMBINE: Mapping[str, Combine] = {
     "iso_cts": Combine(iso_cts, invariant=True, rest=average),
     "tsv": Combine(tsv, invariant=True, rest=average),
     "wudi": Combine(wudi, invariant=True, rest=average),
+    "regmean": Combine(regmean, rest=average, sees=True),
 }
 """Every way by name."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from tarsia.core.method import find
 from tarsia.core.packed import Packed
 from tarsia.core.patch import Patch, dense
 from tarsia.core.site import Site
+from tarsia.merge.inputs import Watched
 
 Read = Callable[[str], tuple[Tensor, Tensor | None]]
 """The base's own weight and bias at a site, by its path."""
@@ -35,12 +36,15 @@ class Delta:
 
     ``up`` [out, rank] and ``down`` [rank, in], whose product is the change (every scale is inside); or ``whole`` of
     the weight's shape; or neither, where the weight stays. ``bias`` of the bias's shape, None where it stays.
+    ``inputs`` gives what the site is given when the adapter runs over its probe, [n, in] in float32 (see ``Watched``);
+    None where nobody can tell. It is asked only by ways that look at it.
     """
 
     up: Tensor | None = None
     down: Tensor | None = None
     whole: Tensor | None = None
     bias: Tensor | None = None
+    inputs: Callable[[], Tensor] | None = None
 
     @property
     def factored(self) -> bool:
@@ -68,7 +72,7 @@ class Delta:
     def scaled(self, factor: float) -> Delta:
         """``factor`` times the change."""
         up, whole, bias = (None if t is None else factor * t for t in (self.up, self.whole, self.bias))
-        return Delta(up, self.down, whole, bias)
+        return Delta(up, self.down, whole, bias, self.inputs)
 
     @cached_property
     def norm(self) -> float:
@@ -201,10 +205,18 @@ def delta_of(patched: Patched, grounds: Grounds, path: str) -> Delta:
 def deltas(adapter: Adapter, base: Host | Outline | Grounds) -> dict[str, Delta]:
     """What the adapter adds to its base, by site path, in the base's order of sites.
 
-    Weights are read only for methods whose change depends on them (dora, oft, ia3, full).
+    Weights are read only for methods whose change depends on them (dora, oft, ia3, full). Over a host that is open,
+    each delta can tell its ``inputs``; the adapter's probe runs when the first is asked.
     Raises MergeError for a patch that is no change of (W, b), and for a site that the base does not have.
     """
     grounds = base if isinstance(base, Grounds) else Grounds.of(base, adapter.fingerprint)
     order = {path: i for i, path in enumerate(grounds.sites)}
     paths = sorted(adapter.patches, key=lambda path: order.get(path, len(order)))
-    return {path: delta_of(adapter.patches[path], grounds, path) for path in paths}
+    watched = Watched(adapter, grounds.base) if isinstance(grounds.base, Host) else None
+    return {
+        path: replace(
+            delta_of(adapter.patches[path], grounds, path),
+            inputs=None if watched is None else partial(watched.at, path),
+        )
+        for path in paths
+    }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tarsia.core.errors import MergeError
 from tarsia.merge import fast
-from tarsia.merge.align import ALIGN, Frame, core, whole
+from tarsia.merge.align import ALIGN, Frame, core, outputs, whole
 from tarsia.merge.combine import COMBINE, Combine, check_weights
 from tarsia.merge.delta import Delta
 from tarsia.merge.sparsify import SPARSIFY, check_density, seed_for
@@ -80,7 +80,7 @@ class Way:
     def choices(self) -> tuple[str, ...]:
         """Names of the options that go to what combines."""
         parameters = inspect.signature(COMBINE[self.combine].run).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "inputs")
 
     @property
     def combining(self) -> Combine:
@@ -144,6 +144,7 @@ WAYS: Mapping[str, Way] = {
         Way("core_iso_cts", align="core", combine="iso_cts", source="arXiv:2509.17786 with 2502.04959"),
         Way("core_tsv", align="core", combine="tsv", source="arXiv:2509.17786 with 2412.00081"),
         Way("wudi", combine="wudi", source="arXiv:2503.08099, eq. 10, solved in the core with a ridge"),
+        Way("regmean", combine="regmean", source="arXiv:2212.09849, eq. 2, on each adapter's own probe"),
         Way(
             "wudi_both",
             combine="wudi",
@@ -186,7 +187,7 @@ def combined(way: Way, deltas: Sequence[Delta], weights: Sequence[float], path: 
     if way.linear:
         made = _side_by_side(deltas, way.shares(weights))
     else:
-        made = _framed(way, deltas, held, _seeds(way, deltas, path, "weight"), matrix)
+        made = _framed(way, deltas, held, _seeds(way, deltas, path, "weight"), path, matrix)
     return Delta(made.up, made.down, made.whole, bias)
 
 
@@ -199,12 +200,14 @@ def _side_by_side(deltas: Sequence[Delta], shares: Sequence[float]) -> Delta:
     return Delta(up=torch.cat(ups, 1), down=torch.cat([delta.down for _, delta in moving if delta.down is not None]))
 
 
-def _framed(way: Way, deltas: Sequence[Delta], weights: Tensor, seeds: Sequence[int], matrix: bool) -> Delta:
-    if not matrix:
+def _framed(way: Way, deltas: Sequence[Delta], weights: Tensor, seeds: Sequence[int], path: str, matrix: bool) -> Delta:
+    if not matrix or (way.combining.sees and _experts(deltas)):
         return Delta(whole=_rest(way, whole(deltas).parts, weights, seeds))
     made = fast.merged(way, deltas, weights, seeds)
     if made is not None:
         return made
+    if way.combining.sees:
+        return _seen(way, deltas, weights, path)
     frame = _frame(way, deltas)
     if frame.parts.ndim > 3:  # a matrix for each expert
         each = [_merged(way, frame.parts[:, i], weights, seeds) for i in range(frame.parts.shape[1])]
@@ -212,9 +215,28 @@ def _framed(way: Way, deltas: Sequence[Delta], weights: Tensor, seeds: Sequence[
     return frame.back(_merged(way, frame.parts, weights, seeds))
 
 
+def _seen(way: Way, deltas: Sequence[Delta], weights: Tensor, path: str) -> Delta:
+    """With what the layer is given, by each adapter that can tell; one that changes it must."""
+    if any(delta.inputs is None and not delta.still for delta in deltas):
+        raise MergeError(
+            f"{way.name} looks at what layers are given, and nobody can tell that of {path}.",
+            do="give the base itself, opened, and adapters that were saved with a probe",
+        )
+    taking = [(delta, w) for delta, w in zip(deltas, weights, strict=True) if delta.inputs is not None]
+    held = [delta for delta, _ in taking]
+    frame = outputs(held) if all(delta.factored or delta.still for delta in held) else whole(held)
+    options = {name: value for name, value in way.options.items() if name in way.choices}
+    seen = [delta.inputs() for delta in held if delta.inputs is not None]
+    return frame.back(way.combining.run(frame.parts, torch.stack([w for _, w in taking]), inputs=seen, **options))
+
+
+def _experts(deltas: Sequence[Delta]) -> bool:
+    return any(delta.whole is not None and delta.whole.ndim > 2 for delta in deltas)
+
+
 def _frame(way: Way, deltas: Sequence[Delta]) -> Frame:
     moving = [delta for delta in deltas if not delta.still]
-    if any(delta.whole is not None and delta.whole.ndim > 2 for delta in moving):
+    if _experts(moving):
         return whole(deltas)
     if way.align != NONE:
         return ALIGN[way.align](deltas)
