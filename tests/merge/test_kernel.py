@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tarsia.cli import machine
 from tarsia.core.errors import ConfigError, MergeError
-from tarsia.merge import combine, fast, kernel, sparsify
+from tarsia.merge import combine, draws, fast, kernel, sparsify
 from tarsia.merge.delta import Delta
 from tarsia.merge.ways import WAYS, combined
 from tarsia.quant import build, loader
@@ -121,11 +121,11 @@ def test_ties_are_those_of_the_reference(
     same_bits(found, expected)
 
 
-def merged_by(here: kernel.Kernel, way, deltas: list[Delta], weights: Tensor) -> Tensor:
+def merged_by(here: kernel.Kernel, way, deltas: list[Delta], weights: Tensor, seeds=None) -> Tensor:
     """`fast.merged` with this kernel."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kernel, "library", lambda: here)
-        made = fast.merged(way, deltas, weights, [0] * len(deltas))
+        made = fast.merged(way, deltas, weights, seeds or [0] * len(deltas))
     assert made is not None and made.whole is not None
     return made.whole.float()
 
@@ -203,6 +203,38 @@ def _rounded(exact: Tensor, added: Tensor) -> Tensor:
     return torch.where(inexact & even, torch.where(up, bits + 1, bits - 1), bits).view(torch.float64).float()
 
 
+def test_random_numbers_are_philoxs() -> None:
+    """A known answer of Random123, and the algorithm said in whole numbers of Python."""
+    assert draws.philox(0, 4).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for key, first in ((0, 0), (-5, 4 * 12345), (2**63 - 1, 4 * (2**32 - 1))):
+        expected = [plain_philox(key, i // 4)[i % 4] for i in range(first, first + 9)]
+        assert draws.philox(key, 9, first).tolist() == expected
+    with pytest.raises(ValueError):
+        draws.philox(0, 4, 2)
+
+
+def plain_philox(key: int, counter: int) -> list[int]:
+    low = 2**32 - 1
+    a, b, c, d = counter & low, counter >> 32, 0, 0
+    for turn in range(10):
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57
+        k0, k1 = (key & low) + turn * 0x9E3779B9 & low, (key >> 32 & low) + turn * 0xBB67AE85 & low
+        a, b, c, d = (q >> 32) ^ b ^ k0, q & low, (p >> 32) ^ d ^ k1, p & low
+    return [a, b, c, d]
+
+
+@FEW
+@given(stacks(), DENSITIES, WEIGHTS, st.integers(-(2**63), 2**63 - 1), st.sampled_from(["dare", "dare_ties"]))
+def test_what_is_thrown_away_at_random_is_the_references(
+    here: kernel.Kernel, stack: Tensor, density: float, weights: list[float], seed: int, name: str
+) -> None:
+    held, seeds = torch.tensor(weights[: len(stack)], dtype=torch.float64), [seed ^ i for i in range(len(stack))]
+    thin = sparsify.dare(stack, density, seeds)
+    expected = in_order(combine.total if name == "dare" else combine.ties, thin, held)
+    deltas = [Delta(whole=entry) for entry in stack]
+    same_bits(merged_by(here, WAYS[name].taking({"density": density}), deltas, held, seeds), expected)
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_what_is_no_number_is_refused(here: kernel.Kernel, bad: float) -> None:
     ones = [1.0, 1.0]
@@ -277,14 +309,15 @@ def deltas_of(count: int = 4) -> list[Delta]:
 
 
 @needs_cc
-@pytest.mark.parametrize("name", ["ties", "magnitude"])
+@pytest.mark.parametrize("name", ["ties", "magnitude", "dare_ties"])
 def test_a_merge_runs_on_the_kernel_and_is_what_the_reference_makes(afresh: pytest.MonkeyPatch, name: str) -> None:
     deltas, weights = [*deltas_of(), Delta()], [1.0, 0.5, 0.25, 2.0, 1.0]
     made = combined(WAYS[name], deltas, weights, "a.site")
     here = kernel.library()
     assert here is not None
     calls = []
-    afresh.setattr(here, "thresholds", lambda *a: calls.append(a) or kernel.Kernel.thresholds(here, *a))
+    for call in ("elect", "total"):
+        afresh.setattr(here, call, lambda *a, call=call: calls.append(call) or getattr(kernel.Kernel, call)(here, *a))
     combined(WAYS[name], deltas, weights, "a.site")
     assert calls, "the kernel was not called"
     afresh.setenv(kernel.INTERFACE.variable, "reference")

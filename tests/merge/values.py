@@ -68,9 +68,7 @@ def adapter(what: str, seed: int = 0, size: float = 0.1) -> Adapter:
 def trained(base: Host, specs: Sequence[Spec], seed: int = 0, size: float = 0.1) -> Adapter:
     """Attach, move every trained number, and take out: the base is left bare."""
     parts = [Part(method, chosen, METHODS[method].config(**options)) for method, chosen, options in specs]
-    attach(
-        base.model, base.sites, parts, name="one", seed=seed, origin=lambda site: base.model.get_parameter(site.weight)
-    )
+    attach(base.model, base.sites, parts, name="one", seed=seed, origin=_origin)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for patch in patches(base.model, "one").values():
@@ -79,6 +77,11 @@ def trained(base: Host, specs: Sequence[Spec], seed: int = 0, size: float = 0.1)
     made = Adapter.of(base, "one", parts, {"seed": seed})
     detach(base.model, "one")
     return made
+
+
+def _origin(site: Any) -> Tensor:
+    """The weight as it was before it was packed: the tiny models of one family are the same numbers."""
+    return host().model.get_parameter(site.weight).detach()
 
 
 def drawn(seed: int, ranks: Sequence[int], out: int = 12, into: int = 9) -> list[Delta]:

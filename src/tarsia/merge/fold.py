@@ -97,7 +97,7 @@ def fold(
     proof: list[Proof] = []
 
     def write(fresh: Path) -> None:
-        _write(outline, folding, fresh, show)
+        write_files(outline, folding, fresh, show)
         _check_kept(folding.remains, bar.keep, requantise)
         show("holding the folded model to the adapter")
         proof.append(_proved(fresh, outline.path, live, folding.remains, requantise))
@@ -180,8 +180,8 @@ def _rounded(outline: Outline, form: FourBits) -> Quantisation:
     return choose(form, outline.model, outline.sites, kinds=frozenset({Kind.WEIGHT}))
 
 
-def _write(outline: Outline, folding: Folding, fresh: Path, show: Show) -> None:
-    """All files but the record."""
+def write_files(outline: Outline, folding: Folding, fresh: Path, show: Show) -> None:
+    """Write all files of a folded base, but its record, into the folder ``fresh``."""
     streams = Streams(folding)
     sources = tuple(folding.stored.tables)
     same = not folding.fine and not folding.also

@@ -18,9 +18,9 @@ from tarsia.core.packed import Packed
 from tarsia.merge.remains import Remains
 
 FLOOR: Final[Mapping[str, float]] = {"float32": 1e-5, "bfloat16": 2e-2}
-"""The largest difference of a logit, as a share of the largest logit, that the order of sums explains, by precision."""
+"""The largest difference of a logit, as a share of the largest, that is allowed in any case, by precision."""
 NOISES: Final = 4.0
-"""As many times the difference that random noise of the size of the rounding makes: more is no rounding."""
+"""As many times the difference that random noise of the size of the rounding makes is allowed: more is no rounding."""
 _KEPT: Final = 1 << 26
 """Logits that are written down, at most; of more positions an even part is compared."""
 
@@ -40,8 +40,8 @@ class Heard:
 class Proof:
     """The folded model held to the live adapter. Differences are of logits, absolute; ``peak`` is the largest logit.
 
-    ``moved`` is how far the adapter leaves its base, ``noise`` what random noise of the rounding's own size does to the
-    folded model, ``allowed`` the bound: the order of sums, and NOISES times that noise. ``agreement`` is the share of
+    ``moved`` is how far the adapter leaves its base, ``noise`` what random noise of the rounding's own size (see
+    ``Remains.off``) in the folded weights does, ``allowed`` the bound: FLOOR of the peak, and NOISES times that noise. ``agreement`` is the share of
     positions with the same likeliest token.
     """
 
@@ -130,7 +130,7 @@ def proved(
 ) -> Proof:
     """Hold the folded ``model`` to what the live one said. ``model`` is spoilt: its weights are moved at random.
 
-    Raises MergeError where a logit differs by more than the order of sums and the rounding explain, and where the
+    Raises MergeError where a logit differs by more than rounding explains, and where the
     adapter moves its base by no more than that: nothing would be proved.
     """
     peak = max(float(one.logits.abs().max()) for one in heard)
@@ -146,7 +146,7 @@ def proved(
         raise MergeError(
             "The folded model does not say what the adapter says on its base.",
             given=f"a logit differs by {far:.4g} of {peak:.4g}; {proof.agreement:.1%} have the same likeliest token",
-            allowed=f"{allowed:.4g}: the order of sums and {NOISES:g} times what rounding alone does ({noise:.4g})",
+            allowed=f"{allowed:.4g}: {NOISES:g} times what random noise of the rounding's size does ({noise:.4g})",
             do="report this, with the versions of torch and transformers; nothing was left behind",
         )
     if moved <= allowed:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,19 +34,28 @@ class Streams:
     def __init__(self, folding: Folding) -> None:
         self.folding = folding
         self.waiting: dict[str, Tensor | Quantised] = {}
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arenas = [torch.empty(0, dtype=torch.uint8)] * 2
 
     def same_size(self, source: Path, target: Path) -> None:
-        """Copy ``source`` to ``target`` with the touched tensors folded: every header and offset is what it was."""
+        """Copy ``source`` to ``target`` with the touched tensors folded: every header and offset is what it was.
+
+        One thread writes and copies while this one reads and folds: each tensor waits for at most one other.
+        """
         places = self.folding.stored.places
         touched = [key for key in self.folding.stored.tables[source] if key in self.folding.by_key]
-        with source.open("rb") as read, target.open("wb") as write:
-            at = 0
+        with source.open("rb") as read, target.open("wb") as write, ThreadPoolExecutor(1) as writer:
+            one, other, at = read.fileno(), write.fileno(), 0
+            under_way: deque[Future[None]] = deque()
             for key in sorted(touched, key=lambda key: places[key].begin):
-                copy_range(read.fileno(), write.fileno(), at, places[key].begin)
-                write_all(write.fileno(), self._bytes(key, read.fileno()), places[key].begin)
+                if len(under_way) > 1:
+                    under_way.popleft().result()
+                self._arenas.reverse()
+                data = self._bytes(key, one)
+                under_way.append(writer.submit(_between, one, other, at, places[key].begin, data))
                 at = places[key].begin + places[key].bytes
-            copy_range(read.fileno(), write.fileno(), at, source.stat().st_size)
+            under_way.append(writer.submit(copy_range, one, other, at, source.stat().st_size))
+            for done in under_way:
+                done.result()
 
     def other_size(self, source: Path, target: Path) -> dict[str, str]:
         """Write ``target`` anew, tensor by tensor; returns the file of each of its keys."""
@@ -76,11 +87,14 @@ class Streams:
         return _raw(self.folding.in_place(job, patch, weight))
 
     def _read(self, key: str, source: int) -> Tensor:
-        """A tensor of the files in memory that is used again: fresh memory costs more than the arithmetic does."""
+        """A tensor of the files in memory that is used again: fresh memory costs more than the arithmetic does.
+
+        There are two such stretches in turn, so what was read before the last one has been written by now.
+        """
         place = self.folding.stored.places[key]
-        if len(self._arena) < place.bytes:
-            self._arena = torch.empty(place.bytes, dtype=torch.uint8)
-        held = self._arena[: place.bytes]
+        if len(self._arenas[0]) < place.bytes:
+            self._arenas[0] = torch.empty(place.bytes, dtype=torch.uint8)
+        held = self._arenas[0][: place.bytes]
         read_all(source, _raw(held), place.begin, place.path)
         return held.view(DTYPES[place.dtype]).view(place.shape)
 
@@ -145,6 +159,12 @@ def copy_range(source: int, target: int, begin: int, end: int) -> None:
         if not count:
             raise OSError(errno.EIO, "the file that is copied ends too early")
         at += count
+
+
+def _between(source: int, target: int, begin: int, end: int, data: memoryview) -> None:
+    """Copy what lies before a tensor, and write the tensor after it."""
+    copy_range(source, target, begin, end)
+    write_all(target, data, end)
 
 
 def _by_hand(source: int, target: int, begin: int, end: int) -> int:
