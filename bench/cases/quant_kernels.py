@@ -53,7 +53,7 @@ def _flow(what: str, dtype: str) -> dict[str, float | int | str]:
     return {
         "Tarsia, 1e9/s": round(speed["Tarsia"], 2),
         "bitsandbytes, 1e9/s": round(speed["bitsandbytes"], 3),
-        "limit, 1e9/s": round(_bandwidth() / ((BITS[dtype] + PACKED) / 8) / 1e9, 1),
+        "limit, 1e9/s": round(bandwidth() / ((BITS[dtype] + PACKED) / 8) / 1e9, 1),
         **_how(),
     }
 
@@ -72,7 +72,7 @@ def _product(shape: tuple[int, int], rows: int, dtype: str) -> dict[str, float |
     }
 
 
-def _bandwidth() -> float:
+def bandwidth() -> float:
     """Bytes a second of a copy, read and written, of more than the cache holds."""
     torch.set_num_threads(THREADS)
     source = torch.ones(2**27)

@@ -40,7 +40,7 @@ def merged(way: Way, deltas: Sequence[Delta], weights: Tensor, seeds: Sequence[i
 
 def _rule(way: Way) -> tuple[str, str] | None:
     """How votes and shares are weighed; None for a way that the kernel does not do."""
-    if way.align != "none" or way.sparsify not in ("none", "magnitude"):
+    if way.align != "none" or way.sparsify not in ("none", "magnitude", "dare"):
         return None
     options = {"elect": "total", "weigh": "after", "normalise": "count", **way.options}
     if way.combine == "ties" and options["elect"] == "total":
@@ -59,5 +59,7 @@ def _masks(here: kernel.Kernel, way: Way, changes: Sequence[kernel.Change], seed
     density = way.options.get("density", 1.0)
     if way.sparsify == "none" or density >= 1:
         return [kernel.EVERYTHING] * len(changes)
+    if way.sparsify == "dare":
+        return [kernel.Mask(key=seed, density=density) for seed in seeds]
     rows, columns = kernel.shape_of(changes[0])
     return here.thresholds(changes, kept(rows * columns, density))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tarsia.core.errors import MergeError
+from tarsia.merge.draws import below
 from tarsia.quant import build, loader
 from tarsia.quant.loader import Status, Team
 
@@ -53,19 +54,14 @@ _REFUSED = {-1: "it was called wrongly", -2: "it has not this instruction set", 
 class Mask:
     """Which numbers of a change stay: those above ``magnitude``, and those equal to it at places before ``cut``.
 
-    With a ``density`` below 1 each is thrown away unless its random number, drawn from ``key`` by its place, says no;
-    those that stay are divided by it. A place is row * columns + column.
+    With a ``density`` below 1 each of these stays only where its random number, that of its place under ``key``
+    (`draws.philox`), is small enough, and is divided by it. A place is row * columns + column.
     """
 
     magnitude: float = 0.0
     cut: int = 2**62
     key: int = 0
     density: float = 1.0
-
-    @property
-    def limit(self) -> int:
-        """What a random number of 32 bits must be below to stay."""
-        return round(self.density * 2**32)
 
 
 EVERYTHING = Mask()
@@ -171,7 +167,7 @@ def _masks(masks: Sequence[Mask], count: int) -> bytes:
     packed = b""
     for mask in masks:
         (bits,) = struct.unpack("I", _FLOAT.pack(mask.magnitude))
-        packed += _MASK.pack(mask.cut, mask.key, mask.limit, bits, mask.density)
+        packed += _MASK.pack(mask.cut, mask.key, below(mask.density), bits, mask.density)
     return packed
 
 

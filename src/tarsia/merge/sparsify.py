@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tarsia.core.errors import MergeError
+from tarsia.merge.draws import kept_at
 
 
 class Sparsify(Protocol):
@@ -69,12 +70,12 @@ def magnitude(stack: Tensor, density: float, seeds: Sequence[int] = ()) -> Tenso
 def dare(stack: Tensor, density: float, seeds: Sequence[int]) -> Tensor:
     """Each number kept with probability ``density`` and divided by it, so the mean stays (2311.03099, eq. 1-3).
 
-    Entry i's mask is drawn from ``seeds[i]`` alone: it does not depend on what else is merged, nor in which order.
+    Entry i's mask is drawn from ``seeds[i]`` and the places of its numbers alone (`draws`): it does not depend on what
+    else is merged, nor in which order.
     """
     masks = []
     for entry, seed in zip(stack, seeds, strict=True):
-        drawn = torch.rand(entry.shape, generator=torch.Generator().manual_seed(seed))
-        masks.append(drawn < density)
+        masks.append(kept_at(seed, entry.numel(), density).view(entry.shape))
     return stack * torch.stack(masks) / density
 
 

@@ -1,6 +1,8 @@
 /* The steps with registers of 16 numbers; by hand only what a compiler does not find. */
 #define STEPS tarsia_merge_avx512
 #define LANES 16
+#define FUSED(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define TIMES(a, b) _mm512_mul_epu32((__m512i)(a), (__m512i)(b))
 #define HAS_BETWEEN
 
 #include <immintrin.h>

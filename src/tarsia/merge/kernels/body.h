@@ -5,18 +5,48 @@
 
 #include <math.h>
 
-#if !defined(HAS_PRODUCT)
-static void product(const float *up, const float *down, int64_t rank, int64_t columns, int64_t rows, int64_t width,
-                    float *out) {
+/* As many numbers as a register has, and the bits of each. */
+typedef float numbers __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t words __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+static inline numbers load(const float *x) {
+    numbers all;
+    memcpy(&all, x, sizeof all);
+    return all;
+}
+
+/* Rows of the product from column `from` on. */
+static void product_rows(const float *up, const float *down, int64_t rank, int64_t columns, int64_t rows, int64_t from,
+                         int64_t width, float *out) {
     for (int64_t r = 0; r < rows; r++, up += rank, out += TILE_COLUMNS) {
-        for (int64_t j = 0; j < width; j++) out[j] = 0.0f;
+        for (int64_t j = from; j < width; j++) out[j] = 0.0f;
         for (int64_t k = 0; k < rank; k++) {
             const float *row = down + k * columns, by = up[k];
-            for (int64_t j = 0; j < width; j++) out[j] = fmaf(by, row[j], out[j]);
+            for (int64_t j = from; j < width; j++) out[j] = fmaf(by, row[j], out[j]);
         }
     }
 }
+
+static void product(const float *up, const float *down, int64_t rank, int64_t columns, int64_t rows, int64_t width,
+                    float *out) {
+    int64_t done = 0;
+#if defined(FUSED)
+    /* Four rows by two registers: each number of down is read once for all of them, and sums stay in registers. */
+    for (; rows == TILE_ROWS && done + 2 * LANES <= width; done += 2 * LANES) {
+        numbers sums[TILE_ROWS][2] = {0};
+        for (int64_t k = 0; k < rank; k++) {
+            numbers a = load(down + k * columns + done), b = load(down + k * columns + done + LANES);
+            for (int r = 0; r < TILE_ROWS; r++) {
+                numbers by = up[r * rank + k] - (numbers){0};
+                sums[r][0] = FUSED(by, a, sums[r][0]);
+                sums[r][1] = FUSED(by, b, sums[r][1]);
+            }
+        }
+        for (int r = 0; r < TILE_ROWS; r++) memcpy(out + r * TILE_COLUMNS + done, sums[r], sizeof sums[r]);
+    }
 #endif
+    product_rows(up, down, rank, columns, rows, done, width, out);
+}
 
 static int64_t above(const float *x, int64_t n, uint32_t high, uint32_t *top) {
     uint32_t found = 0, most = *top;
@@ -44,42 +74,56 @@ static void trim(const float *x, int64_t n, uint32_t least, float *out) {
     for (int64_t i = 0; i < n; i++) out[i] = magnitude(x[i]) >= least ? x[i] : 0.0f;
 }
 
-/* Philox4x32-10 (Salmon et al., SC 2011): 4 words from a key of 64 bits and a counter, whose upper 64 bits are 0. */
-static void drop(const float *x, int64_t n, const tarsia_merge_mask *mask, int64_t place, float *out) {
-    enum { AT_ONCE = 64 };
-    uint64_t limit = (uint64_t)mask->limit;
-    for (int64_t at = 0; at < n;) {
-        uint32_t a[AT_ONCE], b[AT_ONCE], c[AT_ONCE], d[AT_ONCE], words[4 * AT_ONCE];
-        uint64_t first = (uint64_t)(place + at) / 4;
-        for (int i = 0; i < AT_ONCE; i++) {
-            uint64_t counter = first + (uint64_t)i;
-            a[i] = (uint32_t)counter, b[i] = (uint32_t)(counter >> 32), c[i] = d[i] = 0;
+/* Counters in the lower halves of 64 bits; what stands in the upper halves does not matter. */
+typedef uint64_t wide __attribute__((vector_size(LANES * sizeof(float))));
+#if !defined(TIMES)
+#define TIMES(a, b) (((a) & 0xffffffffu) * ((b) & 0xffffffffu))
+#endif
+#if LANES == 4
+#define LOWER {0, 2}
+#define UPPER {1, 3}
+#elif LANES == 8
+#define LOWER {0, 4, 1, 5}
+#define UPPER {2, 6, 3, 7}
+#else
+#define LOWER {0, 8, 1, 9, 2, 10, 3, 11}
+#define UPPER {4, 12, 5, 13, 6, 14, 7, 15}
+#endif
+
+enum { BESIDE = 4, COUNTERS = BESIDE * LANES / 2 };
+
+/* Philox4x32-10 (Salmon et al., SC 2011): 4 words for each of COUNTERS counters from `first` on. */
+static void draw(uint64_t key, uint64_t first, uint32_t *out) {
+    wide a[BESIDE], b[BESIDE], c[BESIDE] = {{0}}, d[BESIDE] = {{0}};
+    const wide by = (wide){0} + 0xD2511F53u, with = (wide){0} + 0xCD9E8D57u, low = (wide){0} + 0xffffffffu;
+    for (int i = 0; i < BESIDE; i++) {
+        for (int lane = 0; lane < LANES / 2; lane++) a[i][lane] = first + (uint64_t)(i * LANES / 2 + lane);
+        b[i] = a[i] >> 32;
+    }
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+        for (int i = 0; i < BESIDE; i++) {
+            wide p = (wide)TIMES(a[i], by), q = (wide)TIMES(c[i], with);
+            a[i] = (q >> 32) ^ b[i] ^ k0, c[i] = (p >> 32) ^ d[i] ^ k1;
+            b[i] = q, d[i] = p;
         }
-        uint32_t k0 = (uint32_t)mask->key, k1 = (uint32_t)((uint64_t)mask->key >> 32);
-        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-            for (int i = 0; i < AT_ONCE; i++) {
-                uint64_t p = (uint64_t)a[i] * 0xD2511F53u, q = (uint64_t)c[i] * 0xCD9E8D57u;
-                a[i] = (uint32_t)(q >> 32) ^ b[i] ^ k0, c[i] = (uint32_t)(p >> 32) ^ d[i] ^ k1;
-                b[i] = (uint32_t)q, d[i] = (uint32_t)p;
-            }
-        for (int i = 0; i < AT_ONCE; i++)
-            words[4 * i] = a[i], words[4 * i + 1] = b[i], words[4 * i + 2] = c[i], words[4 * i + 3] = d[i];
-        int64_t skipped = (place + at) % 4, left = n - at, some = 4 * AT_ONCE - skipped;
-        if (some > left) some = left;
-        for (int64_t i = 0; i < some; i++)
-            out[at + i] = words[skipped + i] < limit ? x[at + i] / mask->density : 0.0f;
-        at += some;
+    for (int i = 0; i < BESIDE; i++) {
+        wide ab = (a[i] & low) | b[i] << 32, cd = (c[i] & low) | d[i] << 32;
+        wide words[2] = {__builtin_shuffle(ab, cd, (wide)LOWER), __builtin_shuffle(ab, cd, (wide)UPPER)};
+        memcpy(out + i * 2 * LANES, words, sizeof words);
     }
 }
 
-/* As many numbers as a register has, and the bits of each. */
-typedef float numbers __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t words __attribute__((vector_size(LANES * sizeof(int32_t))));
-
-static inline numbers load(const float *x) {
-    numbers all;
-    memcpy(&all, x, sizeof all);
-    return all;
+static void drop(const float *x, int64_t n, const tarsia_merge_mask *mask, int64_t place, float *out) {
+    uint32_t drawn[4 * COUNTERS], limit = (uint32_t)mask->limit;
+    float density = mask->density;
+    for (int64_t at = 0; at < n;) {
+        int64_t skipped = (place + at) % 4, some = 4 * COUNTERS - skipped;
+        draw((uint64_t)mask->key, (uint64_t)(place + at) / 4, drawn);
+        if (some > n - at) some = n - at;
+        for (int64_t i = 0; i < some; i++) out[at + i] = drawn[skipped + i] < limit ? x[at + i] / density : 0.0f;
+        at += some;
+    }
 }
 
 /* x where `when` is all ones, +0 where it is 0. */

@@ -70,7 +70,7 @@ static const float *masked(const union_of *job, const tarsia_merge_mask *mask, c
         steps->trim(x + before, n - before, mask->bits + 1, room + before);
         x = room;
     }
-    if (mask->density < 1.0f) {
+    if (mask->limit < (int64_t)1 << 32) {
         steps->drop(x, n, mask, place, room);
         x = room;
     }

@@ -31,7 +31,7 @@ typedef struct {
 } tarsia_merge_delta;
 
 /* Which numbers of a change stay. The one at `place`, whose magnitude has the bits m, stays where m > bits, or
- * m == bits and place < cut: bits == 0, cut >= rows * columns lets all stay. With density < 1 it is further thrown away
+ * m == bits and place < cut: bits == 0, cut >= rows * columns lets all stay. With limit < 2^32 it is further thrown away
  * unless its random number, the 32-bit word (place % 4) of Philox4x32-10 under `key` and the counter place / 4, is below
  * limit; what stays is divided by density. */
 typedef struct {
