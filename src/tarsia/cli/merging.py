@@ -1,0 +1,445 @@
+"""The work of ``tarsia merge``: parents opened, merged, tuned, written, proved and measured."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from tarsia.adapter import Adapter, Host, load, open_base, probe, prove, put, resolution_of, save
+from tarsia.adapter.files import OURSELVES
+from tarsia.adapter.four_bits import FourBits
+from tarsia.adapter.host import QuantisedAlready
+from tarsia.adapter.proof import Probe, Unmoved
+from tarsia.cli import adapted, rows
+from tarsia.cli.export import named, where
+from tarsia.core.attach import activate, detach
+from tarsia.core.errors import ConfigError, MergeError, TarsiaError
+from tarsia.core.site import Component
+from tarsia.data import Rows
+from tarsia.data.encode import Encoder
+from tarsia.evaluate import Report, evaluate, find
+from tarsia.evaluate.report import Result
+from tarsia.merge.adapters import Merged, merge
+from tarsia.merge.interference import Interference, interference
+from tarsia.merge.interference_page import Table, write_page
+from tarsia.merge.ways import Way
+from tarsia.merge.ways import find as way_of
+
+GRID: Final = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5)
+"""The scales that --tune tries."""
+PROBED: Final = 2
+"""Rows of each source that the result's probe is made of."""
+
+_MERGED: Final = "merged"
+_KEYS: Final = {
+    "adapters": list, "method": str, "weights": list, "scale": float, "density": float, "rank": int, "base": str,
+    "components": dict, "options": dict, "out": str,
+}  # fmt: skip
+"""What a recipe of a merge can say, and as what."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A merge, checked and opened: the base with nothing put in, and its parents by name."""
+
+    args: argparse.Namespace
+    out: Path
+    parents: Mapping[str, Adapter]
+    weights: tuple[float, ...]
+    way: Way
+    scale: float
+    rank: int | None
+    components: Mapping[str, float]
+    host: Host
+    rows: Mapping[str, Rows]
+    tune: Mapping[str, Rows]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parents', in the order given."""
+        return tuple(self.parents)
+
+    def merged(self, scale: float) -> Merged:
+        """The parents made one at a scale."""
+        held = tuple(self.parents.values())
+        return merge(held, self.weights, self.way, self.host, scale=scale, components=self.components, rank=self.rank)
+
+    def measured(self, sources: Mapping[str, Rows]) -> Report:
+        """What acts now, on these rows."""
+        chosen = {name: getattr(self.args, name) for name in ("metric", "max_new_tokens", "batch")}
+        return evaluate(self.host, sources, **chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One source: free answers right, of the base, of its parent alone (None: it has none) and of the result."""
+
+    name: str
+    rows: int
+    base: float
+    parent: float | None
+    merged: float
+
+    @property
+    def kept(self) -> float | None:
+        """The result's share of what the parent has right."""
+        return self.merged / self.parent if self.parent else None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """A line of a table."""
+        parent = "-" if self.parent is None else f"{self.parent:.1%}"
+        kept = "-" if self.kept is None else f"{self.kept:.1%}"
+        return self.name, str(self.rows), f"{self.base:.1%}", parent, f"{self.merged:.1%}", kept
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of a merge. ``tried`` are scale, share right and loss on the validation rows, of each that was tried.
+
+    ``coverage`` is by component: sites that the result patches, and those that each parent does. ``proof`` says what
+    was proved.
+    """
+
+    merged: Merged
+    scale: float
+    interference: Interference | None
+    coverage: Mapping[str, tuple[int, tuple[int, ...]]]
+    tried: tuple[tuple[float, float, float], ...]
+    tasks: tuple[Task, ...]
+    proof: str
+
+
+def prepared(args: argparse.Namespace) -> Job:
+    """Read what was asked for, the parents and their base. Raises as they do, before anything is computed."""
+    if args.recipe is not None:
+        _take_recipe(args)
+    if len(args.adapters) < 1 or args.out is None:
+        missing = "adapters" if not args.adapters else "--out FOLDER"
+        raise ConfigError(f"A merge needs {missing}.", do="tarsia merge A B --out FOLDER, or see tarsia merge --list")
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("Something is there already.", given=str(out), do="choose another folder, or remove it first")
+    folders = [where(Path(folder)) for folder in args.adapters]
+    names = adapted.named(list(map(str, folders)))
+    way = way_of(args.method or "linear").taking(_options(args))
+    weights = _numbers(args.weights, "--weights") if args.weights is not None else [1.0] * len(folders)
+    if len(weights) != len(folders):
+        raise ConfigError(
+            "There must be one weight for each adapter.", given=f"{len(weights)} weights, {len(folders)} adapters"
+        )
+    _check_measures(args)
+    sources = rows.named(args.rows, args.limit, "--rows")
+    validation = rows.named(args.tune, args.limit, "--tune")
+    host, parents = _opened(folders, args.base, processor=bool(sources or validation))
+    return Job(
+        args=args,
+        out=out,
+        parents=dict(zip(names, parents, strict=True)),
+        weights=tuple(weights),
+        way=way,
+        scale=1.0 if args.scale is None else args.scale,
+        rank=args.rank,
+        components=_components(args.component),
+        host=host,
+        rows=sources,
+        tune=validation,
+    )
+
+
+def done(job: Job) -> Outcome:
+    """Look at the parents, tune, merge, write, prove and measure."""
+    between = _between(job)
+    if between is None and job.args.report is not None:
+        raise ConfigError(
+            "There is nothing between these adapters to show on a page.", given="--report", do="leave it out"
+        )
+    scale, tried = _tuned(job) if job.tune else (job.scale, ())
+    made = job.merged(scale)
+    recorded_on, inputs = _inputs(job)
+    probed, proof = _probed(job, made, inputs, recorded_on)
+    card = {**made.adapter.card, "names": list(job.names), "interference": _summary(between)}
+    if tried:
+        card["tuned"] = {"on": list(job.tune), "tried": [list(line) for line in tried], "scale": scale}
+    finished = replace(made, adapter=replace(made.adapter, probe=probed, card=card))
+    save(finished.adapter, job.out)
+    _check_read_again(job, probed)
+    tasks = _tasks(job) if job.rows else ()
+    return Outcome(finished, scale, between, _coverage(job, finished), tried, tasks, proof)
+
+
+def _check_read_again(job: Job, probed: Probe | None) -> None:
+    """Put in what the files hold, and hold it to what was probed before they were written; else they are removed."""
+    try:
+        put(job.host, load(job.out), _MERGED)
+        if probed is not None:
+            prove(job.host, _MERGED, probed)
+    except TarsiaError:
+        shutil.rmtree(job.out)
+        raise
+
+
+def judged(job: Job, outcome: Outcome) -> int:
+    """The exit code: 1 where a task keeps less than was asked, which is said."""
+    least = job.args.min_kept
+    poor = [task for task in outcome.tasks if least is not None and task.kept is not None and task.kept < least]
+    for task in poor:
+        print(
+            f"tarsia: {task.name} keeps {task.kept:.1%} of its parent, at least {least:.1%} is asked", file=sys.stderr
+        )
+    return 1 if poor else 0
+
+
+def values(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """Everything as plain values."""
+    report = outcome.interference
+    return {
+        "out": str(job.out),
+        "adapters": list(job.names),
+        "way": job.way.name,
+        "options": dict(job.way.options),
+        "weights": list(job.weights),
+        "scale": outcome.scale,
+        "patches": len(outcome.merged.adapter.patches),
+        "errors": dict(outcome.merged.errors),
+        "coverage": {name: {"merged": n, "parents": list(by)} for name, (n, by) in outcome.coverage.items()},
+        "interference": None if report is None else report.model_dump(mode="json", exclude={"sites"}),
+        "tried": [list(line) for line in outcome.tried],
+        "tasks": [
+            {"task": t.name, "rows": t.rows, "base": t.base, "parent": t.parent, "merged": t.merged, "kept": t.kept}
+            for t in outcome.tasks
+        ],
+        "proof": outcome.proof,
+    }
+
+
+def write_report(job: Job, outcome: Outcome, path: Path) -> None:
+    """The page of a merge. Raises ConfigError where there is nothing to show, or the file can not be written."""
+    if outcome.interference is None:
+        raise ConfigError(
+            "There is nothing between these adapters to show on a page.", given="--report", do="leave it out"
+        )
+    tables = []
+    if outcome.tasks:
+        columns = ("task", "rows", "base", "its parent", "merged", "kept")
+        note = "free answers right; kept is the merged adapter's share of what the parent alone has right"
+        tables.append(Table("Tasks", note, columns, tuple(task.cells for task in outcome.tasks)))
+    if outcome.tried:
+        lines = tuple((f"{scale:g}", f"{share:.1%}", f"{loss:.3f}") for scale, share, loss in outcome.tried)
+        tables.append(
+            Table("Scales", f"on the validation rows; {outcome.scale:g} is taken", ("scale", "right", "loss"), lines)
+        )
+    title = f"{job.way.name} at scale {outcome.scale:g}, base {job.host.name}: {outcome.proof}"
+    write_page(outcome.interference, path, title, tables)
+
+
+def _take_recipe(args: argparse.Namespace) -> None:
+    """Fill in what the command line leaves open. Raises ConfigError for a file that is no recipe of a merge."""
+    try:
+        held = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("The recipe can not be read.", given=f"{args.recipe}: {error}") from None
+    if not isinstance(held, dict) or (unknown := sorted(set(map(str, held)) - set(_KEYS))):
+        raise ConfigError(
+            "This is no recipe of a merge.",
+            given=", ".join(unknown) if isinstance(held, dict) else type(held).__name__,
+            allowed=", ".join(_KEYS),
+        )
+    for key, value in held.items():
+        kind = _KEYS[key]
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise ConfigError(f"The recipe's {key} can not be that.", given=repr(value), allowed=kind.__name__)
+    args.adapters = args.adapters or [str(path) for path in held.get("adapters", ())]
+    if args.weights is None and "weights" in held:
+        args.weights = ",".join(map(str, held["weights"]))
+    for key in ("method", "scale", "density", "rank", "base", "out"):
+        if getattr(args, key) is None:
+            setattr(args, key, held.get(key))
+    args.component = args.component or [f"{name}={value}" for name, value in held.get("components", {}).items()]
+    args.option = args.option or [f"{name}={value}" for name, value in held.get("options", {}).items()]
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the way. Raises ConfigError for one that is not NAME=VALUE."""
+    found: dict[str, Any] = {} if args.density is None else {"density": args.density}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError("An option is written NAME=VALUE.", given=f"--option {text}")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError("Numbers are written 0.5,0.5.", given=f"{option} {text}") from None
+
+
+def _components(given: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in set(Component):
+            raise ConfigError(
+                "A component's factor is written vision=0.5.", given=f"--component {text}", allowed=", ".join(Component)
+            )
+        (found[name],) = _numbers(value, f"--component {name}=")
+    return found
+
+
+def _check_measures(args: argparse.Namespace) -> None:
+    for option in ("limit", "max_new_tokens", "batch"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ConfigError("This must be at least 1.", given=f"--{option.replace('_', '-')} {value}")
+    find(args.metric)
+    if args.scale is not None and args.tune:
+        raise ConfigError("The scale is given and is to be tuned.", given="--scale, --tune", do="leave one of them out")
+    if args.grid is not None and not args.tune:
+        raise ConfigError("A grid is for tuning.", given=f"--grid {args.grid}", do="add --tune SOURCE")
+    if args.min_kept is not None and not args.rows:
+        raise ConfigError(
+            "What is kept is told on rows.", given=f"--min-kept {args.min_kept:g}", do="add --rows SOURCE"
+        )
+
+
+def _opened(folders: Sequence[Path], name: str | None, *, processor: bool) -> tuple[Host, list[Adapter]]:
+    """The base as the parents were trained over it, in the precision of their probes, and the parents."""
+    own = [load(folder) if (folder / OURSELVES).is_file() else None for folder in folders]
+    marks = [one.fingerprint for one in own if one is not None and one.fingerprint is not None]
+    forms = {FourBits.of(mark.quantisation) for mark in marks}
+    form = forms.pop() if len(forms) == 1 else None
+    dtypes = {one.probe.dtype for one in own if one is not None and one.probe is not None}
+    sizes = {size for folder in folders for size in resolution_of(folder)}
+    place: dict[str, Any] = {
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+        "resolution": sizes.pop() if len(sizes) == 1 else None,
+        "processor": processor,
+    }
+    base = named(folders[0], name)
+    try:
+        host = open_base(base, four_bits=form, **place)
+    except QuantisedAlready:  # its files hold the form that the adapters ask for
+        host = open_base(base, **place)
+    return host, [one or load(folder, host) for one, folder in zip(own, folders, strict=True)]
+
+
+def _between(job: Job) -> Interference | None:
+    """What the parents take from each other; None, and why on stderr, where there is nothing between them."""
+    held = [(name, weight) for name, weight in zip(job.names, job.weights, strict=True) if weight]
+    if len(held) < 2:
+        return None
+    try:
+        return interference({name: job.parents[name] for name, _ in held}, job.host, [weight for _, weight in held])
+    except MergeError as error:
+        print(f"tarsia: note: {error.what}", file=sys.stderr)
+        return None
+
+
+def _summary(report: Interference | None) -> dict[str, Any] | None:
+    return None if report is None else report.whole.model_dump(mode="json")
+
+
+def _tuned(job: Job) -> tuple[float, tuple[tuple[float, float, float], ...]]:
+    """The scale of the grid with most right on the mean of the validation sources; of equals, the one of least loss."""
+    grid = GRID if job.args.grid is None else _numbers(job.args.grid, "--grid")
+    tried = []
+    for scale in grid:
+        put(job.host, job.merged(scale).adapter, _MERGED)
+        activate(job.host.model, _MERGED)
+        results = job.measured(job.tune).results
+        detach(job.host.model, _MERGED)
+        count = len(results)
+        tried.append((scale, sum(r.free.mean for r in results) / count, sum(r.loss for r in results) / count))
+    best = max(tried, key=lambda line: (line[1], -line[2]))
+    return best[0], tuple(tried)
+
+
+def _inputs(job: Job) -> tuple[str, list[Mapping[str, Any]]]:
+    """Batches that the result may be probed on, and where they come from."""
+    sources = {**job.rows, **job.tune}
+    if sources:
+        chosen = [row for members in sources.values() for row in list(members)[:PROBED]]
+        encoder = Encoder(job.host.processor, variables=job.host.variables, resolution=job.host.resolution)
+        return "the rows", [encoder.batch(chosen).inputs]
+    return "a parent's probe", [one.probe.inputs for one in job.parents.values() if one.probe is not None]
+
+
+def _probed(job: Job, made: Merged, batches: Sequence[Mapping[str, Any]], origin: str) -> tuple[Probe | None, str]:
+    """The result's probe on the first batch that it acts on, and what is proved by it."""
+    if made.adapter.probe is not None:  # a parent itself
+        return made.adapter.probe, "it is the parent itself, and proved by its probe"
+    put(job.host, made.adapter, _MERGED)
+    activate(job.host.model, _MERGED)
+    try:
+        for inputs in batches:
+            try:
+                found = probe(job.host, inputs)
+            except Unmoved:
+                continue
+            if (why := found.provable(job.host)) is None:
+                moved = found.difference / found.peak
+                return (
+                    found,
+                    f"read again and proved on {origin} (a logit is moved by up to {moved:.2g} of the largest)",
+                )
+    finally:
+        detach(job.host.model, _MERGED)
+    why = "there are no rows and no parent has a probe" if not batches else f"it hardly moves the outputs of {origin}"
+    print(f"tarsia: warning: the result is not proved: {why}", file=sys.stderr)
+    return None, f"not proved: {why}"
+
+
+def _coverage(job: Job, made: Merged) -> dict[str, tuple[int, tuple[int, ...]]]:
+    found = {}
+    for component in Component:
+        paths = {site.path for site in job.host.sites if site.component is component}
+        by = tuple(len(paths & set(one.patches)) for one in job.parents.values())
+        if any(by):
+            found[str(component)] = (len(paths & set(made.adapter.patches)), by)
+    return found
+
+
+def _tasks(job: Job) -> tuple[Task, ...]:
+    """Every source with the base, with its parent alone, and with the result, which is put in already."""
+    activate(job.host.model, _MERGED)
+    after = _by_source(job.measured(job.rows))
+    activate(job.host.model)
+    before = _by_source(job.measured(job.rows))
+    alone = {}
+    for source, parent in _owners(job).items():
+        put(job.host, job.parents[parent], parent)
+        activate(job.host.model, parent)
+        alone[source] = _by_source(job.measured({source: job.rows[source]}))[source]
+        detach(job.host.model, parent)
+    return tuple(
+        Task(
+            name,
+            before[name].n,
+            before[name].free.mean,
+            alone[name].free.mean if name in alone else None,
+            after[name].free.mean,
+        )
+        for name in job.rows
+    )
+
+
+def _by_source(report: Report) -> dict[str, Result]:
+    return {result.source: result for result in report.results}
+
+
+def _owners(job: Job) -> dict[str, str]:
+    """The parent of each source: of the same name; or, where no name fits and there are as many, in their order."""
+    same = {source: source for source in job.rows if source in job.parents}
+    if not same and len(job.rows) == len(job.parents):
+        return dict(zip(job.rows, job.names, strict=True))
+    return same
