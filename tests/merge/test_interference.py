@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tarsia.adapter import Adapter, Host, Patched
 from tarsia.core.errors import BaseMismatch, MergeError
-from tarsia.merge import interference as module
+from tarsia.merge import between as module
+from tarsia.merge.between import cosines, product, subspaces
 from tarsia.merge.delta import Delta, deltas
-from tarsia.merge.interference import Interference, cosines, interference, product, subspaces
+from tarsia.merge.interference import Interference, interference
 
 Q = "language.*.q"
 
@@ -106,9 +107,9 @@ def test_an_adapter_and_its_opposite_lose_all(host: Host) -> None:
 
 def test_chance_is_what_the_page_says() -> None:
     generator = torch.Generator().manual_seed(0)
-    sums = module._Sums.none(2)
+    sums = module.Sums.none(2)
     changes = [Delta(whole=torch.randn(400, 400, generator=generator, dtype=torch.float64)) for _ in range(2)]
-    module._signs(dict(enumerate(changes)), sums)
+    module.signs(dict(enumerate(changes)), sums)
     assert float(sums.lost.sum() / sums.mass.sum()) == pytest.approx((2**0.5 - 1) / (2 * 2**0.5), rel=0.01)
     assert float(sums.entries[1] / sums.entries[0]) == pytest.approx(0.5, rel=0.01)
     thin = [torch.linalg.qr(torch.randn(500, k, generator=generator, dtype=torch.float64))[0] for k in (8, 5)]
@@ -128,9 +129,9 @@ def test_products_are_those_of_the_whole(out: int, into: int, first: int, second
     wanted = float((one.weight() * other.weight()).sum())
     for a, b in ((one, other), (one, dense[1]), (dense[0], other), (dense[0], dense[1])):
         assert product(a, b) == pytest.approx(wanted, abs=1e-9)
-    sums = [module._Sums.none(2) for _ in range(2)]
+    sums = [module.Sums.none(2) for _ in range(2)]
     for held, pair in zip(sums, ((one, other), dense), strict=True):
-        module._signs(dict(enumerate(pair)), held)
+        module.signs(dict(enumerate(pair)), held)
     for name in ("mass", "lost", "pair_mass", "pair_lost"):
         assert torch.allclose(getattr(sums[0], name), getattr(sums[1], name), rtol=1e-4, atol=1e-5)
 

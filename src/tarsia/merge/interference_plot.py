@@ -16,6 +16,8 @@ COMPONENTS: Final = {"vision": "#4a6fa5", "projector": "#b58a2e", "language": "#
 CHANCE: Final = (2**0.5 - 1) / (2 * 2**0.5)
 """What two changes of one size that have nothing to do with each other lose."""
 _INK: Final = "#23201c"
+_SCALES: Final = {"conflict": (0.0, 30.0, "OrRd"), "cosine": (-1.0, 1.0, "RdBu"), "rows": (0.0, 1.0, "Greens")}
+"""The same colour for the same number on every page: two that have nothing to do with each other lose about 15 %."""
 
 
 def picture(report: Interference) -> bytes:
@@ -26,7 +28,8 @@ def picture(report: Interference) -> bytes:
     side = max(2.6, 0.62 * len(report.adapters))
     figure = Figure(figsize=(11, side + 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=(side, 4.2))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(side, 4.2))
+    above, below = halves
     matrices = above.subplots(1, 3)
     _matrix(matrices[0], report, "conflict", "lost to each other, %", 100)
     _matrix(matrices[1], report, "cosine", "cosine", 1)
@@ -51,8 +54,7 @@ def _matrix(axes: Axes, report: Interference, field: str, title: str, unit: floa
         found = getattr(pair, field)
         i, j = names.index(pair.first), names.index(pair.second)
         values[i][j] = values[j][i] = float("nan") if found is None else unit * found
-    most = 1.0 if field == "cosine" else max((abs(v) for row in values for v in row if v == v), default=1.0) or 1.0
-    least, colours = (-most, "RdBu") if field == "cosine" else (0.0, "OrRd" if field == "conflict" else "Greens")
+    least, most, colours = _SCALES[field]
     axes.imshow(values, cmap=colours, vmin=least, vmax=most)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -83,6 +85,7 @@ def _layers(axes: Axes, places: Sequence[Place], heights: Sequence[float], title
     colours = [COMPONENTS[str(place.component)] for place in places]
     axes.bar(range(len(places)), heights, 0.8, color=colours)
     axes.set_ylabel(title, fontsize=9)
+    axes.set_ylim(0, 1.22 * max([100 * CHANCE, *heights]))
     _plain(axes)
     for component in dict.fromkeys(str(place.component) for place in places):
         at = next(i for i, place in enumerate(places) if place.component == component)
