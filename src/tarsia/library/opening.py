@@ -22,6 +22,7 @@ from tarsia.core.errors import LibraryError
 from tarsia.library import content, index, record
 from tarsia.library.places import Reference
 from tarsia.library.record import Version
+from tarsia.library.remote import Remote
 from tarsia.library.store import Library, find
 
 SETTLED: Final = 0.1
@@ -50,6 +51,14 @@ def open_adapter(library: Library, reference: Reference | str) -> Adapter:
     return _first(library, version, place, files)
 
 
+def open_remote(remote: Remote, reference: Reference | str) -> Adapter:
+    """The adapter of a version of a remote; its tensors are private views of files in the remote's cache.
+
+    Everything is checked, every time. Raises as ``Remote.folder`` does, and AdapterError where this is no adapter.
+    """
+    return load_mapped(remote.folder(reference)[1])
+
+
 def _first(library: Library, version: Version, place: Path, files: dict[str, content.File]) -> Adapter:
     """Look at everything; keep in the index that this was done."""
     before = stamp(place, files)
@@ -76,8 +85,8 @@ def stamp(folder: Path, files: Collection[str]) -> str | None:
         found = {name: os.stat(folder / name) for name in files}
     except OSError:
         return None
-    lines = {n: [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for n, s in sorted(found.items())}
-    return json.dumps(lines)
+    said = {n: [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for n, s in sorted(found.items())}
+    return json.dumps(said)
 
 
 def settled(folder: Path, files: Collection[str], now: float | None = None) -> bool:

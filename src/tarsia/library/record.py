@@ -150,20 +150,28 @@ def read(places: Places, name: str, number: int) -> tuple[Version, dict[str, Fil
     """A version's record, from its file. Raises LibraryError where it is damaged, or another's."""
     path = places.record(name, number)
     try:
-        values = json.loads(path.read_bytes())
-        check = values.pop(_CHECK)
-        files = {name: File(**file) for name, file in values.pop("files").items()}
-        if check != _check({**values, "files": {name: asdict(file) for name, file in files.items()}}):
-            raise ValueError("it was changed since it was written")
-        if values.pop("format") != FORMAT or (values["name"], values["number"]) != (name, number):
-            raise ValueError("it is another version's, or of another format")
-        return Version(**values), files
+        version, files = parse(path.read_bytes())
+        if (version.name, version.number) != (name, number):
+            raise ValueError("it is another version's")
+        return version, files
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LibraryError(
             "The record of a version is damaged.",
             given=f"{path}: {error}",
             do="tarsia library verify --repair writes it anew where the index is sound",
         ) from None
+
+
+def parse(raw: bytes) -> tuple[Version, dict[str, File]]:
+    """What ``write`` wrote. Raises ValueError, TypeError, KeyError, AttributeError or RecursionError for all else."""
+    values = json.loads(raw)
+    check = values.pop(_CHECK)
+    files = {name: File(**file) for name, file in values.pop("files").items()}
+    if check != _check({**values, "files": {name: asdict(file) for name, file in files.items()}}):
+        raise ValueError("it was changed since it was written")
+    if values.pop("format") != FORMAT:
+        raise ValueError("it is of another format")
+    return Version(**values), files
 
 
 def _check(values: Mapping[str, Any]) -> str:
