@@ -19,7 +19,7 @@ SHARP = [name for name, way in WAYS.items() if way.combine == "ties" or way.spar
 """Ways that decide number by number: where rounding turns a decision over, one number may jump."""
 RANKS = st.lists(st.integers(0, 4), min_size=2, max_size=4)
 WEIGHTS = (1.0, 0.5, 2.0, 0.25)
-FEW = settings(max_examples=12, deadline=None, derandomize=True)
+FEW = settings(max_examples=6, deadline=None, derandomize=True)
 
 
 def made(name: str, deltas, weights, **options) -> torch.Tensor:
