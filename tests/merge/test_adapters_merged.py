@@ -196,11 +196,11 @@ class TestBottlenecks:
 
     def test_nothing_but_a_sum_is_taken(self):
         for way in ("ties", "iso_c", "core_ties", "dare"):
-            with pytest.raises(MergeError, match="houlsby at .* can not be merged"):
+            with pytest.raises(MergeError, match=r"houlsby at .* can not be merged"):
                 merge([adapter("houlsby"), adapter("houlsby", 1)], [1, 1], way, host())
 
     def test_two_prompts_are_refused_and_one_is_kept(self):
-        with pytest.raises(MergeError, match="prompt at .* can not be merged"):
+        with pytest.raises(MergeError, match=r"prompt at .* can not be merged"):
             merge([adapter("prompt"), adapter("prompt", 1)], [1, 1], "cat", host())
         found = merge([adapter("prompt"), adapter("lora")], [1, 0.5], "cat", host()).adapter
         assert gap(logits(host(), found), logits(host(), adapter("lora"))) > 1e-3
