@@ -1,4 +1,4 @@
-"""Four processes at work in one library, killed (SIGKILL) in the middle of what they do: ``crowd.py FOLDER KILLS SEED``.
+"""Four processes at work in one library, killed in the middle of what they do: ``crowd.py FOLDER KILLS SEED``.
 
 Each writes what was acknowledged to it into its log and goes on. Whoever is to be killed is waited for until it is in
 the middle of one kind of work, and is killed a random moment later. Prints one JSON object: how many were killed at
@@ -18,7 +18,6 @@ from pathlib import Path
 from random import Random
 
 from bench.made import adapter
-
 from tarsia.core.errors import LibraryError
 from tarsia.library import Library, content
 from tarsia.library.sweep import sweep
@@ -98,8 +97,7 @@ def seen(library: Library, known: set[str]) -> list[str]:
         if version.reference not in known:
             known.add(version.reference)
             try:
-                library.whole(version.reference)
-                content.look(library.folder(version))
+                content.look(library.whole(version.reference)[1])
             except LibraryError as error:
                 wrong.append(str(error))
     return wrong

@@ -72,3 +72,16 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
     found = script("crowd.py", tmp_path, 100, 2)
     judge(tmp_path, found, 100)
     assert min(found["killed"][kind] for kind in ("publish", "tag", "rollback", "gc")) >= 10, found["killed"]
+
+
+def test_killed_at_lines_of_everything(tmp_path: Path) -> None:
+    found = script("steps.py", tmp_path, 60)
+    assert found["wrong"] == []
+    assert min(found["killed"].values()) >= 2, found["killed"]
+
+
+@pytest.mark.slow
+def test_killed_at_every_line_of_everything(tmp_path: Path) -> None:
+    found = script("steps.py", tmp_path, 1)
+    assert found["wrong"] == []
+    assert min(found["killed"].values()) >= 100, found["killed"]

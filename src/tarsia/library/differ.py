@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tarsia.library import card
@@ -54,7 +53,7 @@ def differ(library: Library, first: str, second: str, tensors: bool = True) -> D
     only = tuple(p for p in of_a.sites if p not in of_b.sites), tuple(p for p in of_b.sites if p not in of_a.sites)
     same = a.hash == b.hash
     opened = tensors and not same
-    distances = _distances(library.whole(first)[1], library.whole(second)[1], shared) if opened else ()
+    distances = _distances(library, (a.reference, b.reference), shared) if opened else ()
     return Difference((a, b), same, _entries(of_a, of_b), only, distances)
 
 
@@ -74,10 +73,10 @@ def _entries(a: Card, b: Card) -> dict[str, dict[str, tuple[Any, Any]]]:
     return found
 
 
-def _distances(first: Path, second: Path, shared: list[str]) -> tuple[Distance, ...]:
-    from tarsia.adapter import load
+def _distances(library: Library, references: tuple[str, str], shared: list[str]) -> tuple[Distance, ...]:
+    from tarsia.library.opening import open_adapter
 
-    a, b = load(first).patches, load(second).patches
+    a, b = (open_adapter(library, reference).patches for reference in references)
     return tuple(_distance(path, a[path], b[path]) for path in shared)
 
 

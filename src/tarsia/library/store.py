@@ -168,28 +168,18 @@ class Library:
         return self.places.object(version.hash)
 
     def whole(self, reference: Reference | str) -> tuple[Version, Path]:
-        """A version and its folder, whose files were hashed when it was first read and have not changed since.
-
-        Raises LibraryError, naming each file, where they are not what was published.
-        """
+        """A version and its folder, every byte of which was hashed for this. Raises LibraryError, naming the files."""
         asked = Reference.parse(reference) if isinstance(reference, str) else reference
         with index.reading(self.places) as db:
             version = find(db, asked)
             files = record.files_of(db, version.hash)
-            row = db.execute("SELECT stamp FROM reads WHERE hash = ?", (version.hash,)).fetchone()
-        place = self.folder(version)
-        if row is not None and row["stamp"] == stamp(place, files):
-            return version, place
-        before = stamp(place, files)
-        if damage := content.damage(place, files):
+        if damage := content.damage(self.folder(version), files):
             raise LibraryError(
                 f"The files of {version.reference} are not those that were published.",
                 given="; ".join(damage),
                 do="add the same adapter again, which puts them right, or roll back to another version",
             )
-        with index.writing(self.places) as work:
-            work.db.execute("INSERT OR REPLACE INTO reads VALUES (?, ?)", (version.hash, before))
-        return version, place
+        return version, self.folder(version)
 
     def tag(self, reference: Reference | str, tag: str, *, why: str = "", who: str | None = None) -> Entry:
         """Let a tag point at a version, wherever it pointed before."""
@@ -344,15 +334,6 @@ def trail(moves: Sequence[Entry]) -> list[int]:
         elif not been or been[-1] != entry.after:
             been.append(entry.after)
     return been
-
-
-def stamp(folder: Path, files: Sequence[str] | dict[str, content.File]) -> str | None:
-    """What the system says of the files without reading them; None where one is not there."""
-    try:
-        found = {name: os.stat(folder / name) for name in files}
-    except OSError:
-        return None
-    return json.dumps({n: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for n, s in sorted(found.items())})
 
 
 def now() -> str:

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tarsia.core.errors import LibraryError
@@ -140,10 +140,14 @@ def of_record(places: Places, version: Version, files: Mapping[str, File]) -> li
     """What is wrong with the file of a version's record."""
     path = places.record(version.name, version.number)
     try:
-        written = record.read(places, version.name, version.number)
+        if path.read_bytes() == record.write(version, files):
+            return []
+        record.read(places, version.name, version.number)
+    except OSError as error:
+        return [Fault(path, error.strerror or str(error))]
     except LibraryError as error:
         return [Fault(path, str(error.given).removeprefix(f"{path}: "))]
-    return [] if written == (replace(version, tags=()), dict(files)) else [Fault(path, "is not what the index says")]
+    return [Fault(path, "is not what the index says")]
 
 
 def of_tags(places: Places, known: Known) -> list[Fault]:
