@@ -195,9 +195,18 @@ def _side_by_side(deltas: Sequence[Delta], shares: Sequence[float]) -> Delta:
     """The weighted sum: factors above one another and side by side, so nothing is lost; whole where one is."""
     moving = [(share, delta) for share, delta in zip(shares, deltas, strict=True) if not delta.still]
     if any(not delta.factored for _, delta in moving):
-        return Delta(whole=torch.stack([share * delta.weight() for share, delta in moving]).sum(0))
+        return Delta(whole=_added(moving))
     ups = [share * delta.up for share, delta in moving if delta.up is not None]
     return Delta(up=torch.cat(ups, 1), down=torch.cat([delta.down for _, delta in moving if delta.down is not None]))
+
+
+def _added(moving: Sequence[tuple[float, Delta]]) -> Tensor:
+    """The weighted sum as one tensor, of which no more than two are there at a time."""
+    (share, first), *others = moving
+    total = share * first.weight()
+    for share, delta in others:
+        total += share * delta.weight()
+    return total
 
 
 def _framed(way: Way, deltas: Sequence[Delta], weights: Tensor, seeds: Sequence[int], path: str, matrix: bool) -> Delta:
