@@ -104,7 +104,7 @@ def _peft(what: str, *density: float) -> Act:
     import peft.utils.merge_utils as theirs
 
     held, ones = changes(), torch.ones(COUNT)
-    return lambda: getattr(theirs, what)(held, ones, *density)  # type: ignore[no-any-return]
+    return lambda: getattr(theirs, what)(held, ones, *density)
 
 
 def _mergekit(what: str, density: float | None = None) -> Act:
@@ -113,7 +113,7 @@ def _mergekit(what: str, density: float | None = None) -> Act:
 
     group = TensorGroup.from_tensors([torch.zeros(SIZE, SIZE), *changes()], base_index=0)
     method, chosen = registry.get(what), {"weight": 1.0} | ({} if density is None else {"density": density})
-    return lambda: method([group], parameters=chosen)[0]  # type: ignore[no-any-return]
+    return lambda: method([group], parameters=chosen)[0]
 
 
 def _knots() -> Act:
