@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from train import small
 from transformers import LlavaForConditionalGeneration
 
 import tarsia.cli
-from tarsia.adapter import Host, load, open_base, put, save
+from tarsia.adapter import FourBits, Host, load, open_base, put, save
 from tarsia.core.attach import detach
 from tarsia.merge import vllm
 
@@ -97,6 +98,31 @@ def test_what_is_said_is_what_is_lost(host: Host, tmp_path: Path, capsys: pytest
         told.append(json.loads(capsys.readouterr().out))
     assert told[0]["error"] > told[1]["error"] > told[2]["error"] > 0
     assert told[0]["outputs"]["difference"] > told[2]["outputs"]["difference"]
+
+
+def test_peft_opens_what_is_for_vllm_where_names_are_alike(host: Host, tmp_path: Path) -> None:
+    """With scales and ranks that differ, which are folded into B: one scale is left."""
+    parts = (("rslora", "language.*.q", {"rank": 3}), ("lora", "language.*.v", {"rank": 2, "alpha": 5.0}))
+    one, out = saved(host, tmp_path / "a", parts), tmp_path / "out"
+    assert export(one, "--to", "vllm", "--out", out) == 0
+    fields = json.loads((out / "adapter_config.json").read_text())
+    assert fields["lora_alpha"] == fields["r"]
+    assert all(fields["alpha_pattern"][name] == rank for name, rank in fields["rank_pattern"].items())
+    assert torch.allclose(by_peft(host, out), said(host, one), atol=1e-5)
+
+
+@pytest.mark.parametrize("method, options", [("lora", ()), ("dora", ("--max-error", 0.02))])
+def test_what_was_learnt_over_4_bits_is_held_to_them(
+    method: str, options: Any, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = open_base(host.name, four_bits=FourBits("nf4"))
+    one, out = saved(packed, tmp_path / "a", [(method, "language.*.{q,v}", {"rank": 2})]), tmp_path / "out"
+    assert export(one, "--to", "vllm", "--out", out, *options) == 0
+    told = capsys.readouterr().out
+    assert "in 4 bits" in told
+    assert ("exact" in told or "keep their tensors" in told) == (method == "lora")
+    found = float(re.search(r"at most ([\d.e-]+) of the largest", told)[1])  # type: ignore[index]
+    assert found < (1e-5 if method == "lora" else 0.1)
 
 
 def test_transformers_gets_a_folded_model(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from tarsia.adapter import Adapter, Host, Patched, load, save
 from tarsia.core.errors import MergeError
+from tarsia.merge import thin as module
 from tarsia.merge.delta import Delta, deltas
 from tarsia.merge.thin import LARGE, Spectrum, rounding, spectrum, thin
 
@@ -190,6 +192,23 @@ def test_a_sketch_is_nearly_the_best_and_says_what_it_leaves() -> None:
     best = float(sizes[24:].norm() / sizes.norm())
     assert found.off(24) == pytest.approx(off, rel=1e-6)
     assert best <= off < 1.01 * best
+
+
+def test_one_site_at_a_time_is_in_memory(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Delta]] = []
+    most = []
+    true = module.delta_of
+
+    def watched(*arguments: Any) -> Delta:
+        made = true(*arguments)
+        held.append(weakref.ref(made))
+        most.append(sum(one() is not None for one in held))
+        return made
+
+    monkeypatch.setattr(module, "delta_of", watched)
+    thin(adapter(host, [("dora", WHERE, {"rank": 2}), ("lora", "language.*.v", {"rank": 2})]), host, rank=3)
+    assert len(most) == 9
+    assert max(most) <= 2  # the one before goes when the next takes its name
 
 
 def test_rounding_is_measured_where_it_is_small() -> None:

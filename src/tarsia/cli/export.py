@@ -177,6 +177,9 @@ def _show(args: argparse.Namespace, adapter: Adapter, exported: Exported, proof:
             f"{proof['difference']:.2g} of the largest (the adapter moves it by {proof['moved']:.2g}); "
             f"{proof['agreement']:.1%} have the same likeliest token"
         )
+    mark = adapter.fingerprint
+    if mark is not None and mark.quantisation != "none":
+        print(f"it was learnt over a base in 4 bits, {mark.quantisation[:80]}: serve it over the same numbers")
     if exported.options:
         print(f"serve it with: vllm serve {adapter.base or 'MODEL'} {' '.join(exported.options)} \\")
         print(f"    --lora-modules {exported.folder.name}={exported.folder}")
@@ -185,19 +188,19 @@ def _show(args: argparse.Namespace, adapter: Adapter, exported: Exported, proof:
 def _table(adapter: Adapter, exported: Exported) -> None:
     made = exported.thinned
     assert made is not None
-    order = sorted(made.errors, key=lambda path: -made.errors[path])
-    rows = [[path, adapter.patches[path].method, str(made.ranks[path]), _error(made.errors[path])] for path in order]
-    columns = ("site", "was", "rank", "error")
-    title = f"{exported.folder}: {len(order)} sites as LoRA, {made.error:.3g} off in all (Frobenius, relative)"
-    output.table(title, columns, rows[:SHOWN], right=("rank", "error"))
+    order = sorted((p for p in made.errors if p not in made.exact), key=lambda path: -made.errors[path])
+    rows = [[path, adapter.patches[path].method, str(made.ranks[path]), f"{made.errors[path]:.2g}"] for path in order]
+    title = f"{exported.folder}: {len(made.errors)} sites as LoRA, {made.error:.3g} off in all (Frobenius, relative)"
+    if rows:
+        output.table(title, ("site", "was", "rank", "error"), rows[:SHOWN], right=("rank", "error"))
+    else:
+        print(title)
     if len(rows) > SHOWN:
         print(f"and {len(rows) - SHOWN} more sites with an error of at most {made.errors[order[SHOWN]]:.2g}")
+    if made.exact:
+        print(f"{len(made.exact)} sites were LoRA already and keep their tensors")
     if made.still:
         print(f"left out, for the adapter does not change them: {', '.join(made.still)}")
-
-
-def _error(error: float) -> str:
-    return "exact" if error == 0 else f"{error:.2g}"
 
 
 def _folded(args: argparse.Namespace) -> int:

@@ -196,7 +196,7 @@ class _Work:
         self.exact: list[str] = []
         self.still: list[str] = []
         self.biased: list[str] = []
-        self.unchosen: dict[str, Spectrum] = {}
+        self.unchosen: list[str] = []
         self.beyond: dict[str, tuple[int, float]] = {}
 
     def take(self, path: str, patched: Patched) -> None:
@@ -232,7 +232,7 @@ class _Work:
         if lossless:  # a product wider than the matrix itself
             rank = len(found.values)
         elif self.limit is None and self.most is None:
-            self.unchosen[path] = found
+            self.unchosen.append(f"{path}: {_told(found)}")
             return
         else:
             rank = len(found.values) if self.most is None else found.least(self.most)
@@ -254,7 +254,7 @@ class _Work:
         if self.unchosen:
             raise MergeError(
                 "Some of what this adapter changes is not thin: a rank must be chosen, or an error.",
-                given=_few([f"{path}: {_told(found)}" for path, found in self.unchosen.items()]),
+                given=_few(self.unchosen),
                 do=f"give a rank (--rank) or the largest error (--max-error); or {_FOLD}",
             )
         if self.beyond:
