@@ -1,4 +1,4 @@
-"""Adapters that PEFT made, from folders and the hub, become versions with a fingerprint that say where they are from."""
+"""Adapters that PEFT made, from folders and the hub, become versions with a fingerprint and an origin."""
 
 from __future__ import annotations
 

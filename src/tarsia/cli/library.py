@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from tarsia.cli import output, shelf
+from tarsia.cli import output, shelf, shelf_remote
 
 if TYPE_CHECKING:
     from tarsia.library import Library
@@ -258,5 +258,6 @@ VERBS: Mapping[str, Verb] = {
     "tag": ("let a tag point at a version", _tag_options, tag),
     "rollback": ("let a name or a tag be an earlier version again", _rollback_options, rollback),
     "gc": ("remove what belongs to no version", _gc_options, gc),
+    **shelf_remote.VERBS,
 }
 """What ``tarsia library`` can do: help, options and action of each."""
