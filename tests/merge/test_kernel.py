@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench import race
 from tarsia.cli import machine
 from tarsia.core.errors import ConfigError, MergeError
 from tarsia.merge import combine, draws, fast, kernel, sparsify
@@ -233,6 +234,26 @@ def test_what_is_thrown_away_at_random_is_the_references(
     expected = in_order(combine.total if name == "dare" else combine.ties, thin, held)
     deltas = [Delta(whole=entry) for entry in stack]
     same_bits(merged_by(here, WAYS[name].taking({"density": density}), deltas, held, seeds), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells what was resident at most")
+def test_dense_changes_are_never_there() -> None:
+    """Of 16 adapters in factors the result is made, and hardly anything beside it."""
+    here = kernel.library()
+    if here is None:
+        pytest.skip("no kernel runs here")
+    rows, columns, ones = 2048, 512, [1.0] * 16
+    changes = [(torch.randn(rows, 2), torch.randn(2, columns)) for _ in ones]
+
+    def merged() -> float:
+        masks = here.thresholds(changes, rows * columns // 5)
+        return float(here.elect(changes, masks, ones, ones, ones)[0, 0])
+
+    merged()
+    result = 4 * rows * columns
+    assert race.peak(merged, 1) - race.resident() < 1.5 * result
+    stack = [up @ down for up, down in changes]
+    assert race.peak(lambda: float(torch.stack(stack)[0, 0, 0]), 1) - race.resident() > 8 * result, "it sees nothing"
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
