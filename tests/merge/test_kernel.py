@@ -164,6 +164,24 @@ def test_what_the_sample_does_not_see_is_found(here: kernel.Kernel) -> None:
         same_bits(trimmed(entry, mask), sparsify.magnitude(entry[None], kept / entry.numel() + 1e-9)[0])
 
 
+def sampled(numbers: int) -> Tensor:
+    """The places that the kernel looks at first, drawn as it draws them."""
+    places, state = [], 0x9E3779B97F4A7C15
+    for _ in range(2**14):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        places.append((state >> 11) % numbers)
+    return torch.tensor(places).unique()
+
+
+@pytest.mark.parametrize("misled", [1e-3, 1e3], ids=["too low", "too high"])
+def test_a_sample_that_misleads_costs_time_alone(here: kernel.Kernel, misled: float) -> None:
+    entry = 1 + torch.rand(400, 400, generator=torch.Generator().manual_seed(1))
+    entry.view(-1)[sampled(entry.numel())] *= misled
+    for density in (0.05, 0.2, 0.5, 0.95):
+        (mask,) = here.thresholds([entry], sparsify.kept(entry.numel(), density))
+        same_bits(trimmed(entry, mask), sparsify.magnitude(entry[None], density)[0])
+
+
 @FEW
 @given(st.integers(1, 9), st.integers(0, 20), st.integers(1, 11), st.sampled_from([1, 16, 511, 700]), DENSITIES)
 def test_factors_are_the_product_summed_rank_by_rank(
