@@ -43,20 +43,20 @@ def prepare(base: Path, dtype: str, folder: Path) -> dict[str, str]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for patch in patches(host.model, "bench").values():
-            patch.B.normal_(std=0.02, generator=generator)  # type: ignore[operator]
+            patch.B.normal_(std=0.003, generator=generator)  # type: ignore[operator]
     adapter = Adapter.of(host, "bench", [part], probe=probe(host, inputs(host.model)))
     save(adapter, folder / f"adapter-{dtype}")
     return {"base": str(own), "adapter": str(folder / f"adapter-{dtype}")}
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
-    """Two rows with a picture each, for a LLaVA."""
+    """Two rows with a picture between words, for a LLaVA. At the very start a language model expects no picture."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(100, 10000, (2, 16), generator=generator)
     size = config.vision_config.image_size
     places = (size // config.vision_config.patch_size) ** 2
-    ids = torch.cat([torch.full((2, places), config.image_token_index), words], 1)
+    ids = torch.cat([words[:, :8], torch.full((2, places), config.image_token_index), words[:, 8:]], 1)
     pixels = torch.randn(2, 3, size, size, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 

@@ -217,7 +217,7 @@ def stubbed(base, adapter, monkeypatch):
     live = listened(str(base), [adapter], [adapter], None, (), Bar())
     outline = open_outline(str(base), processor=False, weights=True)
     monkeypatch.setattr(fold_module, "open_outline", lambda *_, **__: outline)
-    found = proof_module.Proof(1, 1, True, "float32", 1.0, 1.0, 0.0, 1e-5, 0.0, 1.0)
+    found = proof_module.Proof(1, 1, True, "float32", *[1.0] * 10)
     monkeypatch.setattr(fold_module, "listened", lambda *_: live)
     monkeypatch.setattr(fold_module, "_proved", lambda *_: found)
 

@@ -47,13 +47,13 @@ def kept(host: Host, original: Adapter, exported: Adapter, error: float) -> Kept
         put(host, original, _LIVE)
         heard = hear(model, [inputs], model.config.get_text_config().vocab_size)
         activate(model)
-        moved, _, _ = apart(model, heard)
+        moved = apart(model, heard).largest
         put(host, exported, _OTHER)
         activate(model, _OTHER)
-        difference, same, count = apart(model, heard)
+        other = apart(model, heard)
         base = hear(model, [inputs], model.config.get_text_config().vocab_size)
         activate(model)
-        still, _, _ = apart(model, base)
+        still = apart(model, base).largest
     finally:
         for name in (_OTHER, _LIVE):
             if name in adapters(model):
@@ -61,7 +61,7 @@ def kept(host: Host, original: Adapter, exported: Adapter, error: float) -> Kept
     peak = max(float(one.logits.abs().max()) for one in heard)
     if still == 0 and moved > 0:
         raise MergeError("The exported adapter does nothing: its outputs are the base's.", do="report this")
-    found = Kept(len(inputs["input_ids"]), peak, moved / peak, difference / peak, same / count)
+    found = Kept(len(inputs["input_ids"]), peak, moved / peak, other.largest / peak, other.same / other.positions)
     allowed = TOLERANCE["float32"]
     if error <= EXACT and not found.difference <= allowed:
         raise MergeError(

@@ -19,7 +19,7 @@ from tarsia.core.patch import Patch
 from tarsia.core.site import Component, Site
 from tarsia.data.encode import Encoder
 from tarsia.data.samples import Sample
-from tarsia.merge.proof import Heard, Inputs, apart, hear, pictures
+from tarsia.merge.proof import Apart, Heard, Inputs, apart, hear, pictures
 
 KEEP: Final = 0.9
 """Less of the change than this may not be left."""
@@ -44,7 +44,7 @@ class Live:
     adapters: tuple[Adapter, ...]
     layers: tuple[Mapping[Site, Patch], ...]
     heard: tuple[Heard, ...]
-    moved: float
+    moved: Apart
     fingerprint: Fingerprint
     precision: str
 
@@ -92,9 +92,9 @@ def listened(
     vocabulary = int(host.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     heard = hear(host.model, batches, vocabulary)
     activate(host.model)
-    moved, _, _ = apart(host.model, heard)
+    moved = apart(host.model, heard)
     live = Live(tuple(adapters), tuple(layers), heard, moved, host.fingerprint, str(dtype))
-    if not moved:
+    if not moved.largest:
         raise MergeError(
             "The adapter changes no output of the rows, so a fold would prove nothing.",
             do="train it first, or give rows that it acts on",

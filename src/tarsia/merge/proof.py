@@ -37,11 +37,25 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Apart:
+    """How far two models' logits are from each other: the ``largest`` difference and the root of the ``mean`` square.
+
+    ``same`` of ``positions`` have the same likeliest token.
+    """
+
+    largest: float
+    mean: float
+    same: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
-    """The folded model held to the live adapter. Differences are of logits, absolute; ``peak`` is the largest logit.
+    """The folded model held to the live adapter. Differences are of logits; ``peak`` is the largest logit.
 
     ``moved`` is how far the adapter leaves its base, ``noise`` what random noise of the rounding's own size (see
-    ``Remains.off``) in the folded weights does, ``allowed`` the bound: FLOOR of the peak, and NOISES times that noise. ``agreement`` is the share of
+    ``Remains.off``) in the folded weights does, ``allowed`` the bound: FLOOR of the peak, and NOISES times that noise.
+    Those that end in ``_mean`` are roots of mean squares, the others the largest. ``agreement`` is the share of
     positions with the same likeliest token.
     """
 
@@ -51,9 +65,13 @@ class Proof:
     precision: str
     peak: float
     moved: float
+    moved_mean: float
     noise: float
+    noise_mean: float
     allowed: float
+    allowed_mean: float
     difference: float
+    difference_mean: float
     agreement: float
 
     @property
@@ -110,63 +128,81 @@ def hear(model: nn.Module, batches: Sequence[Inputs], vocabulary: int) -> tuple[
     return tuple(found)
 
 
-def apart(model: nn.Module, heard: Sequence[Heard]) -> tuple[float, int, int]:
-    """Largest difference of a logit from what was heard, positions with the same likeliest token, and all of them."""
-    far, same, count = 0.0, 0, 0
+def apart(model: nn.Module, heard: Sequence[Heard]) -> Apart:
+    """How far ``model`` is from what was heard."""
+    far, squares, count, same, positions = 0.0, 0.0, 0, 0, 0
     for one in heard:
         logits = said(model, one.inputs, one.positions)
         if logits.shape != one.logits.shape:
             raise MergeError(
                 "The folded model has another vocabulary.", given=logits.shape[-1], allowed=one.logits.shape[-1]
             )
-        far = max(far, float((logits - one.logits).abs().max()))
         same += int((logits.argmax(-1) == one.logits.argmax(-1)).sum())
-        count += len(one.positions)
-    return far, same, count
+        off = logits.sub_(one.logits)
+        far = max(far, float(off.abs().max()))
+        squares += float(off.square().sum(dtype=torch.float64))
+        count, positions = count + off.numel(), positions + len(off)
+    return Apart(far, (squares / count) ** 0.5 if count else 0.0, same, positions)
 
 
 def proved(
-    model: nn.Module, heard: Sequence[Heard], moved: float, remains: Mapping[str, Remains], precision: str
+    model: nn.Module, heard: Sequence[Heard], moved: Apart, remains: Mapping[str, Remains], precision: str
 ) -> Proof:
     """Hold the folded ``model`` to what the live one said. ``model`` is spoilt: its weights are moved at random.
 
-    Raises MergeError where a logit differs by more than rounding explains, and where the
+    Raises MergeError where logits differ by more than rounding explains, the largest or in the mean, and where the
     adapter moves its base by no more than that: nothing would be proved.
     """
     peak = max(float(one.logits.abs().max()) for one in heard)
-    far, same, count = apart(model, heard)
+    found = apart(model, heard)
     noise = _noise(model, heard, remains)
-    allowed = FLOOR[precision] * peak + NOISES * noise
     batches = [one.inputs for one in heard]
-    rows = sum(len(inputs["input_ids"]) for inputs in batches)
     proof = Proof(
-        rows, count, pictures(batches), precision, peak, moved, noise, allowed, far, same / count if count else 0.0
+        rows=sum(len(inputs["input_ids"]) for inputs in batches),
+        positions=found.positions,
+        pictures=pictures(batches),
+        precision=precision,
+        peak=peak,
+        moved=moved.largest,
+        moved_mean=moved.mean,
+        noise=noise.largest,
+        noise_mean=noise.mean,
+        allowed=FLOOR[precision] * peak + NOISES * noise.largest,
+        allowed_mean=FLOOR[precision] * peak + NOISES * noise.mean,
+        difference=found.largest,
+        difference_mean=found.mean,
+        agreement=found.same / found.positions if found.positions else 0.0,
     )
-    if not far <= allowed:
-        raise MergeError(
-            "The folded model does not say what the adapter says on its base.",
-            given=f"a logit differs by {far:.4g} of {peak:.4g}; {proof.agreement:.1%} have the same likeliest token",
-            allowed=f"{allowed:.4g}: {NOISES:g} times what random noise of the rounding's size does ({noise:.4g})",
-            do="report this, with the versions of torch and transformers; nothing was left behind",
-        )
-    if moved <= allowed:
-        raise MergeError(
-            "The rows prove nothing: the adapter moves them by no more than rounding may.",
-            given=f"it moves a logit by {moved:.4g} of {peak:.4g}; the fold is within {far:.4g}",
-            allowed=f"more than {allowed:.4g}",
-            do="give rows that the adapter was trained for (--rows FILE), or fold into a form that rounds less",
-        )
+    _judge(proof)
     return proof
 
 
-def _noise(model: nn.Module, heard: Sequence[Heard], remains: Mapping[str, Remains]) -> float:
-    """What random noise of the size of the rounding, in every weight that was rounded, moves a logit by at most."""
+def _judge(proof: Proof) -> None:
+    """Raise MergeError where a proof fails, or is none."""
+    if not (proof.difference <= proof.allowed and proof.difference_mean <= proof.allowed_mean):
+        raise MergeError(
+            "The folded model does not say what the adapter says on its base.",
+            given=f"a logit differs by {proof.difference:.4g} of {proof.peak:.4g}, in the mean by "
+            f"{proof.difference_mean:.4g}; {proof.agreement:.1%} have the same likeliest token",
+            allowed=f"{proof.allowed:.4g}, in the mean {proof.allowed_mean:.4g}: {NOISES:g} times what random noise of "
+            f"the rounding's size does",
+            do="report this, with the versions of torch and transformers; nothing was left behind",
+        )
+    if proof.moved_mean <= proof.allowed_mean:
+        raise MergeError(
+            "The rows prove nothing: the adapter moves them by no more than rounding may.",
+            given=f"it moves logits by {proof.moved_mean:.4g} in the mean, the fold by {proof.difference_mean:.4g}",
+            allowed=f"more than {proof.allowed_mean:.4g}",
+            do="give rows that the adapter was trained for (--rows FILE), or fold into a form that rounds less",
+        )
+
+
+def _noise(model: nn.Module, heard: Sequence[Heard], remains: Mapping[str, Remains]) -> Apart:
+    """What random noise of the size of the rounding, in every weight that was rounded, does to the logits."""
     off = {name: one.off for name, one in remains.items() if one.off}
-    if not off:
-        return 0.0
     quiet = [Heard(one.inputs, one.positions, said(model, one.inputs, one.positions)) for one in heard]
     with shaken(model, off):
-        return apart(model, quiet)[0]
+        return apart(model, quiet)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ SAMPLED = 8
 """Rows of a large weight, evenly spaced, that what remains is measured on where all of it would take too long."""
 
 EPSILON = 2.0**-23
-"""What computing in float32 makes of a number, as a share of it: products that are summed in another order differ so."""
+"""What computing in float32 moves a number by, as a share of it: sums in another order differ so."""
 
 
 @dataclass(frozen=True, slots=True)
