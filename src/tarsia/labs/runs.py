@@ -82,11 +82,13 @@ class Runs:
 
     def measured(self, job: str) -> Scores:
         """What the model, as it is, scores on every split that is not trained on."""
-        splits = [split for split in self.counts if split != "train"]
-        for split in splits:
-            if (job, split) not in self._encoded:
-                self._encoded[job, split] = list(self.batches(job, split))
-        return {split: score(self.host, self._encoded[job, split]) for split in splits}
+        return {split: score(self.host, self.encoded(job, split)) for split in self.counts if split != "train"}
+
+    def encoded(self, job: str, split: str) -> Sequence[Batch]:
+        """All of a job's rows of a split, encoded once."""
+        if (job, split) not in self._encoded:
+            self._encoded[job, split] = list(self.batches(job, split))
+        return self._encoded[job, split]
 
     def train(self, made: Recipe, job: str, keep: Callable[[Path], None] | None = None) -> dict[str, Any]:
         """Train, and measure what was trained before it leaves the model; ``keep`` is given the adapter's folder."""
