@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tarsia.core.errors import MergeError
 from tarsia.merge.draws import below
+from tarsia.merge.sparsify import not_finite
 from tarsia.quant import build, loader
 from tarsia.quant.loader import Status, Team
 
@@ -179,12 +179,7 @@ def _floats(values: Sequence[float], count: int) -> Tensor:
 
 def _check(code: int) -> None:
     if code == -3:
-        raise MergeError(
-            "What is to be merged holds numbers that are none.",
-            given="an infinity or a NaN",
-            allowed="finite numbers",
-            do="train or export that adapter again",
-        )
+        raise not_finite()
     if code:
         raise RuntimeError(f"the kernel refused: {_REFUSED.get(code, code)}")
 

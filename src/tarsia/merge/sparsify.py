@@ -38,8 +38,23 @@ def check_density(density: float) -> None:
         )
 
 
+def not_finite() -> MergeError:
+    """What is raised for an infinity or a NaN: no order of magnitudes has a place for it."""
+    return MergeError(
+        "What is to be merged holds numbers that are none.",
+        given="an infinity or a NaN",
+        allowed="finite numbers",
+        do="train or export that adapter again",
+    )
+
+
 def thresholds(stack: Tensor, density: float) -> Tensor:
-    """The magnitude of the ``kept``-th largest number of each entry of ``stack`` [n, ...]: [n]; inf where none is."""
+    """The magnitude of the ``kept``-th largest number of each entry of ``stack`` [n, ...]: [n]; inf where none is.
+
+    Raises MergeError for an infinity or a NaN.
+    """
+    if not bool(stack.isfinite().all()):
+        raise not_finite()
     magnitudes = stack.abs().flatten(1)
     count = kept(magnitudes.shape[1], density)
     if count == 0:

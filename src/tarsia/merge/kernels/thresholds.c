@@ -35,19 +35,28 @@ typedef struct {
     int64_t histogram[DIGIT_VALUES], cut;
 } search;
 
-typedef void (*visitor)(search *job, const float *x, int64_t n, int64_t place);
+/* What one band of work has seen, before it is added to what all have. */
+typedef struct {
+    int64_t above;
+    uint32_t top;
+} tally;
+
+typedef void (*visitor)(search *job, tally *seen, const float *x, int64_t n, int64_t place);
 
 /* Shows the numbers of some bands to `visit`, a piece of a row at a time, in the order of their places but for the
  * rows of a tile. */
-static void walk(search *job, int64_t first, int64_t last, visitor visit) {
+static tally walk(search *job, int64_t first, int64_t last, visitor visit) {
     float room[TILE_ROWS * TILE_COLUMNS];
+    tally seen = {0, 0};
     int64_t stride;
     for (int64_t band = first; band < last; band++)
         for (int64_t t = 0; t < tiles_of(&job->all); t++) {
             tile at = tile_at(&job->all, band, t);
             const float *x = numbers_of(&job->all, job->delta, &at, room, &stride);
-            for (int64_t r = 0; r < at.rows; r++) visit(job, x + r * stride, at.width, place_of(&job->all, &at, r));
+            for (int64_t r = 0; r < at.rows; r++)
+                visit(job, &seen, x + r * stride, at.width, place_of(&job->all, &at, r));
         }
+    return seen;
 }
 
 static float number_of(const search *job, int64_t place) {
@@ -83,11 +92,9 @@ static int bound(search *job, int64_t n) {
     return TARSIA_MERGE_OK;
 }
 
-static void look(search *job, const float *x, int64_t n, int64_t place) {
-    uint32_t found[TILE_COLUMNS], top = 0;
-    int64_t above = job->all.steps->above(x, n, job->high, &top);
-    __atomic_fetch_add(&job->above, above, __ATOMIC_RELAXED);
-    if (top >= INFINITE) __atomic_store_n(&job->not_finite, 1, __ATOMIC_RELAXED);
+static void look(search *job, tally *seen, const float *x, int64_t n, int64_t place) {
+    uint32_t found[TILE_COLUMNS];
+    seen->above += job->all.steps->above(x, n, job->high, &seen->top);
     int64_t some = job->all.steps->between(x, n, job->low, job->high - job->low, found);
     if (!some) return;
     int64_t at = __atomic_fetch_add(&job->count, some, __ATOMIC_RELAXED);
@@ -97,7 +104,12 @@ static void look(search *job, const float *x, int64_t n, int64_t place) {
     }
 }
 
-static void scan(void *job, int64_t first, int64_t last) { walk(job, first, last, look); }
+static void scan(void *data, int64_t first, int64_t last) {
+    search *job = data;
+    tally seen = walk(job, first, last, look);
+    __atomic_fetch_add(&job->above, seen.above, __ATOMIC_RELAXED);
+    if (seen.top >= INFINITE) __atomic_store_n(&job->not_finite, 1, __ATOMIC_RELAXED);
+}
 
 static int ascending(const void *a, const void *b) {
     int64_t p = *(const int64_t *)a, q = *(const int64_t *)b;
@@ -115,24 +127,22 @@ static void among_collected(search *job) {
     job->cut = job->places[job->found.rank - 1] + 1;
 }
 
-static void count_digits(search *job, const float *x, int64_t n, int64_t place) {
-    (void)place;
+static void count_digits(search *job, tally *seen, const float *x, int64_t n, int64_t place) {
+    (void)seen, (void)place;
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits = magnitude(x[i]);
         if (in_play(bits, &job->found, job->digit)) job->histogram[digit_of(bits, job->digit)]++;
     }
 }
 
-/* Equals before the cut that is tried: their number is histogram[0]. */
-static void count_equals(search *job, const float *x, int64_t n, int64_t place) {
-    for (int64_t i = 0; i < n; i++)
-        job->histogram[0] += magnitude(x[i]) == job->found.bits && place + i < job->cut;
+/* Equals before the cut that is tried. */
+static void count_equals(search *job, tally *seen, const float *x, int64_t n, int64_t place) {
+    for (int64_t i = 0; i < n; i++) seen->above += magnitude(x[i]) == job->found.bits && place + i < job->cut;
 }
 
 static int64_t equals_before(search *job, int64_t band, int64_t cut) {
-    job->cut = cut, job->histogram[0] = 0;
-    walk(job, band, band + 1, count_equals);
-    return job->histogram[0];
+    job->cut = cut;
+    return walk(job, band, band + 1, count_equals).above;
 }
 
 /* The least cut with as many equals before it as are kept: its band from the first on, then by halves. */
