@@ -244,7 +244,11 @@ def _read(folder: Path, tensors_of: Callable[[Path], dict[str, Tensor]], checked
             _check_seal(described, raw, place)
             for name in names:
                 _check_digest(folder / name, described)
-        adapter = _made(described, {name: tensors_of(folder / name) for name in names})
+        held = {name: tensors_of(folder / name) for name in names}
+        layout = _layout(described["layout"])
+        if checked:
+            _check_tensors(described["patches"], held[TENSORS], layout)
+        adapter = _made(described, held, layout)
     if checked:
         fields = parsed_strictly(read_bytes(folder / CONFIG), folder / CONFIG)
         with about(folder / CONFIG):
@@ -254,8 +258,7 @@ def _read(folder: Path, tensors_of: Callable[[Path], dict[str, Tensor]], checked
     return adapter
 
 
-def _made(described: Mapping[str, Any], held: Mapping[str, dict[str, Tensor]]) -> Adapter:
-    layout = _layout(described["layout"])
+def _made(described: Mapping[str, Any], held: Mapping[str, dict[str, Tensor]], layout: Layout) -> Adapter:
     if not (described["base"] is None or isinstance(described["base"], str)):
         raise AdapterError("The base is no name.", given=repr(described["base"])[:80], do=AGAIN)
     return Adapter(
@@ -278,7 +281,8 @@ def _layout(values: Mapping[str, Any]) -> Layout:
     return Layout(**plain, places=values["places"], lead=tuple(values.get("lead", ())))
 
 
-def _patches(described: Mapping[str, Any], held: dict[str, Tensor], layout: Layout) -> dict[str, Patched]:
+def _check_tensors(described: Mapping[str, Any], held: Mapping[str, Tensor], layout: Layout) -> None:
+    """Hold the tensors and the layout to the patches, each of whose tensors must be there and be one that trains."""
     named = [key for patch in described.values() for key in patch["tensors"].values()]
     wanted = set(named)
     if len(wanted) < len(named):
@@ -297,18 +301,34 @@ def _patches(described: Mapping[str, Any], held: dict[str, Tensor], layout: Layo
     absent = sorted({*layout.targets, *layout.places} - described.keys())
     if absent:
         raise AdapterError("The layout names sites that have no patch.", given=absent[0], do=AGAIN)
+
+
+def _patches(described: Mapping[str, Any], held: Mapping[str, Tensor], layout: Layout) -> dict[str, Patched]:
+    # asked once for each method: an adapter has hundreds of patches, and is to be open in milliseconds
+    ways = {
+        name: (_of_file(name, layout), find(name).patch.words) for name in {p["method"] for p in described.values()}
+    }
     patches = {}
     for path, patch in described.items():
-        method = find(patch["method"])
+        of_file, words = ways[patch["method"]]
         tensors = {name: held[key] for name, key in patch["tensors"].items()}
-        if layout.lead and not layout.obstacles:
-            tensors = prompts.parted(method.name, tensors[prompts.KEY], layout.lead)
-        elif (method.thin or method.measured) and not layout.obstacles:
-            kind: Any = method.patch
-            tensors = (kind.from_lora if method.thin else kind.from_dora)(tensors)
-        constants = MappingProxyType(_constants(path, patch["constants"], method.patch.words))
-        patches[path] = Patched(method.name, constants, MappingProxyType(tensors))
+        constants = MappingProxyType(_constants(path, patch["constants"], words))
+        patches[path] = Patched(patch["method"], constants, MappingProxyType(of_file(tensors) if of_file else tensors))
     return patches
+
+
+def _of_file(name: str, layout: Layout) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """What makes a method's tensors of those in the file, where PEFT's form has others."""
+    method = find(name)
+    if layout.obstacles:
+        return None
+    if layout.lead:
+        return lambda tensors: prompts.parted(name, tensors[prompts.KEY], layout.lead)
+    kind: Any = method.patch
+    if method.thin or method.measured:
+        of_file: Callable[[dict[str, Tensor]], dict[str, Tensor]] = kind.from_lora if method.thin else kind.from_dora
+        return of_file
+    return None
 
 
 def _constants(path: str, values: Mapping[str, Any], words: Collection[str]) -> dict[str, float | int | bool | str]:

@@ -30,18 +30,20 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
     table = json.loads(whole[8:start].tobytes())
     table.pop("__metadata__", None)
-    found = {}
+    found, sizes = {}, {dtype: dtype.itemsize for dtype in DTYPES.values()}
     for name, entry in table.items():
         dtype, shape, (first, last) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
         if dtype is None:
             given, allowed = f"{path}: {name} {entry['dtype']}", ", ".join(DTYPES)
             raise AdapterError(f"{path.name} holds a dtype that is not known here.", given=given, allowed=allowed)
-        count = (last - first) // dtype.itemsize
-        if not count:
+        size = sizes[dtype]
+        if first == last:
             found[name] = torch.empty(shape, dtype=dtype)
-        elif (start + first) % dtype.itemsize:
+        elif (start + first) % size:
             # elements across the borders of their size: a copy, laid out as torch wants it
             found[name] = torch.frombuffer(whole[start + first : start + last].copy(), dtype=dtype).view(shape)
         else:
-            found[name] = torch.frombuffer(whole, dtype=dtype, count=count, offset=start + first).view(shape)
+            # each a storage of its own, which is as long as it needs; to resize in place is faster than to view
+            flat = torch.frombuffer(whole, dtype=dtype, count=(last - first) // size, offset=start + first)
+            found[name] = flat.resize_(shape)
     return found
