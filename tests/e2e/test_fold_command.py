@@ -85,3 +85,18 @@ def test_what_does_not_fold_and_what_is_not_there(tmp_path, capsys):
     assert "houlsby" in capsys.readouterr().err
     assert fold(tmp_path / "nothing", "--base", base, "--out", tmp_path / "out") == 2
     assert "no such adapter" in capsys.readouterr().err
+
+
+def test_a_folder_that_peft_made_is_proved_on_rows(world, tmp_path, capsys):
+    import shutil
+
+    from tarsia.adapter.files import OURSELVES, PROBE
+
+    shutil.copytree(world / "adapter", tmp_path / "peft")
+    for name in (OURSELVES, PROBE):
+        (tmp_path / "peft" / name).unlink()
+    arguments = (tmp_path / "peft", "--base", "mini-1", "--out", tmp_path / "out", "--json")
+    assert fold(*arguments) == 2
+    assert "no rows to prove" in capsys.readouterr().err
+    assert fold(*arguments, "--rows", world / "shown.parquet") == 0
+    assert json.loads(capsys.readouterr().out)["proof"]["pictures"]

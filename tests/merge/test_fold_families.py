@@ -49,6 +49,7 @@ def test_in_16_bits_it_differs_by_rounding_alone(name, tmp_path):
     assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS_THAT_FOLD)
 def test_every_method_that_folds(method, tmp_path):
     base = saved(tmp_path / "base", "qwen2_vl")
@@ -56,3 +57,19 @@ def test_every_method_that_folds(method, tmp_path):
     part = Part(method, select, METHODS[method].configure(OPTIONS.get(method, {})))
     folded = fold(str(base), trained(base, (part,), "qwen2_vl"), tmp_path / "out")
     assert relative(folded) <= 1e-5 and folded.proof.moved > 0.01 * folded.proof.peak
+
+
+def test_all_methods_that_fold_side_by_side(tmp_path):
+    """Each at layers of its own, of three: what one of them does wrong shows in the outputs of all."""
+    base = saved(tmp_path / "base", "qwen2_vl")
+    places = [f"language.{layer}.{role}" for role in ("v", "q", "k", "up", "gate", "o") for layer in range(3)]
+    places = [place for place in places if place.endswith((".v", ".q", ".k", ".up"))]
+    chosen = {"ia3": "language.*.down", "bitfit": "vision", "full": "projector"}
+    parts = [
+        Part(method, chosen.get(method) or places.pop(), METHODS[method].configure(OPTIONS.get(method, {})))
+        for method in METHODS_THAT_FOLD
+    ]
+    adapter = trained(base, parts, "qwen2_vl")
+    assert {held.method for held in adapter.patches.values()} == set(METHODS_THAT_FOLD)
+    folded = fold(str(base), adapter, tmp_path / "out")
+    assert relative(folded) <= 1e-5 and folded.proof.moved > 0.05 * folded.proof.peak

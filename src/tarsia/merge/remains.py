@@ -12,6 +12,8 @@ from torch import Tensor
 SAMPLED = 8
 """Rows of a large weight, evenly spaced, that what remains is measured on where all of it would take too long."""
 
+_AT_ONCE = 1 << 20
+"""Numbers that are looked at together."""
 EPSILON = 2.0**-23
 """What computing in float32 moves a number by, as a share of it: sums in another order differ so."""
 
@@ -32,15 +34,17 @@ class Remains:
     @classmethod
     def of(cls, before: Tensor, exact: Tensor, stored: Tensor) -> Remains:
         """From the numbers before, those intended and those written, of one shape."""
-        before, exact, stored = (t.detach().reshape(-1).to(torch.float64) for t in (before, exact, stored))
+        flat = [t.detach().reshape(-1) for t in (before, exact, stored)]
+        found = NOTHING
+        for first in range(0, flat[0].numel(), _AT_ONCE):
+            found += cls._piece(*(t[first : first + _AT_ONCE].to(torch.float64) for t in flat))
+        return found
+
+    @classmethod
+    def _piece(cls, before: Tensor, exact: Tensor, stored: Tensor) -> Remains:
         change, off = exact - before, stored - exact
-        return cls(
-            before.numel(),
-            float(change @ change),
-            float((stored - before) @ change),
-            float(off @ off),
-            float(before @ before),
-        )
+        along, weight = (stored - before) @ change, before @ before
+        return cls(before.numel(), float(change @ change), float(along), float(off @ off), float(weight))
 
     def __add__(self, other: Remains) -> Remains:
         return Remains(

@@ -1,0 +1,90 @@
+"""What is left of a change, and when a proof is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tarsia.core.errors import MergeError
+from tarsia.merge import proof, remains
+from tarsia.merge.proof import Proof, _judge
+from tarsia.merge.remains import NOTHING, Remains, of_all, sampled, worst
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.floats(-0.5, 1.5), st.integers(1, 64))
+def test_the_share_is_the_projection(count, share, at_once):
+    """Of a change of which ``share`` is stored, with an error across it, ``share`` is left: in pieces of any size."""
+    draw = torch.Generator().manual_seed(count)
+    before, change = (torch.randn(count, generator=draw, dtype=torch.float64) for _ in range(2))
+    across = torch.randn(count, generator=draw, dtype=torch.float64)
+    across -= change * (across @ change) / (change @ change)
+    was, remains._AT_ONCE = remains._AT_ONCE, at_once
+    try:
+        found = Remains.of(before, before + change, before + share * change + across)
+    finally:
+        remains._AT_ONCE = was
+    assert found.share == pytest.approx(share, abs=1e-6)
+    assert found.count == count and found.weight == pytest.approx(float(before @ before))
+
+
+def test_parts_add_up_and_the_worst_come_first():
+    ones = torch.ones(4)
+    lost = Remains.of(0 * ones, ones, 0 * ones)
+    whole = Remains.of(0 * ones, ones, ones)
+    assert (lost.share, whole.share, NOTHING.share) == (0, 1, 1)
+    assert of_all({"a": lost, "b": whole}).share == 0.5
+    assert [name for name, _ in worst({"a": whole, "b": lost, "c": NOTHING})] == ["b", "a"]
+    assert whole.off < 1e-6 < lost.off
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 1000])
+def test_a_sample_has_the_first_and_the_last_row(rows):
+    chosen = sampled(rows).tolist()
+    assert len(set(chosen)) == len(chosen) == min(rows, remains.SAMPLED)
+    assert chosen[0] == 0 and (chosen[-1] == rows - 1)
+
+
+GOOD = Proof(4, 100, True, "float32", 10.0, 5.0, 2.0, 0.1, 0.02, 0.4, 0.08, 0.1, 0.02, 1.0)
+
+
+@pytest.mark.parametrize(
+    "bad,says",
+    [
+        ({"difference": 0.41}, "does not say"),
+        ({"difference_mean": 0.081}, "does not say"),
+        ({"difference": float("nan")}, "does not say"),
+        ({"moved_mean": 0.08}, "prove nothing"),
+    ],
+)
+def test_a_proof_is_judged(bad, says):
+    _judge(GOOD)
+    with pytest.raises(MergeError, match=says):
+        _judge(replace(GOOD, **bad))
+
+
+def test_of_many_positions_an_even_part_is_compared(monkeypatch):
+    inputs = {"input_ids": torch.ones(2, 50), "attention_mask": torch.ones(2, 50)}
+    inputs["attention_mask"][0, 30:] = 0
+    assert len(proof.chosen(inputs, 10, 1)) == 80
+    monkeypatch.setattr(proof, "_KEPT", 100)
+    found = proof.chosen(inputs, 10, 1).tolist()
+    assert len(found) == 10 and found[0] == 0 and found[-1] == 99
+
+
+def test_outputs_that_are_no_numbers_are_refused():
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, input_ids, **_):
+            logits = torch.full((*input_ids.shape, 3), float("inf"))
+            return type("Out", (), {"logits": logits})
+
+    with pytest.raises(MergeError, match="not all numbers"):
+        proof.said(Broken(), {"input_ids": torch.ones(1, 2, dtype=torch.int64)}, torch.arange(2))
