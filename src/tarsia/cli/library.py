@@ -86,8 +86,7 @@ def list_(args: argparse.Namespace) -> int:
     """What there is: each name's current version, or every version that the options choose."""
     found = _library(args).search(args.pattern, tag=args.tag, base=args.base, digest=args.hash, every=args.all)
     if args.json:
-        for version in found:
-            output.line(shelf.plain(version))
+        shelf.lines(found)
         return 0
     rows = []
     for v in found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,12 @@ _LONGEST = 100
 def plain(version: Version) -> dict[str, object]:
     """A version as JSON."""
     return {field.name: getattr(version, field.name) for field in fields(version)}
+
+
+def lines(versions: Iterable[Version]) -> None:
+    """Versions as lines of JSON; thousands at once, not each flushed by itself."""
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    sys.stdout.write("".join(encode(plain(version)) + "\n" for version in versions))
 
 
 def size(number: float) -> str:

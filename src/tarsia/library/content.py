@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,7 +135,8 @@ def _copy(source: Path, name: str, folder: int, target: Path) -> None:
             raise LibraryError("This is no file.", given=str(source / name), do=AGAIN)
         _check_length(source / name, file)
         with (target / name).open("xb") as copy:
-            shutil.copyfileobj(file, copy, 1 << 20)
+            while part := file.read(1 << 20):
+                copy.write(part)
 
 
 def _check_length(path: Path, file: BinaryIO) -> None:

@@ -83,14 +83,6 @@ class Version:
             bytes=content.bytes,
         )
 
-    @classmethod
-    def read(cls, row: sqlite3.Row) -> Self:
-        """From a row of ``select``."""
-        values = dict(row)
-        tags = values.pop("tags") or ""
-        passed = values.pop("passed")
-        return cls(**values, passed=None if passed is None else bool(passed), tags=tuple(sorted(tags.split())))
-
 
 COLUMNS: Final = tuple(field.name for field in fields(Version) if field.name not in ("bytes", "tags"))
 """The columns of the table of versions."""
@@ -98,13 +90,19 @@ COLUMNS: Final = tuple(field.name for field in fields(Version) if field.name not
 
 def select(db: sqlite3.Connection, where: str = "1", values: Mapping[str, object] | None = None) -> list[Version]:
     """Versions that fulfil a condition on ``versions``, by name and number."""
-    rows = db.execute(
-        f"SELECT {', '.join(f'versions.{column}' for column in COLUMNS)}, objects.bytes AS bytes,"
-        " (SELECT group_concat(tag, ' ') FROM tags WHERE tags.name = versions.name AND tags.number = versions.number)"
-        f" AS tags FROM versions JOIN objects USING (hash) WHERE {where} ORDER BY versions.name, versions.number",
+    columns = ", ".join(f"versions.{column}" for column in COLUMNS)
+    tags = "SELECT group_concat(tag, ' ') FROM tags WHERE tags.name = versions.name AND tags.number = versions.number"
+    cursor = db.execute(
+        f"SELECT {columns}, objects.bytes, ({tags}) FROM versions JOIN objects USING (hash) WHERE {where}"
+        " ORDER BY versions.name, versions.number",
         values or {},
     )
-    return [Version.read(row) for row in rows]
+    # by position, which takes a third of the time: a listing is of thousands
+    cursor.row_factory = None
+    return [
+        Version(*rest, None if passed is None else passed == 1, size, tuple(sorted(tags.split())) if tags else ())
+        for *rest, passed, size, tags in cursor
+    ]
 
 
 def highest(db: sqlite3.Connection, name: str) -> int:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,7 @@ from tarsia.library.places import Places
 @contextmanager
 def staged(places: Places) -> Iterator[Path]:
     """An empty folder that nobody else touches while this lasts; what is left of it then is removed."""
-    while (made := _locked(places.stages / secrets.token_hex(8))) is None:
+    while (made := _locked(places.stages / os.urandom(8).hex())) is None:
         pass
     fresh, handle = made
     try:
@@ -78,6 +76,8 @@ def remove(folder: Path) -> None:
     for inner in folder.iterdir():
         if inner.is_dir():
             inner.chmod(0o700)
+    import shutil  # not at the top: with the compressors that it takes in it delays every command
+
     shutil.rmtree(folder)
 
 

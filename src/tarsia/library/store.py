@@ -31,7 +31,6 @@ a library whose index is missing, which everybody refuses and the next ``repair`
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import sqlite3
@@ -343,6 +342,8 @@ def now() -> str:
 
 def whoever() -> str:
     """The user's name, or number where the system knows none."""
+    import getpass
+
     try:
         return getpass.getuser()
     except (KeyError, OSError):
