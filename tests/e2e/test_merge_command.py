@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,20 @@ def test_the_scale_is_the_best_of_the_grid(
     found = load(tmp_path / "out")
     assert found.card["merged"]["scale"] == right[0]
     assert found.card["tuned"]["tried"] == told["tried"]
+
+
+@pytest.mark.parametrize(
+    "peak, ends", [(0.7, (0.2, 1.5)), (2.0, (0.2, 2.94)), (0.1, (0.073, 1.5)), (99.0, (0.2, 11.294))]
+)
+def test_scales_beyond_the_grid_are_tried_where_its_last_is_best(
+    peak: float, ends: tuple[float, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(merging, "_at", lambda job, scale: (0.0, abs(scale - peak)))
+    job: Any = SimpleNamespace(args=SimpleNamespace(grid=None))
+    scale, tried = merging._tuned(job)
+    assert scale == min((line[0] for line in tried), key=lambda s: abs(s - peak))
+    assert (tried[0][0], tried[-1][0]) == pytest.approx(ends)
+    assert ("a better one may lie beyond" in capsys.readouterr().err) == (peak == 99.0)
 
 
 def test_a_recipe_says_the_same_and_what_is_given_wins(

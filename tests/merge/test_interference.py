@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tarsia.adapter import Adapter, Host, Patched
-from tarsia.core.errors import BaseMismatch, MergeError
+from tarsia.core.errors import BaseMismatch, ConfigError, MergeError
 from tarsia.merge import between as module
 from tarsia.merge.between import cosines, product, subspaces
 from tarsia.merge.delta import Delta, deltas
 from tarsia.merge.interference import Interference, interference
+from tarsia.merge.interference_page import Table, write_page
 
 Q = "language.*.q"
 
@@ -149,6 +152,22 @@ def test_subspaces_hold_nine_tenths_and_angles_are_theirs() -> None:
     assert rows.shape[1] == columns.shape[1]
 
 
+def test_what_is_read_and_what_is_written_are_told_apart(host: Host) -> None:
+    """Two that read the same and write to different places."""
+    one = adapter(host, ("lora", Q, {"rank": 2}))
+    generator = torch.Generator().manual_seed(3)
+    patches = {}
+    for path, patched in one.patches.items():
+        b = patched.tensors["B"]
+        left = torch.linalg.qr(torch.cat([b, torch.randn(b.shape, generator=generator)], 1))[0][:, b.shape[1] :]
+        patches[path] = Patched("lora", patched.constants, {"A": patched.tensors["A"], "B": left.contiguous()})
+    (pair,) = interference({"a": one, "b": replace(one, patches=patches)}, host).whole.pairs
+    assert pair.rows is not None and pair.columns is not None
+    assert pair.columns < 1e-6
+    assert pair.rows > 0.5
+    assert pair.rows_chance == pytest.approx(pair.columns_chance)  # the layers are square
+
+
 def test_tiles_do_not_change_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     held = {name: adapter(host, ("lora", Q, {"rank": 2}), seed=i) for i, name in enumerate("abc")}
     found = interference(held, host)
@@ -193,6 +212,20 @@ def test_it_is_json_and_back(host: Host) -> None:
     held = {name: adapter(host, ("lora", Q, {"rank": 2}), seed=i) for i, name in enumerate("ab")}
     found = interference(held, host)
     assert Interference.model_validate_json(found.json_text()) == found
+
+
+def test_no_name_can_act_on_the_page(host: Host, tmp_path: Path) -> None:
+    held = {
+        name: adapter(host, ("lora", Q, {"rank": 2}), seed=i) for i, name in enumerate(("<script>x</script>", "$a_b$"))
+    }
+    table = Table("<b>t</b>", "n", ("c",), (("<i>",),))
+    write_page(interference(held, host), tmp_path / "page.html", "<u>title", [table])
+    text = (tmp_path / "page.html").read_text()
+    assert not any(mark in text for mark in ("<script", "<b>t", "<i>", "<u>"))
+    assert (tmp_path / "page.png").read_bytes() in base64.b64decode(text.partition("base64,")[2].partition('"')[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.png"]
+    with pytest.raises(ConfigError, match="can not be written"):
+        write_page(interference(held, host), tmp_path / "no" / "page.html")
 
 
 def test_what_makes_no_report_is_refused(host: Host) -> None:

@@ -33,7 +33,11 @@ from tarsia.merge.ways import Way
 from tarsia.merge.ways import find as way_of
 
 GRID: Final = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5)
-"""The scales that --tune tries."""
+"""The scales that --tune tries first."""
+STEP: Final = 1.4
+"""What the next scale beyond them is a multiple of, ..."""
+FURTHER: Final = 6
+"""... and how many of those there are at most."""
 PROBED: Final = 2
 """Rows of each source that the result's probe is made of."""
 
@@ -350,18 +354,34 @@ def _summary(report: Interference | None) -> dict[str, Any] | None:
 
 
 def _tuned(job: Job) -> tuple[float, tuple[tuple[float, float, float], ...]]:
-    """The scale of the grid with most right on the mean of the validation sources; of equals, the one of least loss."""
-    grid = GRID if job.args.grid is None else _numbers(job.args.grid, "--grid")
-    tried = []
-    for scale in grid:
-        put(job.host, job.merged(scale).adapter, _MERGED)
-        activate(job.host.model, _MERGED)
-        results = job.measured(job.tune).results
-        detach(job.host.model, _MERGED)
-        count = len(results)
-        tried.append((scale, sum(r.free.mean for r in results) / count, sum(r.loss for r in results) / count))
-    best = max(tried, key=lambda line: (line[1], -line[2]))
-    return best[0], tuple(tried)
+    """The scale with most right on the mean of the validation sources; of equals, the one of least loss.
+
+    Where the best lies at an end of the shipped grid, scales beyond it are tried until one is worse; at an end of a
+    grid that was given, that is said.
+    """
+    given = job.args.grid is not None
+    tried = {scale: _at(job, scale) for scale in (_numbers(job.args.grid, "--grid") if given else GRID)}
+
+    def best() -> float:
+        return max(tried, key=lambda scale: (tried[scale][0], -tried[scale][1]))
+
+    while not given and len(tried) < len(GRID) + FURTHER and best() in (max(tried), min(tried)):
+        beyond = round(best() * STEP if best() == max(tried) else best() / STEP, 3)
+        tried[beyond] = _at(job, beyond)
+    if best() in (max(tried), min(tried)):
+        print(
+            f"tarsia: note: {best():g} is the last scale that was tried: a better one may lie beyond", file=sys.stderr
+        )
+    return best(), tuple((scale, *tried[scale]) for scale in sorted(tried))
+
+
+def _at(job: Job, scale: float) -> tuple[float, float]:
+    """Share right and loss on the validation rows at a scale, both means of the sources."""
+    put(job.host, job.merged(scale).adapter, _MERGED)
+    activate(job.host.model, _MERGED)
+    results = job.measured(job.tune).results
+    detach(job.host.model, _MERGED)
+    return sum(r.free.mean for r in results) / len(results), sum(r.loss for r in results) / len(results)
 
 
 def _inputs(job: Job) -> tuple[str, list[Mapping[str, Any]]]:
