@@ -49,14 +49,14 @@ def call(who: str, what: str) -> Step:
     return step
 
 
-def _way(name: str, dense: bool, **options: float) -> Act:
+def _way(name: str, dense: bool, dtype: torch.dtype = torch.float32, **options: float) -> Act:
     from tarsia.merge import Delta
     from tarsia.merge.ways import WAYS, combined
 
     if dense:
-        deltas = [Delta(whole=change) for change in changes()]
+        deltas = [Delta(whole=change.to(dtype)) for change in changes()]
     else:
-        deltas = [Delta(up, down) for up, down in zip(*factors(), strict=True)]
+        deltas = [Delta(up.double(), down.double()) for up, down in zip(*factors(), strict=True)]
     way = WAYS[name].taking(options)
     return lambda: combined(way, deltas, [1.0] * COUNT, "a.site").weight(torch.float32)
 
@@ -124,7 +124,7 @@ def _knots() -> Act:
     return lambda: knots(deltas).parts
 
 
-FROM_FACTORS, DENSE = "Tarsia, from factors", "Tarsia, dense"
+FROM_FACTORS, DENSE, DOUBLE = "Tarsia, from factors", "Tarsia, dense", "Tarsia, dense in float64"
 TORCH, PEFT, MERGEKIT = "torch", "PEFT", "mergekit"
 
 CONTESTANTS: dict[str, dict[str, Callable[[], Act]]] = {
@@ -137,7 +137,7 @@ CONTESTANTS: dict[str, dict[str, Callable[[], Act]]] = {
     },
     "sum": {
         FROM_FACTORS: partial(_way, "task_arithmetic", False),
-        DENSE: partial(_way, "task_arithmetic", True),
+        DOUBLE: partial(_way, "task_arithmetic", True, torch.float64),
         TORCH: _naive_sum,
         PEFT: partial(_peft, "task_arithmetic"),
         MERGEKIT: partial(_mergekit, "task_arithmetic"),
