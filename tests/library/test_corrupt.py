@@ -11,12 +11,14 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+import torch
 from library import corruptions, shelved
 from library.corruptions import Corruption
+from safetensors.torch import save_file
 
 from tarsia.adapter import load, save
-from tarsia.core.errors import TarsiaError
-from tarsia.library import Library
+from tarsia.core.errors import LibraryError, TarsiaError
+from tarsia.library import Library, content
 from tarsia.library.opening import open_adapter
 from tarsia.library.verify import verify
 
@@ -110,8 +112,8 @@ def met_on_the_shelf(library: Library, every: Iterator[Corruption]) -> list[str]
             found.append(f"{corruption.what}: verify says {said[:200]}")
         for path in list(place.iterdir()):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for name, content in whole.items():
-            (place / name).write_bytes(content)
+        for name, raw in whole.items():
+            (place / name).write_bytes(raw)
     open_adapter(library, "a")
     return [text for text in found if text is not None]
 
@@ -169,3 +171,21 @@ def test_what_is_met_with_nothing_is_seen(folders: tuple[Path, Path], tmp_path: 
     assert "without its file" in met(folders[0], tmp_path / "s", iter([misnamed]))[0]
     assert "ZeroDivisionError" in str(fault(harmless, lambda: 1 // 0))
     assert "MemoryError" in str(fault(harmless, lambda: bytearray(4 * MEMORY)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_publish_finds_what_is_no_number(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Wherever it lies, beyond the first piece too, and nothing else is taken for it."""
+    path = tmp_path / corruptions.TENSORS
+    greatest = torch.finfo(dtype).max
+    values = torch.full(((1 << 20) // dtype.itemsize + 7,), greatest, dtype=dtype)
+    for place in (None, 0, 5, -8, -1):
+        for wrong in (torch.nan, torch.inf, -torch.inf) if place is not None else (-greatest,):
+            held = values.clone()
+            held[place or 0] = wrong
+            save_file({"a": torch.zeros(3, dtype=dtype), "b": torch.zeros(0, dtype=dtype), "c": held}, path)
+            if place is None:
+                assert content.table(path, path)["c"] == held.shape
+                continue
+            with pytest.raises(LibraryError, match=f"no numbers.*\n.*{path.name}: c"):
+                content.table(path, path)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final
 
 from tarsia.core import seal, tables
 from tarsia.core.errors import LibraryError
+from tarsia.library.numbers import EXPONENTS, unreal
 
 CONFIG, TENSORS, PROBE, OURSELVES = (
     "adapter_config.json",
@@ -35,7 +36,6 @@ FORMAT: Final = 1
 """The format of tarsia.json that is understood."""
 
 FINGERPRINT: Final = ("weights", "architecture", "quantisation", "processor", "template")
-_FLOATS: Final = {"F64", "F32", "F16", "BF16"}
 AGAIN: Final = "save or fetch the adapter again, all of one version"
 
 
@@ -225,18 +225,23 @@ def read_json(path: Path, said: Path | None = None) -> dict[str, Any]:
 
 
 def table(path: Path, said: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors file, by key. Raises LibraryError where it is no whole one."""
+    """Shapes of the tensors of a safetensors file, by key.
+
+    Raises LibraryError where it is no whole one, or the adapter's own and holds what is no number.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         raw = file.read(length) if length <= min(size - 8, tables.LONGEST) else b""
     try:
         entries = tables.parse(raw, size - 8 - length)
-        odd = [key for key, entry in entries.items() if path.name == TENSORS and entry["dtype"] not in _FLOATS]
+        odd = [key for key, entry in entries.items() if path.name == TENSORS and entry["dtype"] not in EXPONENTS]
         if odd or not entries:
             raise ValueError(f"{odd[0][:80]} is no number that is trained" if odd else "there is no tensor")
     except ValueError as error:
         raise LibraryError(
             f"{path.name} is truncated or no safetensors file.", given=f"{said}, {size} bytes: {error}", do=AGAIN
         ) from None
+    if path.name == TENSORS and (key := unreal(path, entries, 8 + length)) is not None:
+        raise LibraryError("The adapter holds values that are no numbers.", given=f"{said}: {key}", do=AGAIN)
     return {key: tuple(entry["shape"]) for key, entry in entries.items()}
