@@ -43,7 +43,7 @@ def prepare(base: Path, dtype: str, folder: Path) -> dict[str, str]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for patch in patches(host.model, "bench").values():
-            patch.B.normal_(std=0.003, generator=generator)  # type: ignore[operator]
+            patch.B.normal_(std=0.02, generator=generator)  # type: ignore[operator]
     adapter = Adapter.of(host, "bench", [part], probe=probe(host, inputs(host.model)))
     save(adapter, folder / f"adapter-{dtype}")
     return {"base": str(own), "adapter": str(folder / f"adapter-{dtype}")}

@@ -211,6 +211,25 @@ def test_planted_bugs_are_found_and_nothing_is_left(where, name, bug, base, adap
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_proof_finds_another_adapter_in_the_place_of_the_live_one(dtype, tmp_path, monkeypatch):
+    """Its scale is a tenth larger: every tensor is what its fold is, and the outputs are not the adapter's."""
+    base = saved(tmp_path / "base", dtype=dtype)
+    made = trained(base, (LORA,))
+    real = fold_module.listened
+
+    def other(*arguments):
+        live = real(*arguments)
+        for patch in live.layers[0].values():
+            patch.scale *= 1.1
+        return live
+
+    monkeypatch.setattr(fold_module, "listened", other)
+    with pytest.raises(MergeError, match="does not say what the adapter says"):
+        fold(str(base), made, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 @pytest.fixture
 def stubbed(base, adapter, monkeypatch):
     """The fold with what the live adapter said known, and the proof as it came out: the writing alone is run."""

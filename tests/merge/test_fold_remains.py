@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tarsia.core.errors import MergeError
 from tarsia.merge import proof, remains
 from tarsia.merge.proof import Proof, _judge
-from tarsia.merge.remains import NOTHING, Remains, of_all, sampled, worst
+from tarsia.merge.remains import NOTHING, Remains, check_rounded, of_all, sampled, worst
 
 
 @settings(max_examples=30, deadline=None)
@@ -58,7 +58,8 @@ GOOD = Proof(4, 100, True, "float32", 10.0, 5.0, 2.0, 0.1, 0.02, 0.4, 0.08, 0.1,
         ({"difference": 0.41}, "does not say"),
         ({"difference_mean": 0.081}, "does not say"),
         ({"difference": float("nan")}, "does not say"),
-        ({"moved_mean": 0.08}, "prove nothing"),
+        ({"moved_mean": 0.039}, "prove nothing"),
+        ({"moved_mean": 1e-5, "difference_mean": 0.0}, "prove nothing"),
     ],
 )
 def test_a_proof_is_judged(bad, says):
@@ -88,3 +89,18 @@ def test_outputs_that_are_no_numbers_are_refused():
 
     with pytest.raises(MergeError, match="not all numbers"):
         proof.said(Broken(), {"input_ids": torch.ones(1, 2, dtype=torch.int64)}, torch.arange(2))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(-8, 4), st.integers(1, 99))
+def test_rounding_is_told_from_error(dtype, power, count):
+    """What is rounded once passes, whatever its size; a number that is two steps off does not."""
+    exact = torch.randn(count, generator=torch.Generator().manual_seed(count)) * 10.0**power
+    stored = exact.to(dtype)
+    check_rounded("a", exact, stored)
+    largest = int(stored.abs().argmax())
+    if float(stored[largest].abs()) > 1e-3:
+        wrong = stored.clone()
+        wrong[largest] *= 1 + max(3 * torch.finfo(dtype).eps, 1e-4)
+        with pytest.raises(MergeError, match="a is not what its fold is"):
+            check_rounded("a", exact, wrong)

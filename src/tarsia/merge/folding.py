@@ -12,11 +12,11 @@ from torch import Tensor
 from tarsia.core.errors import MergeError, QuantError
 from tarsia.core.patch import Patch
 from tarsia.core.site import Site
-from tarsia.merge.remains import Remains, sampled
+from tarsia.merge.remains import Remains, check_rounded, sampled
 from tarsia.merge.units import Stored, Unit, unfoldable
 from tarsia.methods.lora import LoRA
 from tarsia.quant.codec import Quantised, Scheme
-from tarsia.quant.rounding import rounded
+from tarsia.quant.rounding import lost, rounded
 from tarsia.quant.tensor import Weight4
 
 Layers = Sequence[Mapping[Site, Patch]]
@@ -123,7 +123,9 @@ class Folding:
         before = weight[rows].float()
         exact = torch.addmm(before, b[rows].float(), a.float(), alpha=patch.scale)
         patch.fold_into(weight, weight)
-        self.remains[job.units[0].names[0]] = Remains.of(before, exact, weight[rows].float())
+        name = job.units[0].names[0]
+        check_rounded(name, exact, weight[rows])
+        self.remains[name] = Remains.of(before, exact, weight[rows].float())
         return weight
 
     @torch.no_grad()
@@ -187,6 +189,7 @@ class Folding:
                 return {unit.keys[0]: self._fine(unit, name, before[name], exact[name])}
             dtype = self.stored.quantised(unit).dtype if unit.packed else kept[name].dtype
             values[name] = exact[name].to(dtype)
+            check_rounded(name, exact[name], values[name])
             self.remains[name] = Remains.of(before[name], exact[name], values[name])
         if unit.packed:
             return {unit.keys[0]: values[unit.names[0]]}
@@ -208,6 +211,7 @@ class Folding:
                 return rounded(self.stored.read(unit.keys[0]), self.into)
         try:
             value = rounded(exact, self.into, dtype)
+            lost(exact, value)  # held to what its levels allow
         except QuantError as error:
             raise error.about(name) from None
         self.remains[name] = Remains.of(before, exact, Weight4(value).dense(exact.dtype))

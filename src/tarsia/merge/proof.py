@@ -21,6 +21,8 @@ FLOOR: Final[Mapping[str, float]] = {"float32": 1e-5, "bfloat16": 2e-2}
 """The largest difference of a logit, as a share of the largest, that is allowed in any case, by precision."""
 NOISES: Final = 4.0
 """As many times the difference that random noise of the size of the rounding makes is allowed: more is no rounding."""
+EFFECT: Final = 2.0
+"""An adapter must move the logits, in the mean, by so many times what its fold differs by."""
 _KEPT: Final = 1 << 26
 """Logits that are written down, at most; of more positions an even part is compared."""
 
@@ -151,7 +153,7 @@ def proved(
     """Hold the folded ``model`` to what the live one said. ``model`` is spoilt: its weights are moved at random.
 
     Raises MergeError where logits differ by more than rounding explains, the largest or in the mean, and where the
-    adapter moves its base by no more than that: nothing would be proved.
+    adapter hardly moves its base by more than what rounding does: nothing would be proved.
     """
     peak = max(float(one.logits.abs().max()) for one in heard)
     found = apart(model, heard)
@@ -188,12 +190,17 @@ def _judge(proof: Proof) -> None:
             f"the rounding's size does",
             do="report this, with the versions of torch and transformers; nothing was left behind",
         )
-    if proof.moved_mean <= proof.allowed_mean:
+    if (
+        not EFFECT * proof.difference_mean <= proof.moved_mean
+        or proof.moved_mean <= FLOOR[proof.precision] * proof.peak
+    ):
         raise MergeError(
-            "The rows prove nothing: the adapter moves them by no more than rounding may.",
-            given=f"it moves logits by {proof.moved_mean:.4g} in the mean, the fold by {proof.difference_mean:.4g}",
-            allowed=f"more than {proof.allowed_mean:.4g}",
-            do="give rows that the adapter was trained for (--rows FILE), or fold into a form that rounds less",
+            "The rows prove nothing: what rounding does to them is no less than what the adapter does.",
+            given=f"the adapter moves logits by {proof.moved_mean:.4g} in the mean, the fold by "
+            f"{proof.difference_mean:.4g}",
+            allowed=f"a fold that differs by no more than 1/{EFFECT:g} of what the adapter does",
+            do="give rows that the adapter was trained for (--rows FILE), or keep it as an adapter: it is too small to "
+            "be folded into this form",
         )
 
 

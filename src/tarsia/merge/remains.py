@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tarsia.core.errors import MergeError
+
 SAMPLED = 8
 """Rows of a large weight, evenly spaced, that what remains is measured on where all of it would take too long."""
 
@@ -72,6 +74,26 @@ class Remains:
 
 
 NOTHING = Remains(0, 0.0, 0.0, 0.0, 0.0)
+
+
+def check_rounded(name: str, exact: Tensor, stored: Tensor) -> None:
+    """Raise MergeError where a number of ``stored`` is further from the exact one than rounding to its dtype explains.
+
+    What float32 makes of the sums before it is allowed on top, as a share of the largest number.
+    """
+    form = torch.finfo(stored.dtype)
+    exact, stored = exact.detach().reshape(-1), stored.detach().reshape(-1)
+    slack = 64 * EPSILON * float(exact.abs().max()) + form.smallest_normal if exact.numel() else 0.0
+    for first in range(0, exact.numel(), _AT_ONCE):
+        meant = exact[first : first + _AT_ONCE]
+        off = (stored[first : first + _AT_ONCE].to(meant.dtype) - meant).abs_()
+        if not bool((off <= 0.51 * form.eps * meant.abs() + slack).all()):
+            raise MergeError(
+                f"What would be written of {name} is not what its fold is.",
+                given=f"a number is {float(off.max()):.4g} off",
+                allowed=f"what rounding to {str(stored.dtype).removeprefix('torch.')} does",
+                do="report this; nothing was left behind",
+            )
 
 
 def of_all(parts: Mapping[str, Remains]) -> Remains:
