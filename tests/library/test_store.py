@@ -129,7 +129,7 @@ def test_another_base_is_refused_unless_it_is_meant(library: Library) -> None:
     with pytest.raises(LibraryError, match="another base than cats@1") as refusal:
         publish(library, "cats", 2, base="qwen")
     assert "weights, architecture, processor, template" in str(refusal.value) and "--new-base" in str(refusal.value)
-    assert [v.reference for v in library.search(every=True)] == ["cats@1"]
+    assert [v.reference for v in library.search(every=True)] == ["cats@1"] and verify(library.places).garbage == ()
     assert publish(library, "cats", 2, base="qwen", new_base=True) == "cats@2"
 
 

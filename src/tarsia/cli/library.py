@@ -90,7 +90,7 @@ def list_(args: argparse.Namespace) -> int:
         return 0
     rows = []
     for v in found:
-        tags = " ".join(tag for tag in v.tags if tag != "current")
+        tags = " ".join(tag for tag in v.tags if args.all or tag != "current")
         when, base = v.at[:16].replace("T", " "), v.base or "(in memory)"
         rows.append((v.name, str(v.number), tags, v.hash[:12], v.methods, shelf.size(v.bytes), when, base))
     shelf.columns(("name", "version", "tags", "hash", "methods", "size", "published", "base"), rows, right=(1, 5))

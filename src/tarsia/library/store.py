@@ -118,16 +118,18 @@ class Library:
             place = self.places.object(taken.hash)
             spoilt = place.exists() and bool(content.damage(place, taken.files))
             with index.writing(self.places) as work:
-                same = record.select(work.db, "versions.name = :n AND hash = :h", {"n": name, "h": taken.hash})
-                if same and not spoilt:
-                    version = same[0]
-                else:
+                held = record.select(work.db, "versions.name = :n", {"n": name})
+                same = next((version for version in held if version.hash == taken.hash), None)
+                version = same or Version.of(taken, name, record.highest(work.db, name) + 1, now(), by, note)
+                if same is None and held and not new_base:
+                    _check_base(held[-1], version)
+                if same is None or spoilt:
                     self._install(fresh, taken.hash, spoilt)
-                version = same[0] if same else self._add(work, taken, name, by, note, new_base)
+                if same is None:
+                    self._add(work, version, taken)
                 for tag in tags:
                     move(work, version, tag, by, note, "tag")
-                number = version.number
-            return Published(self.version(f"{name}@{number}"), not same, left)
+            return Published(self.version(version.reference), same is None, left)
 
     def _install(self, fresh: Path, digest: str, spoilt: bool) -> None:
         """Put a content where it belongs, in place of one that is spoilt; one that is there and sound is left."""
@@ -144,17 +146,12 @@ class Library:
         place.chmod(0o555)
         stages.flush(place.parent)
 
-    def _add(self, work: Writing, taken: content.Content, name: str, who: str, note: str, new_base: bool) -> Version:
-        before = record.select(work.db, "versions.name = :n", {"n": name})
-        number = record.highest(work.db, name) + 1
-        version = Version.of(taken, name, number, now(), who, note)
-        if before and not new_base:
-            _check_base(before[-1], version)
-        path = self.places.record(name, number)
+    def _add(self, work: Writing, version: Version, taken: content.Content) -> None:
+        """Let a version be known, by its record, by the index and as its name's current one."""
+        path = self.places.record(version.name, version.number)
         stages.write(path, record.write(version, taken.files), self.places)
         record.insert(work.db, version, taken.files)
-        move(work, version, CURRENT, who, note, "publish")
-        return version
+        move(work, version, CURRENT, version.who, version.note, "publish")
 
     def version(self, reference: Reference | str) -> Version:
         """The version that a reference means. Raises LibraryError where there is none, or it could be two."""
