@@ -100,8 +100,8 @@ def select(db: sqlite3.Connection, where: str = "1", values: Mapping[str, object
     # by position, which takes a third of the time: a listing is of thousands
     cursor.row_factory = None
     return [
-        Version(*rest, None if passed is None else passed == 1, size, tuple(sorted(tags.split())) if tags else ())
-        for *rest, passed, size, tags in cursor
+        Version(*(*rest, None if passed is None else passed == 1, size, tuple(sorted(at.split())) if at else ()))
+        for *rest, passed, size, at in cursor
     ]
 
 
