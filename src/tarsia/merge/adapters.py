@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,7 @@ from tarsia.core.method import find as method_of
 from tarsia.core.site import Component, Kind, Site
 from tarsia.merge.align import refactored
 from tarsia.merge.delta import Delta, Grounds, delta_of
-from tarsia.merge.inputs import Watched
+from tarsia.merge.inputs import Seen, Watched
 from tarsia.merge.ways import Way, combined, find
 
 MATRICES = frozenset({Kind.WEIGHT, Kind.EXPERT})
@@ -198,7 +198,7 @@ def _site(asked: _Asked, path: str) -> tuple[Patched | None, float]:
     found = [Delta() if one is None else delta_of(one, asked.grounds, path) for one in held]
     if asked.way.combining.sees and site.kind is Kind.WEIGHT:
         # one that leaves this layer as it is has inputs too, which the others must leave alone
-        found = [replace(delta, inputs=partial(w.at, path)) for delta, w in zip(found, asked.watched, strict=True)]
+        found = [replace(delta, inputs=Seen(w, path)) for delta, w in zip(found, asked.watched, strict=True)]
     made = combined(asked.way, found, asked.weights, path, matrix=site.kind in MATRICES).scaled(factor)
     rank = asked.rank
     if rank is None and asked.way.thin:

@@ -173,10 +173,18 @@ def regmean(
     rows = torch.cat([x.double() / max(1, len(x)) ** 0.5 for x in inputs])
     gaps = [w * part.double() - start for w, part in zip(weights.double(), parts, strict=True)]
     missed = torch.cat([gap @ x.double().T / max(1, len(x)) ** 0.5 for gap, x in zip(gaps, inputs, strict=True)], 1)
+    return start + ridged(missed, rows, ridge)
+
+
+def ridged(missed: Tensor, rows: Tensor, ridge: float) -> Tensor:
+    """The D [p, in] that minimises |D rows^T - missed|^2 + l |D|^2 for rows [n, in] and missed [p, n].
+
+    l is ``ridge`` times the mean eigenvalue of rows^T rows.
+    """
     pull = ridge * float(rows.square().sum()) / rows.shape[1]
     if len(rows) < rows.shape[1]:
-        return start + _over(missed, rows @ rows.T, pull) @ rows
-    return start + _over(missed @ rows, rows.T @ rows, pull)
+        return _over(missed, rows @ rows.T, pull) @ rows
+    return _over(missed @ rows, rows.T @ rows, pull)
 
 
 def _over(goal: Tensor, moment: Tensor, pull: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from tarsia.core.method import find
 from tarsia.core.packed import Packed
 from tarsia.core.patch import Patch, dense
 from tarsia.core.site import Site
-from tarsia.merge.inputs import Watched
+from tarsia.merge.inputs import Seen, Watched
 
 Read = Callable[[str], tuple[Tensor, Tensor | None]]
 """The base's own weight and bias at a site, by its path."""
@@ -36,7 +36,7 @@ class Delta:
 
     ``up`` [out, rank] and ``down`` [rank, in], whose product is the change (every scale is inside); or ``whole`` of
     the weight's shape; or neither, where the weight stays. ``bias`` of the bias's shape, None where it stays.
-    ``inputs`` gives what the site is given when the adapter runs over its probe, [n, in] in float32 (see ``Watched``);
+    ``inputs`` gives what the site is given when the adapter runs over its probe, [n, in] in float32 (see ``Seen``);
     None where nobody can tell. It is asked only by ways that look at it.
     """
 
@@ -44,7 +44,7 @@ class Delta:
     down: Tensor | None = None
     whole: Tensor | None = None
     bias: Tensor | None = None
-    inputs: Callable[[], Tensor] | None = None
+    inputs: Seen | None = None
 
     @property
     def factored(self) -> bool:
@@ -215,8 +215,7 @@ def deltas(adapter: Adapter, base: Host | Outline | Grounds) -> dict[str, Delta]
     watched = Watched(adapter, grounds.base) if isinstance(grounds.base, Host) else None
     return {
         path: replace(
-            delta_of(adapter.patches[path], grounds, path),
-            inputs=None if watched is None else partial(watched.at, path),
+            delta_of(adapter.patches[path], grounds, path), inputs=None if watched is None else Seen(watched, path)
         )
         for path in paths
     }

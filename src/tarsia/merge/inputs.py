@@ -6,7 +6,7 @@ and nobody has to bring any.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tarsia.adapter.host import Host
+from tarsia.adapter.proof import Probe
 from tarsia.adapter.value import Adapter, put
 from tarsia.core.attach import activate, adapters, detach, slots
 from tarsia.core.errors import MergeError
@@ -35,22 +36,36 @@ class Watched:
 
     @cached_property
     def samples(self) -> Mapping[str, Tensor]:
-        """Inputs [n, in] in float32, by path of every linear layer that was called, padding left out.
+        """Inputs [n, in] in float32, by path of every linear layer that was called, in the order of calls.
 
         Raises MergeError where the adapter has no probe, BaseMismatch where it belongs to another base.
         """
-        probe = self.adapter.probe
-        if probe is None:
+        with quiet(self.host):
+            try:
+                put(self.host, self.adapter, _NAME)
+                return self.run()
+            finally:
+                if _NAME in adapters(self.host.model):
+                    detach(self.host.model, _NAME)
+
+    @property
+    def probe(self) -> Probe:
+        """Raises MergeError where the adapter has none."""
+        if self.adapter.probe is None:
             raise MergeError(
                 "An adapter brings no probe, so nobody knows what its layers are given.",
-                given=str(self.adapter.card.get("recipe", "an adapter without a probe"))[:80],
+                given=f"an adapter at {len(self.adapter.patches)} sites of {self.adapter.base or 'a base in memory'}",
                 do="save it with a probe, or merge by a way that looks at weights alone",
             )
+        return self.adapter.probe
+
+    def run(self) -> dict[str, Tensor]:
+        """What every linear layer is given as the model now is, [n, in] in float32, padding left out."""
         found: dict[str, Tensor] = {}
-        mask = probe.inputs.get("attention_mask")
-        with _acting(self.adapter, self.host), _hooked(self.host, found, mask), torch.no_grad():
-            device = next(self.host.model.parameters()).device
-            batch: dict[str, Any] = {key: value.to(device) for key, value in probe.inputs.items()}
+        sites = [site for site in self.host.sites if site.kind is Kind.WEIGHT]
+        device = next(self.host.model.parameters()).device
+        batch: dict[str, Any] = {key: value.to(device) for key, value in self.probe.inputs.items()}
+        with _hooked(self.host, sites, _keeper(found, batch.get("attention_mask"))), torch.no_grad():
             self.host.model(**batch, use_cache=False)
         return found
 
@@ -64,9 +79,20 @@ class Watched:
         return self.samples[path]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One site as an adapter sees it; called, it gives the inputs [n, in]."""
+
+    watched: Watched
+    path: str
+
+    def __call__(self) -> Tensor:
+        return self.watched.at(self.path)
+
+
 @contextmanager
-def _acting(adapter: Adapter, host: Host) -> Iterator[None]:
-    """The adapter alone acts inside; who acted before, and modes, are as they were afterwards."""
+def quiet(host: Host) -> Iterator[None]:
+    """Nobody acts inside, in evaluation mode; who acted before, and modes, are as they were afterwards."""
     if _NAME in adapters(host.model):
         raise MergeError("An adapter has the name that a merge needs.", given=_NAME, do="detach it")
     before = {slot: slot.active for slot in slots(host.model)}
@@ -75,11 +101,8 @@ def _acting(adapter: Adapter, host: Host) -> Iterator[None]:
     try:
         if before:
             activate(host.model)
-        put(host, adapter, _NAME)
         yield
     finally:
-        if _NAME in adapters(host.model):
-            detach(host.model, _NAME)
         for module, mode in training.items():
             module.training = mode
         for slot, names in before.items():
@@ -87,29 +110,31 @@ def _acting(adapter: Adapter, host: Host) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(host: Host, found: dict[str, Tensor], mask: Tensor | None) -> Iterator[None]:
-    """Keep what every linear layer is given, inside."""
+def _hooked(host: Host, sites: Collection[Site], keep: Callable[[Site], Any]) -> Iterator[None]:
+    """Let what ``keep`` makes for each site be called before its module is, inside."""
     handles = []
-    for site in host.sites:
-        if site.kind is Kind.WEIGHT:
-            module = host.model.get_submodule(site.module)
-            handles.append(module.register_forward_pre_hook(_keep(site, found, mask), with_kwargs=True))
     try:
+        for site in sites:
+            module = host.model.get_submodule(site.module)
+            handles.append(module.register_forward_pre_hook(keep(site), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _keep(site: Site, found: dict[str, Tensor], mask: Tensor | None) -> Any:
-    def keep(module: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        x = args[0] if args else next(iter(keywords.values()))
-        x = x.detach().float().cpu()
-        if site.component is Component.LANGUAGE and mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask.bool()]
-        x = x.reshape(-1, x.shape[-1])
-        if site.path in found:
-            x = torch.cat([found[site.path], x])
-        found[site.path] = x[:: -(-len(x) // MOST)]
+def _keeper(found: dict[str, Tensor], mask: Tensor | None) -> Callable[[Site], Any]:
+    def keeper(site: Site) -> Any:
+        def keep(module: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+            x = args[0] if args else next(iter(keywords.values()))
+            x = x.detach().float()
+            if site.component is Component.LANGUAGE and mask is not None and x.shape[:-1] == mask.shape:
+                x = x[mask.bool()]
+            x = x.reshape(-1, x.shape[-1]).cpu()
+            if site.path in found:
+                x = torch.cat([found[site.path], x])
+            found[site.path] = x[:: -(-len(x) // MOST)].clone()
 
-    return keep
+        return keep
+
+    return keeper

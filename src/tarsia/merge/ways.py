@@ -19,15 +19,11 @@ from torch import Tensor
 from tarsia.core.errors import MergeError
 from tarsia.merge import fast
 from tarsia.merge.align import ALIGN, Frame, core, outputs, whole
-from tarsia.merge.combine import COMBINE as TENSORS
-from tarsia.merge.combine import Combine, average, check_weights
+from tarsia.merge.combine import COMBINE, Combine, check_weights
 from tarsia.merge.delta import Delta
-from tarsia.merge.progressive import followed
 from tarsia.merge.sparsify import SPARSIFY, check_density, seed_for
 
 NONE = "none"
-COMBINE: Mapping[str, Combine] = {**TENSORS, "progressive": Combine(followed, rest=average, sees=True, follows=True)}
-"""Every way to make several parts one, by name."""
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "elect": ("total", "frequency"),
     "weigh": ("after", "before"),
@@ -148,12 +144,6 @@ WAYS: Mapping[str, Way] = {
         Way("core_iso_cts", align="core", combine="iso_cts", source="arXiv:2509.17786 with 2502.04959"),
         Way("core_tsv", align="core", combine="tsv", source="arXiv:2509.17786 with 2412.00081"),
         Way("wudi", combine="wudi", source="arXiv:2503.08099, eq. 10, solved in the core with a ridge"),
-        Way(
-            "progressive",
-            combine="progressive",
-            source="arXiv:2502.12706 in closed form, on each adapter's own probe",
-            options={"ridge": 0.1},
-        ),
         Way("regmean", combine="regmean", source="arXiv:2212.09849, eq. 2, on each adapter's own probe"),
         Way(
             "wudi_both",
@@ -242,20 +232,11 @@ def _seen(way: Way, deltas: Sequence[Delta], weights: Tensor, path: str) -> Delt
             do="give the base itself, opened, and adapters that were saved with a probe",
         )
     taking = [(delta, w) for delta, w in zip(deltas, weights, strict=True) if delta.inputs is not None]
-    if way.combining.follows:
-        return _followed(way, taking, path)
     held = [delta for delta, _ in taking]
     frame = outputs(held) if all(delta.factored or delta.still for delta in held) else whole(held)
     options = {name: value for name, value in way.options.items() if name in way.choices}
     seen = [delta.inputs() for delta in held if delta.inputs is not None]
     return frame.back(way.combining.run(frame.parts, torch.stack([w for _, w in taking]), inputs=seen, **options))
-
-
-def _followed(way: Way, taking: Sequence[tuple[Delta, Tensor]], path: str) -> Delta:
-    """One layer of what is found for the whole model, once."""
-    parents = [delta.inputs.watched for delta, _ in taking if delta.inputs is not None]
-    found: Mapping[str, Delta] = way.combining.run(parents, [float(w) for _, w in taking], **way.options)
-    return found[path]
 
 
 def _experts(deltas: Sequence[Delta]) -> bool:
