@@ -178,19 +178,22 @@ def _site_fold(every: list[Tensor], a: Tensor, b: Tensor) -> Callable[[int], Any
 
 
 def _site_peft(every: list[Tensor], a: Tensor, b: Tensor) -> Callable[[int], Any]:
-    from peft.tuners.lora import Linear
+    from peft import LoraConfig, inject_adapter_in_model
 
     layers: list[Any] = []
     for weight in every:
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        plain = nn.Linear(1, 1, bias=False)
         plain.weight = nn.Parameter(weight, requires_grad=False)
-        layer: Any = Linear(plain, "bench", r=RANK, lora_alpha=1e-3 * RANK)
+        plain.out_features, plain.in_features = weight.shape
+        layers.append(plain)
+    config = LoraConfig(r=RANK, lora_alpha=1e-3 * RANK, target_modules=r"\d+")
+    held: Any = inject_adapter_in_model(config, nn.ModuleList(layers), "bench")
+    for layer in held:
         layer.lora_A["bench"].weight.data, layer.lora_B["bench"].weight.data = a, b
-        layers.append(layer)
 
     def act(turn: int) -> None:
-        layers[turn].merge()
-        layers[turn].merged_adapters.clear()
+        held[turn].merge()
+        held[turn].merged_adapters.clear()
 
     return act
 

@@ -7,7 +7,6 @@ can not be so is refused, and nothing is left behind.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from tarsia.adapter.stored import stored_form, written_config
 from tarsia.adapter.value import Adapter
 from tarsia.core.errors import ConfigError, MergeError
 from tarsia.core.site import Kind
+from tarsia.merge.adapters import digest
 from tarsia.merge.folding import Folding
 from tarsia.merge.live import Bar, Live, check_folds, check_starts, listened, own
 from tarsia.merge.proof import Proof, proved
@@ -106,18 +106,6 @@ def fold(
 
     write_folder(out, write, lambda there: False, what="folded base")
     return Folded(out, record, proof[0], dict(folding.remains))
-
-
-def digest(adapter: Adapter) -> str:
-    """SHA-256 of what acts: sites, methods, constants and the bytes of all tensors."""
-    total = hashlib.sha256()
-    for path, held in sorted(adapter.patches.items()):
-        total.update(json.dumps([path, held.method, dict(held.constants)], sort_keys=True).encode())
-        for name, tensor in sorted(held.tensors.items()):
-            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            raw: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-            total.update(raw)
-    return total.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
