@@ -134,7 +134,7 @@ def test_a_save_that_is_not_atomic_is_found(tmp_path, monkeypatch):
 
     save(adapter(1), tmp_path / "a")
     monkeypatch.setattr(files, "write_folder", in_place)
-    monkeypatch.setattr(files, "_write_json", lambda value, path: os._exit(9))
+    monkeypatch.setattr(files, "_write_text", lambda text, path: os._exit(9))
     child = os.fork()
     if child == 0:
         save(adapter(2), tmp_path / "a")
@@ -149,7 +149,7 @@ def check_as_before(folder):
     assert os.listdir(folder.parent) == [folder.name]
 
 
-@pytest.mark.parametrize("name", ["_write_tensors", "_write_json"])
+@pytest.mark.parametrize("name", ["_write_tensors", "_write_text"])
 def test_no_space(tmp_path, monkeypatch, name):
     def full(value, path):
         path.write_bytes(b"half")

@@ -17,6 +17,7 @@ from library.corruptions import Corruption
 from safetensors.torch import save_file
 
 from tarsia.adapter import load, save
+from tarsia.adapter.files import load_mapped
 from tarsia.core.errors import LibraryError, TarsiaError
 from tarsia.library import Library, content
 from tarsia.library.opening import open_adapter
@@ -79,12 +80,12 @@ def copied(source: Path, target: Path) -> Path:
     return shutil.copytree(source, target)
 
 
-def met(source: Path, spoilt: Path, every: Iterator[Corruption]) -> list[str]:
-    """The faults of ``load`` at each corruption."""
+def met(source: Path, spoilt: Path, every: Iterator[Corruption], read: Callable[[Path], object] = load) -> list[str]:
+    """The faults of ``load``, or of another reader, at each corruption."""
     found = []
     for corruption in every:
         corruption.spoil(copied(source, spoilt))
-        found.append(fault(corruption, lambda: load(spoilt)))
+        found.append(fault(corruption, lambda: read(spoilt)))
     return [text for text in found if text is not None]
 
 
@@ -138,6 +139,11 @@ def test_a_sample_of_accidents(folders: tuple[Path, Path], tmp_path: Path) -> No
 
 def test_every_hostile_file_once(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert met(folders[0], tmp_path / "s", corruptions.hostile(SEED, 160)) == []
+
+
+def test_no_hostile_file_is_mapped(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where nothing but our own reading stands between a table and the memory."""
+    assert met(folders[0], tmp_path / "s", corruptions.hostile(SEED, 160), load_mapped) == []
 
 
 def test_accidents_on_the_shelf(folders: tuple[Path, Path], tmp_path: Path) -> None:

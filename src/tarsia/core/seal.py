@@ -21,5 +21,7 @@ def sealed(text: str) -> str:
 
 def intact(raw: bytes, seal: object) -> bool:
     """Whether these bytes, which hold ``seal``, are those that it was put into."""
-    before, _, after = raw.rpartition(str(seal).encode())
+    if not isinstance(seal, str) or len(seal) != len(BLANK):
+        return False
+    before, _, after = raw.rpartition(seal.encode())
     return hashlib.sha256(before + BLANK.encode() + after).hexdigest() == seal

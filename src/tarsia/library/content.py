@@ -171,7 +171,7 @@ def look(folder: Path, said: Path | None = None) -> Content:
     try:
         wrong = _wrong(described, files)
         held = {name: table(folder / name, said / name) for name in files if name.endswith(".safetensors")}
-        wanted = [key for patch in described["patches"].values() for key in patch["tensors"].values()]
+        wanted = [str(key) for patch in described["patches"].values() for key in patch["tensors"].values()]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         wrong = f"{type(error).__name__} {error}"
     if wrong:
