@@ -50,12 +50,14 @@ def lost(stack: Tensor) -> tuple[float, float]:
     elected = stack.sum(0).sign()
     losing = (stack.sign() != elected) & (stack != 0)
     shared = (stack != 0).sum(0) > 1
-    return float((stack.abs() * losing).sum() / stack.abs().sum()), float((losing.any(0) & shared).sum() / shared.sum())
+    return float((stack.abs() * losing).sum() / stack.abs().sum()), float(
+        (losing.any(0) & shared).sum() / shared.sum().clamp_min(1)
+    )
 
 
 def test_it_is_what_the_definitions_say(host: Host) -> None:
     parts = [
-        [("lora", "language.*.{q,v}", {"rank": 2})],
+        [("lora", "language.*.{q,v,up}", {"rank": 2})],
         [("rslora", Q, {"rank": 5}), ("dora", "language.*.v", {"rank": 2})],
         [("dora", Q, {"rank": 3})],
     ]
