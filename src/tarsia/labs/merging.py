@@ -39,7 +39,7 @@ LADDER: Final = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0
 """Scales that a search may try."""
 FIRST: Final = (0.2, 0.4, 0.6, 0.8, 1.0, 1.4)
 """Scales at which every way is tried."""
-DENSITIES: Final = (0.2, 0.5)
+DENSITIES: Final = (0.2, 0.5, 0.8)
 TRIED: Final[Mapping[str, Sequence[float]]] = {"density": DENSITIES, "ridge": (0.001, 0.01, 0.1), "common": (0.5, 0.8)}
 """Values of options that are tried where a way has them. All others stay as they are shipped."""
 _FEATURES: Final = 2 * 10**9
@@ -193,7 +193,8 @@ class Merging:
     def _tune(self, options: Sequence[Choice], like: tuple[str, float] | None) -> Tuned:
         if like is not None:
             return Tuned(options[0], 1.0, {}, like)
-        curves, ranks = {}, {}
+        curves: dict[Choice, Mapping[float, float]] = {}
+        ranks: dict[tuple[Choice, float], tuple[float, float]] = {}
         for choice in options:
             curves[choice], rank = self._curve(choice)
             ranks |= {(choice, scale): value for scale, value in rank.items()}
@@ -275,16 +276,17 @@ def _described(way: Way) -> dict[str, Any]:
 
 
 def drive(out: Path, ways: Sequence[str] = tuple(WAYS)) -> None:
-    """Tune these ways where that is not done yet, with the first seed's adapters, and say what was best."""
+    """Tune these ways where that is not done yet, with the first seed's adapters, and measure them on held-out rows."""
     desk = Merging(out, ways=ways)
     for task in TASKS:
         desk.learners.alone(task, SEEDS[0])
     with desk.sighted():
-        tuned = desk.tuned()
-    for name, one in tuned.items():
-        what = f"{one.like[1]:.3g} times {one.like[0]}'s" if one.like else f"{one.choice.name} at {one.scale:g}"
-        reached = "" if one.like else f", {one.curves[one.choice][one.scale]:.1f} % on validation rows"
-        print(f"  {name}: {what}{reached}", flush=True)
+        for name, one in desk.tuned().items():
+            if one.like is not None:
+                print(f"  {name}: {one.like[1]:.3g} times it is {one.like[0]}", flush=True)
+                continue
+            found = desk.normalised(desk.held_out(one, SEEDS[0]), SEEDS[0], "held-out")
+            print(f"  {one.choice.name} at {one.scale:g}: {found:.1f} % on held-out rows", flush=True)
 
 
 if __name__ == "__main__":

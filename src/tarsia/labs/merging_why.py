@@ -78,7 +78,8 @@ def turned(changes: Changes, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def rotation(size: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+        found: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+        return found
 
     return {path: rotation(change.shape[0]) @ change @ rotation(change.shape[1]) for path, change in changes.items()}
 

@@ -31,9 +31,11 @@ def measure(desk: Desk) -> Found:
         models["SmolLM2"] = (str(desk.folders["smol"]), 2)
     found = {}
     for i, (name, (model, made)) in enumerate(models.items()):
-        found[name] = ten.measure(
-            model, made, desk.work / name, lambda what, i=i, name=name: desk.show(i / len(models), f"{name}: {what}")
-        )
+
+        def show(what: str, i: int = i, name: str = name) -> None:
+            desk.show(i / len(models), f"{name}: {what}")
+
+        found[name] = ten.measure(model, made, desk.work / name, show)
     return compared(found)
 
 
