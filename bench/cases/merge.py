@@ -53,7 +53,7 @@ def _rows(what: str, rate: float) -> dict[str, dict[str, float | int | str]]:
         }
         if what in READS:
             row["limit, ms"] = round(1e3 * (READS[what] * COUNT + 1) * 4 * SIZE**2 / rate, 1)
-        if who.startswith("Tarsia"):
+        if who.startswith("Tarsia") and what in ("ties", "dare"):
             row["kernel"] = str(kernel.status()).partition(" ")[0]
         values[f"{what}: {who}"] = row | {"threads": THREADS}
     return values
