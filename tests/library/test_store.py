@@ -13,7 +13,7 @@ import pytest
 from bench.made import adapter
 from tarsia.core.errors import LibraryError
 from tarsia.library import Library, Reference, content, default_root, index, stages
-from tarsia.library.index import Entry
+from tarsia.library.journal import Entry
 from tarsia.library.places import check_name
 from tarsia.library.store import trail
 from tarsia.library.sweep import contents, sweep
@@ -305,6 +305,24 @@ def test_nothing_here_imports_torch() -> None:
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.stdout == "False\n", done.stderr
+
+
+def test_text_that_is_no_unicode_is_refused(library: Library, tmp_path: Path) -> None:
+    publish(library, "cats", 1)
+    odd = os.fsdecode(b"caf\xe9")
+    odd_base = adapter(tmp_path / "odd", 3)
+    described = (odd_base / content.OURSELVES).read_text()
+    (odd_base / content.OURSELVES).write_text(described.replace('"base": "base-0"', '"base": "\\ud800"'))
+    for act in (
+        lambda: publish(library, "cats", 2, note=odd),
+        lambda: publish(library, "cats", 2, who=odd),
+        lambda: library.tag("cats", "stable", why=odd),
+        lambda: library.rollback("cats", why=odd),
+        lambda: library.publish(odd_base, "dogs"),
+    ):
+        with pytest.raises(LibraryError):
+            act()
+    assert [v.reference for v in library.search(every=True)] == ["cats@1"] and verify(library.places).faults == ()
 
 
 def test_a_full_disk_leaves_what_was_there(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from bench.made import adapter
 from tarsia.core.errors import LibraryError
 from tarsia.library import Library, content, index, record
-from tarsia.library.index import Entry
+from tarsia.library.journal import Entry
 from tarsia.library.places import Places
 from tarsia.library.record import Version
 from tarsia.library.repair import repair
@@ -183,6 +183,50 @@ def test_what_a_killed_writer_left_in_the_journal_is_cut_off(library: Library) -
     assert library.places.journal.read_bytes().startswith(whole)
     assert len(library.places.journal.read_bytes().splitlines()) == len(library.history())
     assert verify(library.places).faults == ()
+
+
+def test_an_index_that_lost_commits_is_caught_up_by_the_journal(library: Library, tmp_path: Path) -> None:
+    """An older copy was put back, or the -wal file removed: what was acknowledged stays done."""
+    older = library.places.index.read_bytes()
+    library.publish(adapter(tmp_path / "made-7", 7), "birds", tags=["stable"])
+    library.publish(adapter(tmp_path / "made-8", 8), "birds")
+    library.untag("birds", "stable")
+    library.rollback("birds")
+    library.retire("birds", 2)
+    wanted = seen(library)
+    library.places.index.write_bytes(older)
+    assert seen(library) != wanted
+    swept = sweep(library.places)
+    assert seen(library) == wanted and len(swept.objects) == 1, "the retired one alone"
+    assert verify(library.places).faults == ()
+    library.places.index.write_bytes(older)
+    library.tag("birds", "good")
+    assert library.version("birds@good").number == 1 and verify(library.places).faults == ()
+
+
+def test_half_a_transaction_of_the_journal_is_not_done(library: Library, tmp_path: Path) -> None:
+    older, before = library.places.index.read_bytes(), seen(library)
+    library.publish(adapter(tmp_path / "made-7", 7), "birds", tags=["stable"])
+    lines = library.places.journal.read_bytes().splitlines(keepends=True)
+    for cut in (b"".join(lines[:-1]), b"".join(lines)[:-1]):
+        library.places.index.write_bytes(older)
+        library.places.journal.write_bytes(cut)
+        found = verify(library.places)
+        assert found.faults == () and library.places.record("birds", 1) in found.garbage and seen(library) == before
+    sweep(library.places)
+    assert seen(library) == before and not library.places.record("birds", 1).exists()
+
+
+def test_an_end_of_the_journal_whose_record_is_damaged_is_told(library: Library, tmp_path: Path) -> None:
+    older, before = library.places.index.read_bytes(), seen(library)
+    library.publish(adapter(tmp_path / "made-7", 7), "birds")
+    library.places.index.write_bytes(older)
+    path = spoil(library.places.record("birds", 1), flip)
+    assert [fault.file for fault in verify(library.places).faults] == [path]
+    with pytest.raises(LibraryError, match="record of a version is damaged"):
+        library.rollback("cats")
+    assert str(path) in repair(library.places).lost[0]
+    assert seen(library) == before and verify(library.places).faults == ()
 
 
 def test_a_record_that_is_lost_with_the_index_is_told_and_its_content_kept(library: Library) -> None:

@@ -14,7 +14,7 @@ from tarsia.cli import output, shelf, shelf_remote
 
 if TYPE_CHECKING:
     from tarsia.library import Library
-    from tarsia.library.index import Entry
+    from tarsia.library.journal import Entry
 
 NAME = "library"
 HELP = "adapters kept with versions, tags and hashes"
@@ -202,7 +202,7 @@ def _moved(args: argparse.Namespace, entry: Entry) -> int:
     if args.json:
         from dataclasses import asdict
 
-        output.line(asdict(entry))
+        output.line({key: value for key, value in asdict(entry).items() if key != "ends"})
         return 0
     was, is_ = (f"version {n}" if n is not None else "nothing" for n in (entry.before, entry.after))
     print(f"{entry.name}@{entry.tag}: {is_} (was {was})")

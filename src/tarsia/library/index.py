@@ -9,17 +9,17 @@ in WAL mode with synchronous FULL: when ``writing`` is left, what was written ha
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Self
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from tarsia.core.errors import LibraryError
+from tarsia.library import journal
+from tarsia.library.journal import Entry
 from tarsia.library.places import Places
 
 PATIENCE: Final = 30.0
@@ -53,7 +53,8 @@ CREATE TABLE tags (
 ) WITHOUT ROWID;
 CREATE TABLE journal (
     id INTEGER PRIMARY KEY, at TEXT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
-    name TEXT NOT NULL, tag TEXT, before INTEGER, after INTEGER, why TEXT NOT NULL
+    name TEXT NOT NULL, tag TEXT, before INTEGER, after INTEGER, why TEXT NOT NULL,
+    ends INTEGER NOT NULL                     -- 1 for the last of its transaction
 );
 CREATE INDEX journal_name ON journal (name, tag);
 CREATE TABLE reads (                          -- contents that were hashed whole when they were first read
@@ -62,41 +63,6 @@ CREATE TABLE reads (                          -- contents that were hashed whole
 CREATE TABLE facts (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID; -- journal: bytes of journal.jsonl
 INSERT INTO facts VALUES ('journal', 0);
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of the journal: ``tag`` went from version ``before`` to ``after`` (None: there was or is none)."""
-
-    at: str
-    who: str
-    action: str
-    name: str
-    tag: str | None
-    before: int | None
-    after: int | None
-    why: str
-
-    def line(self, number: int) -> str:
-        """As it stands in journal.jsonl, as the entry of this number (from 1)."""
-        text = json.dumps({"id": number, **asdict(self)}, ensure_ascii=False)
-        return f'{text[:-1]}, "check": "{_check(text)}"}}\n'
-
-    @classmethod
-    def parse(cls, line: str) -> tuple[int, Self]:
-        """Number and entry of a line. Raises ValueError where it is not one, or was changed since it was written."""
-        values = json.loads(line)
-        if not isinstance(values, dict) or "check" not in values:
-            raise ValueError("no entry")
-        check, number = values.pop("check"), values.get("id")
-        if check != _check(json.dumps(values, ensure_ascii=False)) or type(number) is not int:
-            raise ValueError("changed since it was written")
-        del values["id"]
-        return number, cls(**values)
-
-
-def _check(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(slots=True)
@@ -124,10 +90,11 @@ def writing(places: Places) -> Iterator[Writing]:
     with told(places), held(places), closing(connect(places)) as db:
         db.execute("BEGIN IMMEDIATE")
         try:
+            journal.catch_up(places, db)
             work = Writing(db)
             yield work
             if work.entries:
-                _append(places, db, work.entries)
+                journal.append(places, db, work.entries)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -193,50 +160,6 @@ def make(db: sqlite3.Connection) -> None:
     db.executescript(
         f"BEGIN;{SCHEMA};PRAGMA application_id = {APPLICATION};PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
     )
-
-
-def _append(places: Places, db: sqlite3.Connection, entries: list[Entry]) -> None:
-    """Add entries to the index and to the journal's file, whose unacknowledged end a killed writer may have left."""
-    (known,) = db.execute("SELECT value FROM facts WHERE key = 'journal'").fetchone()
-    (last,) = db.execute("SELECT coalesce(max(id), 0) FROM journal").fetchone()
-    numbered = list(enumerate(entries, last + 1))
-    lines = "".join(entry.line(number) for number, entry in numbered).encode()
-    handle = os.open(places.journal, os.O_WRONLY)
-    try:
-        size = os.fstat(handle).st_size
-        if size < known:
-            raise LibraryError(
-                "journal.jsonl has lost its end.",
-                given=f"{places.journal}: {size} of {known} bytes",
-                do="tarsia library verify --repair",
-            )
-        os.ftruncate(handle, known)
-        written = os.pwrite(handle, lines, known)
-        if written != len(lines):
-            raise OSError(None, f"only {written} of {len(lines)} bytes could be written", str(places.journal))
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    note(db, numbered)
-    db.execute("UPDATE facts SET value = ? WHERE key = 'journal'", (known + len(lines),))
-
-
-def note(db: sqlite3.Connection, numbered: Iterable[tuple[int, Entry]]) -> None:
-    """Add entries to the index's journal, under their numbers."""
-    for number, entry in numbered:
-        values = {"id": number, **asdict(entry)}
-        marks = ", ".join(f":{key}" for key in values)
-        db.execute(f"INSERT INTO journal ({', '.join(values)}) VALUES ({marks})", values)
-
-
-def entries(db: sqlite3.Connection, where: str = "1", values: Sequence[object] = ()) -> list[tuple[int, Entry]]:
-    """Entries of the index's journal, with their numbers, in order."""
-    rows = db.execute(f"SELECT * FROM journal WHERE {where} ORDER BY id", values)
-    return [(number, Entry(**rest)) for row in rows for number, rest in [_parted(dict(row))]]
-
-
-def _parted(values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    return values.pop("id"), values
 
 
 @contextmanager

@@ -76,6 +76,15 @@ def check_name(text: str, what: str = "name") -> str:
     return text
 
 
+def check_text(*texts: str) -> None:
+    """Raises LibraryError where a text has no form in UTF-8, as a name of a file in another encoding has none."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise LibraryError("This text can not be kept.", given=repr(text), allowed="Unicode") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Every path of the library in the folder ``root``."""

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 from tarsia.core.errors import LibraryError
 from tarsia.library.content import FINGERPRINT, Content, File
-from tarsia.library.places import FORMAT, Places
+from tarsia.library.places import FORMAT, Places, check_text
 
 _CHECK: Final = "check"
 
@@ -62,6 +62,8 @@ class Version:
         said = content.described
         gate = said["card"].get("gate")
         base: dict[str, Any] = said["fingerprint"] or dict.fromkeys(FINGERPRINT)
+        methods = ", ".join(sorted({patch["method"] for patch in said["patches"].values()}))
+        check_text(said["base"] or "", methods, *(value for value in base.values() if value is not None))
         passed = gate.get("passed") if isinstance(gate, dict) else None
         return cls(
             name=name,
@@ -76,7 +78,7 @@ class Version:
             quantisation=base["quantisation"],
             processor=base["processor"],
             template=base["template"],
-            methods=", ".join(sorted({patch["method"] for patch in said["patches"].values()})),
+            methods=methods,
             sites=len(said["patches"]),
             numbers=content.numbers,
             passed=passed if isinstance(passed, bool) else None,
@@ -128,6 +130,13 @@ def insert(db: sqlite3.Connection, version: Version, files: Mapping[str, File]) 
     db.execute(
         f"INSERT INTO versions ({', '.join(COLUMNS)}) VALUES ({marks})", [getattr(version, key) for key in COLUMNS]
     )
+
+
+def delete(db: sqlite3.Connection, name: str, number: int) -> None:
+    """Take a version out of the index, with its content where no other has the same."""
+    db.execute("DELETE FROM versions WHERE name = ? AND number = ?", (name, number))
+    db.execute("DELETE FROM reads WHERE hash NOT IN (SELECT hash FROM versions)")
+    db.execute("DELETE FROM objects WHERE hash NOT IN (SELECT hash FROM versions)")
 
 
 def files_of(db: sqlite3.Connection, digest: str) -> dict[str, File]:

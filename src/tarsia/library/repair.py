@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from tarsia.core.errors import LibraryError
-from tarsia.library import index, record, stages, sweep, verify
+from tarsia.library import index, journal, record, stages, sweep, verify
 from tarsia.library.content import File
-from tarsia.library.index import Entry
+from tarsia.library.journal import Entry
 from tarsia.library.places import CURRENT, Places
 from tarsia.library.record import Version
 from tarsia.library.store import now, whoever
@@ -47,18 +47,28 @@ def repair(places: Places) -> Repaired:
 
 def _files(places: Places) -> Repaired:
     """Records and the journal's file, from a sound index."""
-    done = []
+    done, lost = [], []
     with closing(index.connect(places)) as db:
         known = verify.Known.read(db)
+        broken = bool(verify.of_journal(places, known))
+        if not broken:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                journal.catch_up(places, db)
+                db.execute("COMMIT")
+            except LibraryError as error:
+                db.execute("ROLLBACK")
+                lost.append(f"{places.journal}: its end can not be done: {error.given}")
+            known = verify.Known.read(db)
     for (name, number), version in known.versions.items():
         if verify.of_record(places, version, known.files[version.hash]):
             path = places.record(name, number)
             stages.write(path, record.write(version, known.files[version.hash]), places)
             done.append(f"{path} written anew from the index")
-    if verify.of_journal(places, known):
+    if broken or lost:
         _write_journal(places, known.journal)
         done.append(f"{places.journal} written anew from the index")
-    return Repaired(tuple(done), ())
+    return Repaired(tuple(done), tuple(lost))
 
 
 def _write_journal(places: Places, entries: Sequence[tuple[int, Entry]]) -> int:
@@ -73,12 +83,12 @@ def _anew(places: Places) -> Repaired:
     held = _read_records(places, lost)
     there = {(version.name, version.number) for version, _ in held}
     entries = _read_journal(places, lost)
-    gone = verify.retired(entry for _, entry in entries)
+    gone = journal.retired(entry for _, entry in entries)
     held = [one for one in held if (one[0].name, one[0].number) not in gone]
     there -= gone
     lost += [
         f"{places.record(*key)}: is in the journal, and has no record"
-        for key in sorted(verify.published(entry for _, entry in entries) - there)
+        for key in sorted(journal.published(entry for _, entry in entries) - there)
     ]
     last = max((number for number, _ in entries), default=0)
     entries += enumerate(_mended(there, entries, lost), last + 1)
@@ -89,11 +99,9 @@ def _anew(places: Places) -> Repaired:
             db.execute("BEGIN")
             for version, files in held:
                 record.insert(db, version, files)
-            index.note(db, entries)
             for key, number in verify.tags_of(entry for _, entry in entries).items():
                 db.execute("INSERT INTO tags VALUES (?, ?, ?)", (*key, number))
-            length = _write_journal(places, entries)
-            db.execute("UPDATE facts SET value = ? WHERE key = 'journal'", (length,))
+            journal.note(db, entries, _write_journal(places, entries))
             db.execute("COMMIT")
         stages.flush(draft)
         kept = _put_aside(places)
@@ -140,6 +148,8 @@ def _read_journal(places: Places, lost: list[str]) -> list[tuple[int, Entry]]:
             lost.append(f"{places.journal}: line {row}: {error}")
             continue
         found[number] = entry
+    while found and not found[max(found)].ends:  # a transaction that was not written to its end
+        del found[max(found)]
     gaps = sorted(set(range(1, max(found, default=0) + 1)) - set(found))
     lost += [f"{places.journal}: entry {number} is missing" for number in gaps]
     return sorted(found.items())

@@ -14,19 +14,19 @@ step                                             if it ends here
                                                  the same content uses it, once its hashes are found right
 6     record written (stage, flush, rename)      a record without a version: the next publish of that name writes its
                                                  own in its place, or ``gc`` removes it
-7     journal.jsonl lengthened and flushed       an end that the index does not know: the next writer cuts it off
+7     journal.jsonl lengthened and flushed       an end that the index does not know: the next writer does what it says,
+                                                 for all that it needs is there, or cuts it off where it is not whole
 8     transaction committed (WAL, flushed)       published, whole, though nobody was told
 9     the version is returned                    published
 ====  =========================================  ======================================================================
 
-Only step 8 makes a version seen, and only after everything that it needs is on the disk; readers see the index
-before it or after it. 5 to 8 are under the index's write lock, which everything else that changes files takes too, so
-``gc`` never sees a content between 5 and 8. ``tag`` and ``rollback`` are 4, 7, 8 and 9. ``gc`` takes the write lock,
-renames what nothing refers to into a locked stage, lets go of the lock, and then removes the stage; killed, it leaves
-a dead stage. A library is made under its lock, held alone, and its marker is written last; killed, the next process
-makes it.
-``repair`` holds the lock alone, moves a damaged index away before it puts the new one in its place, and leaves, killed,
-a library whose index is missing, which everybody refuses and the next ``repair`` mends.
+Only step 8, or the next writer's, makes a version seen, and only after everything that it needs is on the disk; readers
+see the index before it or after it. 5 to 8 are under the index's write lock, which everything else that changes files
+takes too, so ``gc`` never sees a content between 5 and 8. ``tag`` and ``rollback`` are 4, 7, 8 and 9. ``gc`` takes the
+write lock, renames what nothing refers to into a locked stage, lets go of the lock, and then removes the stage; killed,
+it leaves a dead stage. A library is made under its lock, held alone, and its marker is written last; killed, the next
+process makes it. ``repair`` holds the lock alone, moves a damaged index away before it puts the new one in its place, and
+leaves, killed, a library whose index is missing, which everybody refuses and the next ``repair`` mends.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from pathlib import Path
 from typing import Self
 
 from tarsia.core.errors import LibraryError
-from tarsia.library import content, index, record, stages
-from tarsia.library.index import Entry, Writing
-from tarsia.library.places import CURRENT, FORMAT, Places, Reference, check_name
+from tarsia.library import content, index, journal, record, stages
+from tarsia.library.index import Writing
+from tarsia.library.journal import Entry
+from tarsia.library.places import CURRENT, FORMAT, Places, Reference, check_name, check_text
 from tarsia.library.record import Version
 
 
@@ -112,6 +113,7 @@ class Library:
         for tag in tags:
             _check_tag(tag)
         by = who or whoever()
+        check_text(by, note)
         with index.told(self.places), stages.staged(self.places) as fresh:
             taken, left = content.take(Path(folder), fresh)
             stages.harden(fresh)
@@ -190,6 +192,7 @@ class Library:
         with index.writing(self.places) as work:
             version = find(work.db, asked)
             work.db.execute("DELETE FROM tags WHERE name = ? AND tag = ?", (name, tag))
+            check_text(who or "", why)
             entry = Entry(now(), who or whoever(), "untag", name, tag, version.number, None, why)
             work.entries.append(entry)
             return entry
@@ -204,7 +207,7 @@ class Library:
         with index.writing(self.places) as work:
             held = find(work.db, Reference(check_name(name), tag=tag))
             if to is None:
-                past = trail([e for _, e in index.entries(work.db, "name = ? AND tag = ?", (name, tag))])
+                past = trail([e for _, e in journal.read(work.db, "name = ? AND tag = ?", (name, tag))])
                 if len(past) < 2:
                     raise LibraryError(f"{name}@{tag} was never anywhere else.", given=held.reference)
                 to = past[-2]
@@ -221,7 +224,7 @@ class Library:
         with index.writing(self.places) as work:
             values = {"n": check_name(name), "v": number}
             held = record.select(work.db, "versions.name = :n AND number = :v", values)
-            once = index.entries(work.db, "action = 'publish' AND name = ? AND after = ?", (name, number))
+            once = journal.read(work.db, "action = 'publish' AND name = ? AND after = ?", (name, number))
             if (not held and not once) or (name, number) in record.retired(work.db):
                 raise _unknown(work.db, Reference(name, number=number))
             if held and held[0].tags:
@@ -230,9 +233,8 @@ class Library:
                     given=", ".join(f"{name}@{tag}" for tag in held[0].tags),
                     do="let the tags point at other versions first",
                 )
-            work.db.execute("DELETE FROM versions WHERE name = :n AND number = :v", values)
-            work.db.execute("DELETE FROM reads WHERE hash NOT IN (SELECT hash FROM versions)")
-            work.db.execute("DELETE FROM objects WHERE hash NOT IN (SELECT hash FROM versions)")
+            record.delete(work.db, name, number)
+            check_text(who or "", why)
             entry = Entry(now(), who or whoever(), "retire", name, None, number, None, why)
             work.entries.append(entry)
             return entry
@@ -240,7 +242,7 @@ class Library:
     def history(self, name: str | None = None) -> list[Entry]:
         """The journal, of one name or of all, in order."""
         with index.reading(self.places) as db:
-            found = index.entries(db) if name is None else index.entries(db, "name = ?", (check_name(name),))
+            found = journal.read(db) if name is None else journal.read(db, "name = ?", (check_name(name),))
             return [entry for _, entry in found]
 
     def search(
@@ -314,6 +316,7 @@ def move(work: Writing, version: Version, tag: str, who: str, why: str, action: 
     row = work.db.execute("SELECT number FROM tags WHERE name = ? AND tag = ?", (version.name, tag)).fetchone()
     work.db.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?)", (version.name, tag, version.number))
     before = None if row is None else row["number"]
+    check_text(who, why)
     entry = Entry(now(), who, action, version.name, tag, before, version.number, why)
     work.entries.append(entry)
     return entry

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tarsia.core.errors import LibraryError
-from tarsia.library import content, index, record, stages, sweep
+from tarsia.library import content, index, journal, record, stages, sweep
 from tarsia.library.content import File
-from tarsia.library.index import Entry
+from tarsia.library.journal import Entry
 from tarsia.library.places import CURRENT, Places, Reference
 from tarsia.library.record import Version
 from tarsia.library.store import find
@@ -59,7 +59,7 @@ class Known:
             versions,
             {digest: record.files_of(db, digest) for digest in {v.hash for v in versions.values()}},
             {(name, tag): number for name, tag, number in db.execute("SELECT name, tag, number FROM tags")},
-            index.entries(db),
+            journal.read(db),
             db.execute("SELECT value FROM facts WHERE key = 'journal'").fetchone()[0],
         )
 
@@ -79,10 +79,12 @@ def verify(places: Places, references: Iterable[str] = ()) -> Verified:
         chosen = [find(db, one) for one in asked] if asked else list(known.versions.values())
     files = {version.hash: known.files[version.hash] for version in chosen}
     faults += [fault for version in chosen for fault in of_record(places, version, known.files[version.hash])]
-    faults += of_objects(places, files)
+    unwritable = of_journal(places, known) + of_end(places, known)  # nobody can write then, and nobody does
+    faults += of_objects(places, files, again=not unwritable)
     garbage: tuple[Path, ...] = ()
     if not asked:
-        faults += [*of_tags(places, known), *of_journal(places, known)]
+        faults += [*of_tags(places, known), *unwritable]
+    if not asked and not unwritable:
         with index.writing(places) as work:  # nobody is in the middle of a publish now
             more, garbage = of_strangers(places, Known.read(work.db))
         faults += more
@@ -112,14 +114,14 @@ def of_index(places: Places) -> list[Fault]:
     return [Fault(places.index, text) for text in [*(s for s in said if s != "ok"), *lost]]
 
 
-def of_objects(places: Places, files: Mapping[str, Mapping[str, File]]) -> list[Fault]:
-    """What is wrong with contents, every byte of which is hashed."""
+def of_objects(places: Places, files: Mapping[str, Mapping[str, File]], again: bool = True) -> list[Fault]:
+    """What is wrong with contents, every byte of which is hashed; ``again`` while nobody writes, where one is."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda digest: _of_object(places, digest, files[digest]), files))
     suspects = [digest for digest, faults in zip(files, found, strict=True) if faults]
-    if not suspects:
-        return []
-    # another process may have been putting a spoilt one right: ask again while nobody writes
+    if not suspects or not again:
+        return [fault for faults in found for fault in faults]
+    # another process may have been putting a spoilt one right
     with index.writing(places):
         return [fault for digest in suspects for fault in _of_object(places, digest, files[digest])]
 
@@ -177,20 +179,8 @@ def tags_of(moves: Iterable[Entry]) -> dict[tuple[str, str], int]:
     return tags
 
 
-def published(moves: Iterable[Entry]) -> set[tuple[str, int]]:
-    """Versions that the journal knows, without those that it says were retired."""
-    entries = list(moves)
-    made = {(e.name, e.after) for e in entries if e.action == "publish" and e.after is not None}
-    return made - retired(entries)
-
-
-def retired(moves: Iterable[Entry]) -> set[tuple[str, int]]:
-    """Versions that the journal says were retired."""
-    return {(e.name, e.before) for e in moves if e.action == "retire" and e.before is not None}
-
-
 def of_journal(places: Places, known: Known) -> list[Fault]:
-    """Where journal.jsonl is not what the index says; what follows is a killed writer's, and counts for nothing."""
+    """Where journal.jsonl is not what the index says of it, as far as the index knows it."""
     try:
         with places.journal.open("rb") as file:
             held = file.read(known.length)
@@ -204,12 +194,30 @@ def of_journal(places: Places, known: Known) -> list[Fault]:
     return [Fault(places.journal, f"line {number} is not what the index says" if number else "has another length")]
 
 
+def of_end(places: Places, known: Known) -> list[Fault]:
+    """What the next writer can not do of what journal.jsonl holds beyond what the index knows."""
+    try:
+        with places.journal.open("rb") as file:
+            file.seek(known.length)
+            told, _ = journal.whole(file.read(), max((number for number, _ in known.journal), default=0) + 1)
+    except OSError:
+        return []  # of_journal says so
+    faults = []
+    for key in sorted(journal.published(entry for _, entry in told)):
+        try:
+            record.read(places, *key)
+        except LibraryError as error:
+            path = places.record(*key)
+            faults.append(Fault(path, str(error.given).removeprefix(f"{path}: ")))
+    return faults
+
+
 def of_strangers(places: Places, known: Known) -> tuple[list[Fault], tuple[Path, ...]]:
     """Versions that the index lacks; and what is left of killed processes and of what was retired."""
     highest: dict[str, int] = {}
     for name, number in [*known.versions, *((e.name, e.after or 0) for _, e in known.journal)]:
         highest[name] = max(number, highest.get(name, 0))
-    gone = retired(entry for _, entry in known.journal)
+    gone = journal.retired(entry for _, entry in known.journal)
     faults, garbage = [], []
     for path, (name, number) in sweep.records(places):
         if (name, number) in gone or number > highest.get(name, 0):
@@ -217,7 +225,7 @@ def of_strangers(places: Places, known: Known) -> tuple[list[Fault], tuple[Path,
         elif (name, number) not in known.versions:
             faults.append(Fault(path, "is of a version that the index lacks"))
     garbage += [path for path in sweep.contents(places) if path.name not in known.files]
-    for key in sorted(published(entry for _, entry in known.journal) - set(known.versions)):
+    for key in sorted(journal.published(entry for _, entry in known.journal) - set(known.versions)):
         if not places.record(*key).exists():
             faults.append(
                 Fault(places.record(*key), "is not there; the journal knows this version, the index does not")
