@@ -255,7 +255,9 @@ class TestTable:
         with pytest.raises(MergeError, match=said):
             WAYS["ties"].taking(options)
 
-    @pytest.mark.parametrize("options", [{"ridge": -1}, {"sides": "left"}, {"ridge": float("nan")}])
+    @pytest.mark.parametrize(
+        "options", [{"ridge": -1}, {"sides": "left"}, {"ridge": float("nan")}, {"ridge": float("inf")}]
+    )
     def test_so_are_values_of_wudi(self, options):
         with pytest.raises(MergeError):
             WAYS["wudi"].taking(options)

@@ -70,7 +70,7 @@ def whole(deltas: Sequence[Delta], dtype: torch.dtype = torch.float64) -> Frame:
 
 
 def core(deltas: Sequence[Delta]) -> Frame:
-    """Core Space: orthonormal bases of all ups and of all downs, and R x R cores between them (2509.17786, eq. 4-6).
+    """Core Space: orthonormal bases of all ups and of all downs, and R x R cores between them (2509.17786).
 
     The bases are the left and the right singular vectors of the stacked halves U sqrt(S) and sqrt(S) V^T.
     """
@@ -91,7 +91,7 @@ def outputs(deltas: Sequence[Delta]) -> Frame:
 
 
 def knots(deltas: Sequence[Delta]) -> Frame:
-    """KnOTS: one SVD of [tau_1 ... tau_n] = U S [V_1 ... V_n]; the parts are S V_i [p, in] (2410.19735, eq. 3-4).
+    """KnOTS: one SVD of [tau_1 ... tau_n] = U S [V_1 ... V_n]; the parts are S V_i [p, in] (2410.19735).
 
     The SVD is made of the cores, which are R x R: no matrix of the size of a weight is there. A plain sum of the parts
     is the plain sum of the deltas, so this is for ways that look at single numbers.

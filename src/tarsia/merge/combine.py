@@ -49,7 +49,7 @@ def signs(parts: Tensor, elect: Elect = "total") -> Tensor:
 def ties(
     parts: Tensor, weights: Tensor, *, elect: Elect = "total", weigh: Weigh = "after", normalise: Normalise = "count"
 ) -> Tensor:
-    """Elect a sign for each number, then the mean of those numbers that have it (2306.01708, algorithm 1, lines 7-14).
+    """Elect a sign for each number, then the mean of those numbers that have it (2306.01708, algorithm 1).
 
     PEFT's: ``weigh`` after the election and ``normalise`` by the count of those that agree. mergekit's: weigh before
     it and normalise by the sum of the weights of those that agree (or, where its option says so, by none).
@@ -68,7 +68,7 @@ def ties(
 
 
 def iso_c(parts: Tensor, weights: Tensor) -> Tensor:
-    """The sum with all singular values at their mean: U mean(S) V^T (Iso-C, arXiv:2502.04959, eq. 6).
+    """The sum with all singular values at their mean: U mean(S) V^T (Iso-C, arXiv:2502.04959).
 
     Over the sum's own rank: the paper's code also fills directions of a singular value 0, which are whatever the
     decomposition happens to return, with the mean.
@@ -81,7 +81,7 @@ def iso_c(parts: Tensor, weights: Tensor) -> Tensor:
 
 
 def iso_cts(parts: Tensor, weights: Tensor, *, common: float = 0.8) -> Tensor:
-    """Iso-C with directions of each task alone beside the common ones (Iso-CTS, 2502.04959, algorithm 2).
+    """Iso-C with directions of each task alone beside the common ones (Iso-CTS, 2502.04959).
 
     Of as many directions as all parts span together, the share ``common`` are the sum's largest; the others, equally
     many a task, are the largest of tau_i outside of them. All are orthogonalised together (polar factor) and
@@ -125,7 +125,7 @@ def tsv(parts: Tensor, weights: Tensor) -> Tensor:
 def wudi(
     parts: Tensor, weights: Tensor, *, ridge: float = 0.1, sides: Literal["input", "output", "both"] = "input"
 ) -> Tensor:
-    """The tau that changes least what each tau_i does to its own inputs (WUDI, arXiv:2503.08099, eq. 10), solved.
+    """The tau that changes least what each tau_i does to its own inputs (WUDI, arXiv:2503.08099), solved.
 
     WUDI minimises sum_i |(tau - w_i tau_i) tau_i^T|^2 / |tau_i|^2 by 300 steps of Adam from the sum of the tau_i: the
     rows of tau_i stand for the inputs that it was trained on. The minimum is a linear equation in G_i = tau_i^T tau_i /
@@ -157,8 +157,7 @@ def wudi(
 def regmean(
     parts: Tensor, weights: Tensor, *, inputs: Sequence[Tensor], ridge: float = 0.001, toward: float = 0.0
 ) -> Tensor:
-    """The tau that answers each adapter's own inputs as that adapter does (RegMean, arXiv:2212.09849, eq. 2), for
-    deltas.
+    """The tau that answers each adapter's own inputs as that adapter does (RegMean, arXiv:2212.09849).
 
     With X_i [n_i, in] what the layer is given when adapter i runs over its probe, tau minimises
 

@@ -83,7 +83,7 @@ def magnitude(stack: Tensor, density: float, seeds: Sequence[int] = ()) -> Tenso
 
 
 def dare(stack: Tensor, density: float, seeds: Sequence[int]) -> Tensor:
-    """Each number kept with probability ``density`` and divided by it, so the mean stays (2311.03099, eq. 1-3).
+    """Each number kept with probability ``density`` and divided by it, so the mean stays (2311.03099).
 
     Entry i's mask is drawn from ``seeds[i]`` and the places of its numbers alone (`draws`): it does not depend on what
     else is merged, nor in which order.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -113,7 +114,7 @@ def _check(name: str, value: Any) -> None:
     elif name == "common":
         good, allowed = isinstance(value, int | float) and 0 < value <= 1, "above 0, at most 1"
     else:
-        good, allowed = isinstance(value, int | float) and value >= 0, "a number of at least 0"
+        good, allowed = isinstance(value, int | float) and 0 <= value < math.inf, "a finite number of at least 0"
     if not good or isinstance(value, bool):
         raise MergeError(f"{name} can not be that.", given=repr(value), allowed=allowed)
 
@@ -130,21 +131,21 @@ WAYS: Mapping[str, Way] = {
         Way("svd", source="the sum at the parents' largest rank: PEFT's svd (Eckart-Young, 1936)", thin=True),
         Way("magnitude", "magnitude", source="PEFT's magnitude_prune", options=_TIES),
         Way("ties", "magnitude", combine="ties", source="arXiv:2306.01708, algorithm 1", options=_TIES),
-        Way("dare", "dare", source="arXiv:2311.03099, eq. 1-3", options=_DARE),
+        Way("dare", "dare", source="arXiv:2311.03099", options=_DARE),
         Way("dare_ties", "dare", combine="ties", source="arXiv:2311.03099 with 2306.01708", options=_DARE),
-        Way("knots_ties", "magnitude", "knots", "ties", "arXiv:2410.19735, algorithm 1", _TIES),
-        Way("knots_dare_ties", "dare", "knots", "ties", "arXiv:2410.19735, section 4", _DARE),
-        Way("iso_c", combine="iso_c", source="arXiv:2502.04959, eq. 6"),
-        Way("iso_cts", combine="iso_cts", source="arXiv:2502.04959, algorithm 2"),
-        Way("tsv", combine="tsv", source="arXiv:2412.00081, algorithm 1"),
+        Way("knots_ties", "magnitude", "knots", "ties", "arXiv:2410.19735", _TIES),
+        Way("knots_dare_ties", "dare", "knots", "ties", "arXiv:2410.19735 with 2311.03099", _DARE),
+        Way("iso_c", combine="iso_c", source="arXiv:2502.04959, Iso-C"),
+        Way("iso_cts", combine="iso_cts", source="arXiv:2502.04959, Iso-CTS"),
+        Way("tsv", combine="tsv", source="arXiv:2412.00081, TSV-M"),
         Way("core_task_arithmetic", align="core", source="arXiv:2509.17786: the plain sum, by way of the cores"),
-        Way("core_ties", "magnitude", "core", "ties", "arXiv:2509.17786, section 4", _TIES),
-        Way("core_dare_ties", "dare", "core", "ties", "arXiv:2509.17786, section 4", _DARE),
+        Way("core_ties", "magnitude", "core", "ties", "arXiv:2509.17786 with 2306.01708", _TIES),
+        Way("core_dare_ties", "dare", "core", "ties", "arXiv:2509.17786 with 2311.03099", _DARE),
         Way("core_iso_c", align="core", combine="iso_c", source="arXiv:2509.17786 with 2502.04959"),
         Way("core_iso_cts", align="core", combine="iso_cts", source="arXiv:2509.17786 with 2502.04959"),
         Way("core_tsv", align="core", combine="tsv", source="arXiv:2509.17786 with 2412.00081"),
-        Way("wudi", combine="wudi", source="arXiv:2503.08099, eq. 10, solved in the core with a ridge"),
-        Way("regmean", combine="regmean", source="arXiv:2212.09849, eq. 2, on each adapter's own probe"),
+        Way("wudi", combine="wudi", source="arXiv:2503.08099 (WUDI), solved in the core with a ridge"),
+        Way("regmean", combine="regmean", source="arXiv:2212.09849 (RegMean), on each adapter's own probe"),
         Way(
             "wudi_both",
             combine="wudi",
