@@ -21,6 +21,7 @@ FOLD = {
 }
 DELTA = {
     "share: 0.01": {"4 bits again": 8.0, "4 bits again, original": 100.0, "bfloat16": 100.0},
+    "share: 0.001": {"bfloat16, original": 60.0},
     "share: 1": {"4 bits again": 99.0},
 }
 
@@ -46,7 +47,7 @@ def found():
         weight = torch.randn(128, 256, generator=draw)
         change = torch.randn(128, 4, generator=draw) @ torch.randn(4, 256, generator=draw)
         site = Site(f"layers.{number}", Component.LANGUAGE, Role.Q, number, Kind.WEIGHT, (128, 256), f"{number}.weight")
-        changes.append((site, weight, delta.four(weight), change))
+        changes.append((site, weight.bfloat16().float(), delta.four(weight), change))
     return changes
 
 

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,7 +44,7 @@ class Streams:
         """
         places = self.folding.stored.places
         touched = [key for key in self.folding.stored.tables[source] if key in self.folding.by_key]
-        with source.open("rb") as read, target.open("wb") as write, ThreadPoolExecutor(1) as writer:
+        with source.open("rb") as read, target.open("wb") as write, ThreadPoolExecutor(1) as writer, _one_thread():
             one, other, at = read.fileno(), write.fileno(), 0
             under_way: deque[Future[None]] = deque()
             for key in sorted(touched, key=lambda key: places[key].begin):
@@ -159,6 +160,17 @@ def copy_range(source: int, target: int, begin: int, end: int) -> None:
         if not count:
             raise OSError(errno.EIO, "the file that is copied ends too early")
         at += count
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiles that fit a cache are too small to be shared, and the writer needs a core too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _between(source: int, target: int, begin: int, end: int, data: memoryview) -> None:

@@ -152,7 +152,7 @@ def draw(found: Found, figure: Figure) -> None:
     left.grid(axis="y", color=GREY, lw=0.4, alpha=0.5)
     left.set_xlabel("largest difference of a logit, % of the largest logit")
     left.set_title("mini-1, 16-bit files")
-    left.legend(frameon=False, fontsize=8, loc="center right")
+    left.legend(frameon=False, fontsize=8, loc="lower left")
     kinds = ("base", "folded", "live")
     right.boxplot([[1e3 * s for s in found.series[kind]] for kind in kinds], showfliers=False, widths=0.5)
     right.set_xticks((1, 2, 3), kinds)
