@@ -85,15 +85,20 @@ def _origin(site: Any) -> Tensor:
 
 
 def drawn(seed: int, ranks: Sequence[int], out: int = 12, into: int = 9) -> list[Delta]:
-    """Factored deltas of these ranks; rank 0 is a whole one."""
+    """Factored deltas of these ranks; rank 0 is a whole one. Each can tell inputs of its own."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return [
-        Delta(up=noise(out, rank), down=noise(rank, into)) if rank else Delta(whole=noise(out, into)) for rank in ranks
-    ]
+    def delta(rank: int) -> Delta:
+        made: dict[str, Any] = (
+            {"up": noise(out, rank), "down": noise(rank, into)} if rank else {"whole": noise(out, into)}
+        )
+        seen = noise(15, into).float()
+        return Delta(**made, inputs=lambda: seen)
+
+    return [delta(rank) for rank in ranks]
 
 
 def gap(given: Tensor, wanted: Tensor) -> float:
