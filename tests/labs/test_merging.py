@@ -204,7 +204,7 @@ def rights(share):
     return {task: [1.0] * right + [0.0] * (ROWS - right) for task in TASKS}
 
 
-def measured(best=0.5, rival=0.4, plain=0.3, alone=0.95, before=0.0, at_one=0.1, shipped=1.0, base=("a",)):
+def measured(best=0.5, rival=0.4, plain=0.3, alone=0.95, before=0.0, at_one=0.1, shipped=1.0, base=("a",), turned=0.9):
     """Ways with these held-out accuracies: the best looks at layers, the plain one at weights alone."""
 
     def tuned(name, validation, **curve):
@@ -213,7 +213,7 @@ def measured(best=0.5, rival=0.4, plain=0.3, alone=0.95, before=0.0, at_one=0.1,
 
     ways = {"regmean": best, "tsv": plain, "ties": rival, SUM: rival - 0.01}
     held = {name: [rights(share)] * len(SEEDS) for name, share in ways.items()}
-    task = {"others": 3.0, "turned": 1.0, "with others": 0.0, "with turned": 0.5}
+    task = {"others": 3.0, "turned": 1.0, "with others": 0.0, "with turned": turned}
     why = {"each": [1.0] * 6, "sum": 2.5, "alike": 0.01, "tasks": dict.fromkeys(TASKS, task)}
     found = {name: tuned(name, share) for name, share in ways.items()}
     found["linear"] = Tuned(Choice("linear"), 1.0, {}, (SUM, 6.0))
@@ -228,7 +228,8 @@ def measured(best=0.5, rival=0.4, plain=0.3, alone=0.95, before=0.0, at_one=0.1,
         ({"best": 0.43}, ["the best way before TIES, points"]),
         ({"best": 0.45}, []),
         ({"best": 0.35, "rival": 0.3}, []),
-        ({"at_one": 0.51}, ["the sum at scale 1, %"]),
+        ({"at_one": 0.21}, ["the sum at scale 1, %"]),
+        ({"turned": 0.69}, ["beside five turned at random, %"]),
         ({"alone": 0.89}, ["the worst adapter alone, %"]),
         ({"before": 0.31}, ["the base at most, %"]),
         ({"shipped": 0.99}, ["the best from its files, % of rows"]),
@@ -244,7 +245,15 @@ def test_a_lead_that_is_not_of_all_rows_fails():
     m = measured(best=0.5, rival=0.4)
     odd = {task: ([1.0] * ROWS if task == "bins" else [0.0] * ROWS) for task in TASKS}
     other = {task: ([1.0] * (ROWS // 2) + [0.0] * (ROWS // 2) if task == "forms" else [0.0] * ROWS) for task in TASKS}
-    m = Measured(m.tuned, {**m.held, "regmean": [odd] * 3, "ties": [other] * 3}, m.alone, m.before, m.why, 1.0, m.bases)
+    m = Measured(
+        m.tuned,
+        {**m.held, "regmean": [odd] * len(SEEDS), "ties": [other] * len(SEEDS)},
+        m.alone,
+        m.before,
+        m.why,
+        1.0,
+        m.bases,
+    )
     row = compared(m).rows["ahead: the best"]
     assert row["points before TIES"] == pytest.approx(100 * 0.5 / 6 / 0.95, abs=0.01)
     assert row["from"] < row["points before TIES"] < row["to"]
