@@ -87,6 +87,7 @@ def test_onto_the_original_it_is_the_adapter_there(base, adapter, tmp_path):
     assert torch.equal(given[up], plain[up])
 
 
+@pytest.mark.slow
 def test_loftq_means_nothing_over_the_original(base, tmp_path):
     part = Part("loftq", "language.*.{q,v}", METHODS["loftq"].config(rank=4))
     made = trained(base, (part,), form=NF4)
@@ -124,6 +125,7 @@ def test_a_large_change_survives(form, packed, tmp_path):
         assert torch.equal(mine[up].codes, theirs[up].codes)
 
 
+@pytest.mark.slow
 def test_requantised_the_untouched_have_the_live_bytes(base, tmp_path):
     made = trained(base, (LARGE,), form=NF4, size=SIZE)
     folded = fold(str(base), made, tmp_path / "out", onto="dequantised", requantise=NF4)
@@ -134,6 +136,7 @@ def test_requantised_the_untouched_have_the_live_bytes(base, tmp_path):
     assert torch.equal(mine[up].codes, live[up].codes)
 
 
+@pytest.mark.slow
 def test_bitsandbytes_reads_the_result(base, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the oracle")
     pytest.importorskip("accelerate", reason="Transformers wants it beside bitsandbytes")

@@ -16,7 +16,7 @@ from tarsia.merge.fold import RECORD, fold
 
 OPTIONS = {"lora": {"rank": 4}, "vera": {"rank": 16}, "oft": {"block": 8}, "dora": {"rank": 4}}
 SELECT = {"ia3": "language.*.{v,down}", "bitfit": "language.*.{q,v}; vision"}
-QUICK = {"llava", "qwen3_vl_moe", "gemma3"}
+QUICK = {"llava"}
 METHODS_THAT_FOLD = sorted(name for name, method in METHODS.items() if method.folds and not method.corrects)
 
 

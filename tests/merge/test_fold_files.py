@@ -101,7 +101,9 @@ def in_one_tensor(tensors, key):
     return {k: v.transpose(1, 2).contiguous() if key in k else v for k, v in tensors.items()}
 
 
-@pytest.mark.parametrize("name", ["llava-qwen3_moe", "qwen3_vl_moe", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["llava-qwen3_moe", "transposed", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)]
+)
 def test_experts_in_another_form(name, tmp_path):
     base = saved(tmp_path / "base", "qwen3_vl_moe" if name == "transposed" else name)
     if name == "transposed":
@@ -126,11 +128,10 @@ def test_a_form_without_a_way_back_is_refused_by_name(tmp_path, monkeypatch):
 def test_adapters_over_one_another(base, tmp_path):
     one, other = trained(base, seed=1), trained(base, (LORA,), seed=2)
     folded = exact(fold(str(base), [one, other], tmp_path / "out"))
-    swapped = fold(str(base), [other, one], tmp_path / "other")
-    assert len(folded.record["adapters"]) == 2
-    assert folded.record["adapters"] == swapped.record["adapters"][::-1]
+    assert len({held["sha256"] for held in folded.record["adapters"]}) == 2
 
 
+@pytest.mark.slow
 def test_a_fold_of_a_fold_keeps_its_history(base, adapter, tmp_path):
     fold(str(base), adapter, tmp_path / "one")
     again = fold(str(tmp_path / "one"), trained(tmp_path / "one", seed=3), tmp_path / "two")
@@ -211,7 +212,7 @@ def test_planted_bugs_are_found_and_nothing_is_left(where, name, bug, base, adap
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_only_the_proof_finds_another_adapter_in_the_place_of_the_live_one(dtype, tmp_path, monkeypatch):
     """Its scale is a tenth larger: every tensor is what its fold is, and the outputs are not the adapter's."""
     base = saved(tmp_path / "base", dtype=dtype)
@@ -263,7 +264,7 @@ def test_killed_at_any_moment_it_is_there_whole_or_not_at_all(base, adapter, stu
         pytest.skip("forks")
     out = tmp_path / "out"
     ends = set()
-    for moment in (1, 3, 9, 20, 26, 32, 40, 100):
+    for moment in (2, 9, 20, 30, 100):
         if (child := os.fork()) == 0:
             try:
                 dying(moment)

@@ -83,7 +83,7 @@ def check_rounded(name: str, exact: Tensor, stored: Tensor) -> None:
     """
     form = torch.finfo(stored.dtype)
     exact, stored = exact.detach().reshape(-1), stored.detach().reshape(-1)
-    slack = 64 * EPSILON * float(exact.abs().max()) + form.smallest_normal if exact.numel() else 0.0
+    slack = 64 * EPSILON * float(exact.abs().max()) + form.smallest_normal * form.eps if exact.numel() else 0.0
     for first in range(0, exact.numel(), _AT_ONCE):
         meant = exact[first : first + _AT_ONCE]
         off = (stored[first : first + _AT_ONCE].to(meant.dtype) - meant).abs_()
