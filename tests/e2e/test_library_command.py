@@ -98,7 +98,7 @@ def test_verify_repair_and_garbage(shelf: Path, capsys: pytest.CaptureFixture[st
     assert library("verify") == 0
     assert "3 versions, 3 contents" in capsys.readouterr().out
     assert library("rollback", "cats") == 0 and library("gc", "--retire", "cats@2") == 0
-    assert "removed 1 contents, 1 records" in capsys.readouterr().out
+    assert "removed 1 content, 1 record, 0 dead stages" in capsys.readouterr().out
     (shelf / "index.sqlite").write_bytes(b"")
     assert library("list") == 2
     assert "verify --repair" in capsys.readouterr().err

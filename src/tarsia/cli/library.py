@@ -236,13 +236,12 @@ def gc(args: argparse.Namespace) -> int:
     swept = sweep(library.places)
     if args.json:
         retired = [str(one) for one in asked]
-        counts = {"stages": swept.stages, "bytes": swept.bytes}
-        output.line({"retired": retired, "objects": list(swept.objects), "records": list(swept.records), **counts})
+        sizes = {"stages": swept.stages, "bytes": swept.bytes}
+        output.line({"retired": retired, "objects": list(swept.objects), "records": list(swept.records), **sizes})
         return 0
-    print(
-        f"removed {len(swept.objects)} contents, {len(swept.records)} records and {swept.stages} dead stages, "
-        f"{shelf.size(swept.bytes)}"
-    )
+    counts = {"content": len(swept.objects), "record": len(swept.records), "dead stage": swept.stages}
+    told = ", ".join(f"{n} {what}{'' if n == 1 else 's'}" for what, n in counts.items())
+    print(f"removed {told}: {shelf.size(swept.bytes)}")
     return 0
 
 

@@ -131,7 +131,8 @@ class Library:
                     self._add(work, version, taken)
                 for tag in tags:
                     move(work, version, tag, by, note, "tag")
-            return Published(self.version(version.reference), same is None, left)
+                version = find(work.db, Reference(name, number=version.number))
+            return Published(version, same is None, left)
 
     def _install(self, fresh: Path, digest: str, spoilt: bool) -> None:
         """Put a content where it belongs, in place of one that is spoilt; one that is there and sound is left."""
