@@ -104,6 +104,7 @@ def test_thresholds_leave_what_the_reference_leaves(here: kernel.Kernel, stack: 
 
 
 WEIGHTS = st.lists(st.floats(-2, 2, width=32), min_size=9, max_size=9)
+HARDLY = [2.0**-4, 2.0**-28 - 2.0**-4, *[1.0] * 7]  # a sum too small to divide by
 
 
 @FEW
@@ -111,6 +112,7 @@ WEIGHTS = st.lists(st.floats(-2, 2, width=32), min_size=9, max_size=9)
     stacks(), DENSITIES, WEIGHTS, st.sampled_from(["after", "before"]), st.sampled_from(["count", "weights", "none"])
 )
 @example(stack_of("few magnitudes", (4, 5, 33), 3), 0.5, [0.5, -0.5, 1.0, 1.0, 1, 1, 1, 1, 1], "before", "weights")
+@example(torch.tensor([1.0, -1.0]).view(2, 1, 1).expand(2, 3, 17) * 0.5, 1.0, HARDLY, "before", "weights")
 def test_ties_are_those_of_the_reference(
     here: kernel.Kernel, stack: Tensor, density: float, weights: list[float], weigh: str, normalise: str
 ) -> None:
