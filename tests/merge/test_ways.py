@@ -152,8 +152,29 @@ class TestIso:
         assert gap(values, values.mean().expand(6)) < 1e-10
         assert gap(found, iso_c(noise(2, 6, 7), ones(2))) > 1e-2
 
+    def test_against_the_algorithm_step_by_step(self):
+        """Two tasks of 8 x 8, half in common: 4 common directions and 2 of each task outside of them."""
+        parts = noise(2, 8, 8)
+        u, s, v = torch.linalg.svd(parts.sum(0))
+        lefts, values, rights = [u[:, :4]], [s[:4]], [v[:4]]
+        for part in parts:
+            own, size, other = torch.linalg.svd((torch.eye(8).double() - u[:, :4] @ u[:, :4].T) @ part)
+            lefts, values, rights = [*lefts, own[:, :2]], [*values, size[:2]], [*rights, other[:2]]
+        (a, _, b), (c, _, d) = (torch.linalg.svd(t) for t in (torch.cat(lefts, 1), torch.cat(rights)))
+        wanted = torch.cat(values).mean() * (a @ b) @ (c @ d)
+        assert gap(iso_cts(parts, ones(2), common=0.5), wanted) < 1e-10
+
 
 class TestTsv:
+    def test_against_the_algorithm_step_by_step(self):
+        """Two tasks of 8 x 8: 4 directions of each, made orthogonal by the polar factors."""
+        lefts, values, rights = zip(*(torch.linalg.svd(part) for part in noise(2, 8, 8)), strict=True)
+        (a, _, b), (c, _, d) = (
+            torch.linalg.svd(t) for t in (torch.cat([u[:, :4] for u in lefts], 1), torch.cat([v[:4] for v in rights]))
+        )
+        wanted = (a @ b) @ torch.diag(torch.cat([s[:4] for s in values])) @ (c @ d)
+        assert gap(tsv(noise(2, 8, 8), ones(2)), wanted) < 1e-10
+
     def test_what_does_not_overlap_is_left_alone(self):
         parts = torch.zeros(2, 6, 6, dtype=torch.float64)
         parts[0, :3, :3], parts[1, 3:, 3:] = noise(3, 3), noise(3, 3, seed=1)
@@ -222,6 +243,12 @@ class TestTable:
         plain = total(torch.stack([d.weight() for d in deltas]), torch.tensor(weights, dtype=torch.float64))
         for align in (*ALIGN, "none"):
             assert gap(combined(Way("sum", align=align), deltas, weights, "p").weight(), plain) < 1e-12
+
+    def test_a_mean_is_weighed_by_the_weights(self):
+        deltas = [Delta(d.up, d.down, bias=noise(12, seed=i)) for i, d in enumerate(drawn(5, (2, 4)))]
+        made = combined(WAYS["linear"], deltas, [1.0, 3.0], "p")
+        assert gap(made.weight(), (deltas[0].weight() + 3 * deltas[1].weight()) / 4) < 1e-12
+        assert gap(made.bias, (deltas[0].bias + 3 * deltas[1].bias) / 4) < 1e-12
 
     def test_every_way_has_a_source_and_runs(self):
         for way in WAYS.values():
