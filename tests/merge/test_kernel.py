@@ -104,7 +104,7 @@ def test_thresholds_leave_what_the_reference_leaves(here: kernel.Kernel, stack: 
 
 
 WEIGHTS = st.lists(st.floats(-2, 2, width=32), min_size=9, max_size=9)
-HARDLY = [2.0**-4, 2.0**-28 - 2.0**-4, *[1.0] * 7]  # a sum too small to divide by
+HARDLY = [2.0**-5, 3 * 2.0**-29 - 2.0**-5, *[1.0] * 7]  # a sum too small to divide by
 
 
 @FEW
