@@ -9,7 +9,7 @@ from merge.values import drawn, gap
 from tarsia.core.errors import MergeError
 from tarsia.merge import WAYS, Delta, Way
 from tarsia.merge.align import ALIGN, core, knots, refactored
-from tarsia.merge.combine import iso_c, iso_cts, polar, signs, ties, total, tsv, wudi
+from tarsia.merge.combine import iso_c, iso_cts, polar, regmean, signs, ties, total, tsv, wudi
 from tarsia.merge.sparsify import dare, magnitude, thresholds
 from tarsia.merge.ways import combined, find
 
@@ -235,6 +235,22 @@ class TestWudi:
         parts = torch.zeros(2, 6, 6, dtype=torch.float64)
         parts[0, :3, :3], parts[1, 3:, 3:] = noise(3, 3), noise(3, 3, seed=1)
         assert gap(wudi(parts, ones(2), ridge=0.0, sides=sides), parts.sum(0)) < 1e-10
+
+
+class TestRegMean:
+    @pytest.mark.parametrize("samples", [3, 40])
+    @pytest.mark.parametrize("ridge", [0.0, 1e-14, 1e-6, 0.1, 10.0])
+    def test_it_is_the_least_squares_solution(self, samples, ridge):
+        """Against the normal equations, with fewer samples than inputs and with more."""
+        parts, weights, seen = noise(2, 5, 7), torch.tensor([1.0, -0.5]).double(), list(noise(2, samples, 7, seed=1))
+        moments = [x.T @ x / samples for x in seen]
+        pull = ridge * float(sum(moments).diagonal().mean())
+        goal = sum(w * part @ moment for w, part, moment in zip(weights, parts, moments, strict=True))
+        start = 0.3 * (weights[:, None, None] * parts).sum(0)
+        whole = sum(moments) + pull * torch.eye(7).double()
+        wanted = start + (goal - start @ sum(moments)) @ torch.linalg.pinv(whole, hermitian=True, rtol=1e-10)
+        found = regmean(parts, weights, inputs=seen, ridge=ridge, toward=0.3)
+        assert gap(found, wanted) < 1e-6 and (ridge > 1 or gap(found, parts.sum(0)) > 0.1)
 
 
 class TestTable:
