@@ -57,6 +57,7 @@ class Tarsia:
         from tarsia.adapter import load, open_base, put
         from tarsia.core.attach import activate
         from tarsia.library import Library
+        from tarsia.library.opening import open_adapter
 
         self.adapters = adapters
         self.library = Library.make(root)
@@ -67,6 +68,8 @@ class Tarsia:
         for i, value in enumerate(self.values):
             activate(self.host.model)
             put(self.host, value, name(i))
+        for i in range(len(adapters)):
+            open_adapter(self.library, name(i))  # the first time every number is looked at
         self.inputs = batch(model, rows=1, length=192)[0]
 
     def ways(self) -> Ways:

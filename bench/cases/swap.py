@@ -2,12 +2,12 @@
 
 SmolLM2-135M in a LLaVA (``bench.smol``), float32, with ten adapters of rank 16 at all 210 linear layers of the language
 model (18.7 MiB each), all attached; files in the page cache. *switch*: `activate` against `set_adapter`. *over one*: an
-adapter from the library, or with every check from a folder, over an attached one of its make (`swap`), against
-`hotswap_adapter`; *in memory*: `swap` alone, of a value that is loaded. *beside*: an eleventh, `load` and `put` against
-`load_adapter`. *merge and unmerge*: in memory, there and back (Tarsia restores every bit, PEFT subtracts). *merge*:
-`merge` against `merge_and_unload`, which consumes its model. Milliseconds, medians over the rounds; the last column is
-the median of the ratios within a round. ``apart``: the largest difference of a logit between the two, as a share of the
-largest; ``moved``: how far an adapter moves them from the base.
+adapter over an attached one of its make (`swap`), from the library that has opened it before, or with every check from
+a folder, against `hotswap_adapter`; *in memory*: `swap` alone, of a value that is loaded. *beside*: an eleventh, `load`
+and `put` against `load_adapter`. *merge and unmerge*: in memory, there and back (Tarsia restores every bit, PEFT
+subtracts). *merge*: `merge` against `merge_and_unload`, which consumes its model. Milliseconds, medians over the
+rounds; the last column is the median of the ratios within a round. ``apart``: the largest difference of a logit between
+the two, as a share of the largest; ``moved``: how far an adapter moves them from the base.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class Merging:
         self.learners, self.ways = Learners(out, show), ways
         self._parents: dict[int, Mapping[str, Adapter]] = {}
         self._digests: dict[int, list[str]] = {}
+        self._alone: dict[tuple[int, str], Mapping[str, float]] = {}
         self._made: dict[tuple[Choice, int], Changes] = {}
 
     @property
@@ -106,9 +107,12 @@ class Merging:
         """What the base scores, by task and split."""
         return {task: self.learners.before(task) for task in TASKS}
 
-    def alone(self, seed: int, split: str) -> dict[str, float]:
+    def alone(self, seed: int, split: str) -> Mapping[str, float]:
         """Accuracy of every adapter alone on its own task, 0..1."""
-        return {task: mean(self.learners.alone(task, seed)["splits"][split]["right"]) for task in TASKS}
+        if (seed, split) not in self._alone:
+            found = {task: mean(self.learners.alone(task, seed)["splits"][split]["right"]) for task in TASKS}
+            self._alone[seed, split] = found
+        return self._alone[seed, split]
 
     def parents(self, seed: int) -> Mapping[str, Adapter]:
         """Adapters by task."""

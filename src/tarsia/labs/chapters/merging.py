@@ -221,6 +221,9 @@ def draw(found: Found, figure: Figure) -> None:
         axes.plot(scales, curve, "-o", color=colour, ms=3, lw=1.6 if label else 0.7, label=label)
     axes.axvline(1.0, color=GREY, lw=0.8, ls=":")
     axes.set_xscale("log")
+    ticks = sorted({scale for name in ways for scale in found.series[f"{name} scales"]} - {0.8})
+    axes.set_xticks(ticks, [f"{scale:g}" for scale in ticks], fontsize=8)
+    axes.minorticks_off()
     axes.set_xlabel("scale")
     axes.set_title("validation rows: normalised accuracy, %")
     axes.legend(frameon=False, fontsize=8)
@@ -237,17 +240,14 @@ def draw(found: Found, figure: Figure) -> None:
         row = found.rows[f"beside: {task}"]
         for k, key in enumerate(("right with them turned, %", "right with the others, %")):
             value = float(row[key])
-            last.barh(
-                i + 0.2 * (2 * k - 1),
-                value,
-                0.36,
-                color=COLOURS[k],
-                label=("turned", "as they are")[k] if not i else "",
-            )
+            place, label = i + 0.2 * (2 * k - 1), ("turned", "as they are")[k] if not i else ""
+            last.barh(place, value, 0.36, color=COLOURS[k], label=label)
+            last.text(value + 1, place, f"{value:.0f}", va="center", fontsize=8, color=COLOURS[k])
     last.set_yticks(range(len(TASKS)), list(TASKS))
     last.invert_yaxis()
     last.set_title("beside the other five, scale 1: right, %")
-    last.legend(frameon=False, fontsize=8, loc="lower right")
+    last.set_xlim(0, 119)
+    last.legend(frameon=False, fontsize=8, loc=(0.35, 0.48))
 
 
 def _named(found: Found, ways: Sequence[str]) -> list[str]:
@@ -256,7 +256,7 @@ def _named(found: Found, ways: Sequence[str]) -> list[str]:
         str(found.rows[f"ahead: {what}"]["way"])
         for what in ("the best", "the best of those that look at weights alone")
     ]
-    return list(dict.fromkeys([*first, SUM, _RIVAL, *ways]))[:6]
+    return list(dict.fromkeys([*first, SUM, _RIVAL, *ways]))[:5]
 
 
 TEXT: Final = f"""

@@ -100,9 +100,10 @@ def draw(found: Found, figure: Figure) -> None:
             place = k + 0.19 * (2 * i - len(names) + 1)
             colour = COLOURS[1] if ways[k].startswith("checkpoint") else COLOURS[0]
             right.barh(place, value, 0.34, color=colour, alpha=1.0 if not i else 0.6)
-            right.text(value * 1.15, place, f"{value:.3g} ms, {name}", va="center", fontsize=8)
+            said = f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+            right.text(value * 1.15, place, f"{said} ms, {name}", va="center", fontsize=8)
     right.set_xscale("log")
-    right.set_xlim(right=right.get_xlim()[1] * 12)
+    right.set_xlim(right=right.get_xlim()[1] * 20)
     right.axvline(1000 / 50, color=GREY, lw=1, ls=":")
     right.text(1000 / 50 * 1.1, len(ways) - 0.55, "one turn of a loop at 50 Hz", color=GREY, fontsize=8)
     right.set_yticks(range(len(ways)), [way.replace(": ", ":\n", 1) for way in ways])
@@ -117,8 +118,9 @@ rank {RANK} on every linear layer of the decoder and of the projector; bytes and
 learnt), and each is folded into a checkpoint of its own (`tarsia fold`), so that both forms hold the same ten tasks:
 
 {{{{ table("alike") }}}}
-What is between the two is the rounding of a checkpoint's weights to its 16 bits. On disk a checkpoint has all of
-the model at 16 bits a number, an adapter its factors at 32, its probe and its card:
+A checkpoint is in the type of its base's files, so what is between mini-1's two forms is the rounding of the folded
+weights to 16 bits; SmolLM2's files are in 32. On disk an adapter is its factors at 32 bits a number, its probe and its
+card:
 
 {{{{ table("disk") }}}}
 In memory, at 32 bits a number, if all ten are to be there at once:
