@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -320,6 +321,12 @@ def test_threads_and_bands_do_not_change_a_bit(compiled: Path) -> None:
             torch.set_num_threads(before)
     assert found[0][0] == found[1][0]
     same_bits(found[0][1], found[1][1])
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-gcc") is None, reason="no gcc-aarch64-linux-gnu")
+def test_it_compiles_for_arm(tmp_path: Path) -> None:
+    cross = ["aarch64-linux-gnu-gcc", "-O1", "-Werror"]
+    assert build.compile_library(build.MERGING, tmp_path / build.MERGING.file, "aarch64", cross).stat().st_size
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
