@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ def test_an_adapter_of_ours_is_published_as_it_is(library: Library, base: Path, 
     (tmp_path / "a/tarsia.json").write_text((tmp_path / "a/tarsia.json").read_text().replace("owner", "opner"))
     with pytest.raises(AdapterError, match=r"tarsia\.json"):
         arrive(library, tmp_path / "a", "dog")
+
+
+def test_one_of_ours_that_names_no_base_is_held_to_none(library: Library, base: Path, tmp_path: Path) -> None:
+    save(replace(shelved.adapter(), fingerprint=None), tmp_path / "a")
+    with pytest.raises(AdapterError, match="does not say which base"):
+        arrive(library, tmp_path / "a", "cat", base=str(base))
+    assert library.search() == []
+    assert arrive(library, tmp_path / "a", "cat").version.weights is None
 
 
 def test_a_pickle_is_never_read(library: Library, theirs: Path, base: Path, tmp_path: Path) -> None:

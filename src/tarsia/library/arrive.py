@@ -16,7 +16,7 @@ from typing import Any, Final
 from tarsia.adapter import Adapter, Fingerprint, Host, load, open_base, open_outline, save
 from tarsia.adapter.files import OURSELVES
 from tarsia.adapter.reading import header
-from tarsia.core.errors import LibraryError
+from tarsia.core.errors import AdapterError, LibraryError
 from tarsia.library import content
 from tarsia.library.content import CONFIG, TENSORS
 from tarsia.library.store import Library, Published
@@ -45,8 +45,8 @@ def arrive(
 ) -> Published:
     """Publish the adapter in a folder or a repository of the hub (owner/name) as the next version of ``name``.
 
-    One that Tarsia saved is published as it is, once its fingerprint was held to a ``base`` that is given. One of
-    PEFT's needs its ``base`` (a folder, a hub id or an embedded name); ``allow`` may say "base name", where that is
+    One that Tarsia saved is published as it is, once its fingerprint was held to a ``base`` that is given; where it
+    has none, a base is refused. One of PEFT's needs its ``base`` (a folder, a hub id or an embedded name); ``allow`` may say "base name", where that is
     the right one under another name. ``how`` is ``Library.publish``'s.
 
     Raises LibraryError where the source is not to be had, AdapterError where the files are not understood or do not
@@ -55,7 +55,13 @@ def arrive(
     found = fetched(source, revision)
     if (found.folder / OURSELVES).is_file():
         ours = load(found.folder)
-        if base is not None and ours.fingerprint is not None:
+        if base is not None:
+            if ours.fingerprint is None:
+                raise AdapterError(
+                    "The adapter does not say which base it was trained on, so it can be held to none.",
+                    given=f"{found.given}: no fingerprint; --base {base}",
+                    do="leave --base out: it is published as it is, with no fingerprint",
+                )
             outline = open_outline(base, processor=False, weights=True)
             ours.fingerprint.check(Fingerprint.of_folder(outline.path), allow=("quantisation",), theirs=outline.name)
         return library.publish(found.folder, name, **{"note": _note(found), **how})
