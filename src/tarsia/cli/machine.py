@@ -25,6 +25,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     "tokenizers": ("0", "0.23.3"),
     "safetensors": ("0.5", "0.8.0"),
     "huggingface-hub": ("0", "2.4.0"),
+    "fsspec": ("0", "2026.9.0"),
     "datasets": ("5.0", "5.2.0"),
     "pyarrow": ("0", "26.0.1"),
     "numpy": ("2", "2.4.6"),

@@ -136,7 +136,7 @@ class Remote:
     def _at(self) -> Iterator[_At]:
         """The file system, and its refusals as ours."""
         try:
-            from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+            from fsspec.core import url_to_fs
 
             fs, root = url_to_fs(self.url, **self.options)
             fs.invalidate_cache()
