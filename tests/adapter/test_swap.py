@@ -119,3 +119,14 @@ def test_merged_patches_are_refused(host, inputs, make):
         swap(host, second, "here")
     unmerge(host.model)
     swap(host, second, "here")
+
+
+def test_a_site_like_the_others_whose_weight_is_not_is_refused(host, make):
+    """What fits one place is remembered for those like it, and for no other."""
+    adapter = replace(make([Part("lora", "language.*.q", find("lora").config())]), fingerprint=None)
+    last = next(site for site in reversed(host.sites) if site.path in adapter.patches)
+    module = host.model.get_submodule(last.module)
+    module.weight = torch.nn.Parameter(torch.zeros(last.shape[0] + 1, last.shape[1]))
+    with pytest.raises(AdapterError, match=f"{last.path} has not the shape"):
+        put(host, adapter, "here")
+    assert not host.model.get_submodule(last.module)._modules

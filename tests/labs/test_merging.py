@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,11 @@ from families import FAMILIES
 from tarsia.adapter import Adapter, Host, probe, put
 from tarsia.core.attach import Part, detach
 from tarsia.core.errors import ConfigError
-from tarsia.labs import merging, merging_tasks, merging_why, replay
+from tarsia.labs import merging, merging_tasks, merging_why
 from tarsia.labs.chapters.merging import CHAPTER, Measured, chosen, compared
 from tarsia.labs.frame import page
 from tarsia.labs.frame.result import Result
-from tarsia.labs.merging import FIRST, SUM, Choice, Merging, Tuned, beside, changed, choices, cosine, merged, norm
+from tarsia.labs.merging import FIRST, SUM, Choice, Merging, Tuned, beside, changed, choices, cosine, merged
 from tarsia.labs.merging_tasks import COUNTS, SEEDS, TASKS
 from tarsia.merge.adapters import merge
 from tarsia.merge.ways import WAYS
@@ -73,16 +72,14 @@ class Fake(Merging):
 
     def __init__(self, out, peaks, ways):
         super().__init__(out, lambda name: None, ways)
-        self.peaks, self.asked = peaks, []
+        self.peaks, self.asked, self.strength = peaks, [], 1.0
+        self._digests = {seed: ["a", "b"] for seed in SEEDS}
 
     def changes(self, choice, seed):
         way = "task_arithmetic" if choice.way in ("linear", "cat") else choice.way
         generator = torch.Generator().manual_seed(sum(map(ord, way + str(choice.options))))
         factor = 1 / 6 if choice.way == "linear" else 1.0
-        return {"a": factor * torch.randn(4, 4, generator=generator)}
-
-    def told(self, name, seed, split, changes):
-        return {"merge": name, "norm": f"{norm(changes):.5g}"}
+        return {"a": self.strength * factor * torch.randn(4, 4, generator=generator)}
 
     def scores(self, changes, scale, split, tasks=tuple(TASKS)):
         self.asked.append((scale, split))
@@ -130,12 +127,12 @@ def test_a_result_of_another_merge_is_refused(tmp_path):
     asked = len(desk.asked)
     desk.tuned()
     assert len(desk.asked) == asked
-    path = replay.result(tmp_path, "seed-1-task_arithmetic-scale0.6-validation")
-    held = json.loads(path.read_text(encoding="utf8"))
-    held["settings"]["norm"] = "1.2345"
-    path.write_text(json.dumps(held), encoding="utf8")
-    with pytest.raises(ConfigError, match="another run"):
-        desk.tuned()
+    for other in ({"strength": 1.01}, {"_digests": {seed: ["a", "c"] for seed in SEEDS}}):
+        again = Fake(tmp_path, lambda changes: 0.55, (SUM,))
+        for name, value in other.items():
+            setattr(again, name, value)
+        with pytest.raises(ConfigError, match="another run"):
+            again.tuned()
 
 
 def test_options_that_are_tried_are_a_ways_own():
