@@ -22,6 +22,7 @@ import tarsia.library
 from bench.made import adapter
 from tarsia.core.errors import LibraryError
 from tarsia.library import Library
+from tarsia.library.places import Places
 from tarsia.library.repair import repair
 from tarsia.library.sweep import contents, sweep
 from tarsia.library.verify import verify
@@ -46,9 +47,10 @@ def prepared(folder: Path) -> Library:
 
 
 def spoilt(folder: Path) -> Library:
-    """The same without an index."""
+    """The same without an index, and without the file that says what it is."""
     library = prepared(folder)
     library.places.index.write_bytes(b"no database" * 1000)
+    library.places.marker.unlink()
     return library
 
 
@@ -60,7 +62,7 @@ WORK: dict[str, tuple[Callable[[Path], Library | None], Callable[[Path], object]
     "rollback": (prepared, lambda f: Library.open(f / "library").rollback("ant", to=1)),
     "retire": (prepared, lambda f: Library.open(f / "library").retire("ant", 1)),
     "gc": (prepared, lambda f: sweep(Library.open(f / "library").places)),
-    "repair": (spoilt, lambda f: repair(Library.open(f / "library").places)),
+    "repair": (spoilt, lambda f: repair(Places(f / "library"))),
 }
 
 

@@ -143,16 +143,19 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Hash every file of every content, and hold index, records, tags and journal to one another; 1 where one fails."""
+    from pathlib import Path
+
+    from tarsia.library import default_root
+    from tarsia.library.places import Places
     from tarsia.library.repair import repair
     from tarsia.library.verify import verify as look
 
-    places = _library(args).places
-    if args.repair:
-        mended = repair(places)
+    if args.repair:  # of what may have lost even the file that says that it is a library
+        mended = repair(Places(Path(args.library or default_root())))
         for kind, texts in (("repaired", mended.done), ("lost", mended.lost)):
             for text in texts:
                 output.line({kind: text}) if args.json else print(f"{kind}: {text}")
-    found = look(places, args.references)
+    found = look(_library(args).places, args.references)
     for fault in found.faults:
         output.line({"file": str(fault.file), "fault": fault.what}) if args.json else print(f"FAULT {fault}")
     counts = {"versions": found.versions, "objects": found.objects, "bytes": found.bytes}

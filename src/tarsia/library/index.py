@@ -12,13 +12,13 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tarsia.core.errors import LibraryError
-from tarsia.library import journal
+from tarsia.library import journal, stages
 from tarsia.library.journal import Entry
 from tarsia.library.places import Places
 
@@ -93,9 +93,8 @@ def writing(places: Places) -> Iterator[Writing]:
             journal.catch_up(places, db)
             work = Writing(db)
             yield work
-            if work.entries:
-                journal.append(places, db, work.entries)
-            db.execute("COMMIT")
+            with journal.appended(places, db, work.entries) if work.entries else nullcontext():
+                db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -160,6 +159,17 @@ def make(db: sqlite3.Connection) -> None:
     db.executescript(
         f"BEGIN;{SCHEMA};PRAGMA application_id = {APPLICATION};PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
     )
+
+
+def put(places: Places, fill: Callable[[sqlite3.Connection], None]) -> None:
+    """Put a new index in its place when it is full: SQLite's own files lie in a stage until then."""
+    with stages.staged(places) as fresh:
+        draft = fresh / places.index.name
+        with closing(sqlite3.connect(draft, isolation_level=None)) as db:
+            fill(db)
+        stages.flush(draft)
+        os.rename(draft, places.index)
+    stages.flush(places.root)
 
 
 @contextmanager

@@ -1,18 +1,21 @@
 """The journal: who moved what, when and why, in the index and, written first, in journal.jsonl.
 
-A line is on the disk before the transaction that it tells of is committed. So what the file holds beyond what the index
-knows is of a writer that was killed between the two, or of an index that has lost commits (its -wal file was removed,
-an older copy was put in its place). Either way records and contents were there before the line was: the next writer
-does what the lines say, as far as they are whole transactions, and cuts off the rest.
+A line is on the disk before the transaction that it tells of is committed; where the commit is refused, the line is
+taken back. So what the file holds beyond what the index knows is of a writer that was killed between the two, or of an
+index that has lost commits (its -wal file was removed, an older copy was put in its place). Either way records and
+contents were there before the line was: the next writer does what the lines say, as far as they are whole transactions,
+and cuts off the rest.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
@@ -60,22 +63,36 @@ def _check(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def append(places: Places, db: sqlite3.Connection, entries: Sequence[Entry]) -> None:
-    """Add the entries of one transaction to the file, flushed, and to the index, which has been caught up."""
+@contextmanager
+def appended(places: Places, db: sqlite3.Connection, entries: Sequence[Entry]) -> Iterator[None]:
+    """Add the entries of one transaction to the file, flushed, and to the index, which has been caught up.
+
+    The commit is done within this. Where it fails, or something else does, the file ends where it did: what was refused
+    is not done by the next writer, who waits for the file's lock until that is so.
+    """
     known, last = _known(db)
     parted = [replace(entry, ends=int(n == len(entries))) for n, entry in enumerate(entries, 1)]
     numbered = list(enumerate(parted, last + 1))
     lines = "".join(entry.line(number) for number, entry in numbered).encode()
     handle = os.open(places.journal, os.O_WRONLY)
     try:
-        os.ftruncate(handle, known)
-        written = os.pwrite(handle, lines, known)
-        if written != len(lines):
-            raise OSError(None, f"only {written} of {len(lines)} bytes could be written", str(places.journal))
-        os.fsync(handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            os.ftruncate(handle, known)
+            written = os.pwrite(handle, lines, known)
+            if written != len(lines):
+                raise OSError(None, f"only {written} of {len(lines)} bytes could be written", str(places.journal))
+            os.fsync(handle)
+            note(db, numbered, known + len(lines))
+            yield
+        except BaseException:
+            # SQLite may have rolled back by itself, or the interruption have come after the commit
+            if db.in_transaction or _known(db)[0] == known:
+                os.ftruncate(handle, known)
+                os.fsync(handle)
+            raise
     finally:
         os.close(handle)
-    note(db, numbered, known + len(lines))
 
 
 def catch_up(places: Places, db: sqlite3.Connection) -> None:
@@ -85,6 +102,7 @@ def catch_up(places: Places, db: sqlite3.Connection) -> None:
     """
     known, last = _known(db)
     with places.journal.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
         size = os.fstat(file.fileno()).st_size
         if size == known:
             return

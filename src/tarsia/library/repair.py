@@ -5,7 +5,6 @@ What can not be made again is a content: where its files are damaged, the same a
 
 from __future__ import annotations
 
-import os
 import secrets
 import sqlite3
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Final
 from tarsia.core.errors import LibraryError
 from tarsia.library import index, journal, record, stages, sweep, verify
 from tarsia.library.content import File
+from tarsia.library.frame import rebuilt
 from tarsia.library.journal import Entry
 from tarsia.library.places import CURRENT, Places
 from tarsia.library.record import Version
@@ -37,12 +37,14 @@ class Repaired:
 def repair(places: Places) -> Repaired:
     """Put right what can be; everything else of the library waits meanwhile. Contents are not looked at.
 
-    Raises LibraryError where others do not let go of the library.
+    Raises LibraryError where there is no library, others do not let go of it, or the disk refuses.
     """
     with index.told(places):
+        frame = tuple(f"{path} made again" for path in rebuilt(places))
         broken = verify.of_index(places)
         with index.held(places, alone=True):
-            return _anew(places) if broken else _files(places)
+            mended = _anew(places) if broken else _files(places)
+    return Repaired(frame + mended.done, mended.lost)
 
 
 def _files(places: Places) -> Repaired:
@@ -66,15 +68,21 @@ def _files(places: Places) -> Repaired:
             stages.write(path, record.write(version, known.files[version.hash]), places)
             done.append(f"{path} written anew from the index")
     if broken or lost:
-        _write_journal(places, known.journal)
+        _, kept = _write_journal(places, known.journal)
         done.append(f"{places.journal} written anew from the index")
+        done += [f"{path} keeps what was there" for path in kept]
     return Repaired(tuple(done), tuple(lost))
 
 
-def _write_journal(places: Places, entries: Sequence[tuple[int, Entry]]) -> int:
+def _write_journal(places: Places, entries: Sequence[tuple[int, Entry]]) -> tuple[int, list[Path]]:
+    """Write the file anew: its length, and where what was there is kept, if it was anything else."""
     lines = "".join(entry.line(number) for number, entry in entries).encode()
+    kept = []
+    if places.journal.is_file() and (before := places.journal.read_bytes()) != lines:
+        kept.append(places.root / f"{places.journal.name}.{_suffix()}")
+        stages.write(kept[0], before, places, 0o644)
     stages.write(places.journal, lines, places, 0o644)
-    return len(lines)
+    return len(lines), kept
 
 
 def _anew(places: Places) -> Repaired:
@@ -92,21 +100,21 @@ def _anew(places: Places) -> Repaired:
     ]
     last = max((number for number, _ in entries), default=0)
     entries += enumerate(_mended(there, entries, lost), last + 1)
-    with stages.staged(places) as fresh:
-        draft = fresh / places.index.name
-        with closing(sqlite3.connect(draft, isolation_level=None)) as db:
-            index.make(db)
-            db.execute("BEGIN")
-            for version, files in held:
-                record.insert(db, version, files)
-            for key, number in verify.tags_of(entry for _, entry in entries).items():
-                db.execute("INSERT INTO tags VALUES (?, ?, ?)", (*key, number))
-            journal.note(db, entries, _write_journal(places, entries))
-            db.execute("COMMIT")
-        stages.flush(draft)
-        kept = _put_aside(places)
-        os.rename(draft, places.index)
-        stages.flush(places.root)
+    kept: list[Path] = []
+
+    def fill(db: sqlite3.Connection) -> None:
+        index.make(db)
+        db.execute("BEGIN")
+        for version, files in held:
+            record.insert(db, version, files)
+        for key, number in verify.tags_of(entry for _, entry in entries).items():
+            db.execute("INSERT INTO tags VALUES (?, ?, ?)", (*key, number))
+        length, before = _write_journal(places, entries)
+        journal.note(db, entries, length)
+        db.execute("COMMIT")
+        kept.extend([*before, *_put_aside(places)])
+
+    index.put(places, fill)
     done = [f"{places.index} made anew from {len(held)} records and {len(entries)} entries of the journal"]
     return Repaired((*done, *(f"{path} keeps what was there" for path in kept)), tuple(lost))
 
@@ -114,13 +122,17 @@ def _anew(places: Places) -> Repaired:
 def _put_aside(places: Places) -> list[Path]:
     """Rename the old database, itself first: without it nobody takes what lies beside for whole."""
     kept = []
-    suffix = f"before-repair-{secrets.token_hex(4)}"
+    suffix = _suffix()
     for ending in _BESIDE:
         path = places.root / f"{places.index.name}{ending}"
         if path.exists():
             kept.append(path.rename(places.root / f"{places.index.name}.{suffix}{ending}"))
             stages.flush(places.root)
     return kept
+
+
+def _suffix() -> str:
+    return f"before-repair-{secrets.token_hex(4)}"
 
 
 def _read_records(places: Places, lost: list[str]) -> list[tuple[Version, dict[str, File]]]:

@@ -31,21 +31,19 @@ and leaves, killed, a library whose index is missing, which everybody refuses an
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from tarsia.core.errors import LibraryError
-from tarsia.library import content, index, journal, record, stages
+from tarsia.library import content, frame, index, journal, record, stages
 from tarsia.library.index import Writing
 from tarsia.library.journal import Entry
-from tarsia.library.places import CURRENT, FORMAT, Places, Reference, check_name, check_text
+from tarsia.library.places import CURRENT, Places, Reference, check_name, check_text
 from tarsia.library.record import Version
 
 
@@ -69,19 +67,10 @@ class Library:
 
     @classmethod
     def open(cls, root: Path | str) -> Self:
-        """The library that is there. Raises LibraryError where there is none."""
+        """The library that is there. Raises LibraryError where there is none, or it lost its marker."""
         places = Places(Path(root))
-        if not places.marker.is_file():
-            raise LibraryError(
-                "There is no library.",
-                given=str(root),
-                do="say which with --library FOLDER or TARSIA_LIBRARY; tarsia library add makes one",
-            )
-        held = content.read_json(places.marker)
-        if held.get("format") != FORMAT:
-            raise LibraryError(
-                "The library is of another format.", given=held.get("format"), allowed=FORMAT, do="update tarsia"
-            )
+        with index.told(places):
+            frame.check(places)
         return cls(places)
 
     @classmethod
@@ -90,7 +79,7 @@ class Library:
         places = Places(Path(root))
         if not places.marker.is_file():
             with index.told(places):
-                _make(places)
+                frame.make(places)
         return cls.open(root)
 
     def publish(
@@ -368,34 +357,3 @@ def _check_base(last: Version, version: Version) -> None:
             allowed=f"{last.base or 'a base in memory'}",
             do="choose another name, or say --new-base if this is meant",
         )
-
-
-def _make(places: Places) -> None:
-    places.root.mkdir(parents=True, exist_ok=True)
-    ours = {path.name for path in (places.lock, places.index, places.journal)}
-    ours |= {"objects", "records", "stages", "index.sqlite-wal", "index.sqlite-shm", f".{places.marker.name}"}
-    strange = sorted(path.name for path in places.root.iterdir() if path.name not in ours)
-    if strange and not places.marker.is_file():
-        raise LibraryError(
-            "Something that is no library is there already.",
-            given=f"{places.root}: {', '.join(strange[:3])}",
-            do="choose an empty folder",
-        )
-    places.lock.touch()
-    with index.held(places, alone=True):
-        if places.marker.is_file():
-            return
-        for folder in (places.objects, places.records, places.stages):
-            folder.mkdir(exist_ok=True)
-        for name in (places.index.name, f"{places.index.name}-wal", f"{places.index.name}-shm", places.journal.name):
-            # of a process that was killed here: nobody can have published yet
-            (places.root / name).unlink(missing_ok=True)
-        with closing(sqlite3.connect(places.index, isolation_level=None)) as db:
-            index.make(db)
-        places.journal.touch()
-        draft = places.root / f".{places.marker.name}"
-        draft.write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf8")
-        for path in (places.index, places.journal, draft, places.root):
-            stages.flush(path)
-        os.replace(draft, places.marker)
-        stages.flush(places.root)

@@ -13,7 +13,7 @@ from tarsia.library import index, record, stages
 from tarsia.library.places import NAME, Places
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
-_RECORD: Final = re.compile(r"([1-9]\d*)\.json")
+_RECORD: Final = re.compile(r"([1-9][0-9]{0,17})\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,14 @@ def sweep(places: Places) -> Swept:
 
 def contents(places: Places) -> Iterator[Path]:
     """Every folder of a content, known or not."""
-    for shelf in sorted(places.objects.iterdir()):
+    for shelf in sorted(places.objects.iterdir()) if places.objects.is_dir() else ():
         if shelf.is_dir():
             yield from (path for path in sorted(shelf.iterdir()) if _HASH.fullmatch(path.name))
 
 
 def records(places: Places) -> Iterator[tuple[Path, tuple[str, int]]]:
     """Every record's file, with the name and number of the version that it is of."""
-    for folder in sorted(places.records.iterdir()):
+    for folder in sorted(places.records.iterdir()) if places.records.is_dir() else ():
         if folder.is_dir() and NAME.fullmatch(folder.name):
             for path in sorted(folder.iterdir()):
                 if match := _RECORD.fullmatch(path.name):
