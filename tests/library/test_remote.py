@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from library import shelved
 
 from tarsia.adapter import save
 from tarsia.core.errors import LibraryError
-from tarsia.library import Library, content
+from tarsia.library import Library, content, opening
 from tarsia.library.cache import Cache, limit_of
 from tarsia.library.opening import open_adapter, open_remote
 from tarsia.library.remote import ATTEMPTS, Remote
@@ -343,6 +345,94 @@ def test_a_cache_that_can_not_be_written(library: Make, tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(LibraryError, match="cache of remotes can not be written"):
         remote.folder("cat")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_a_cache_that_takes_no_name_says_so(
+    library: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    remote = Remote(f"file://{tmp_path}/far", Cache(tmp_path / "cache"))
+    remote.push(library(seeds=(0,)), "cat")
+    rename = os.rename
+
+    def refused(source: Path, target: Path) -> None:
+        if Path(target).parent == remote.cache.contents:
+            raise OSError(code, os.strerror(code))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(LibraryError, match="cache of remotes can not be written"):
+        remote.folder("cat")
+
+
+def test_a_content_that_another_brought_meanwhile_is_taken(
+    library: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Remote(f"file://{tmp_path}/far", Cache(tmp_path / "cache"))
+    near = library(seeds=(0,))
+    remote.push(near, "cat")
+    rename = os.rename
+
+    def overtaken(source: Path, target: Path) -> None:
+        if Path(target).parent == remote.cache.contents:
+            shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    assert not content.damage(remote.folder("cat")[1], {p.name: content.hashed(p) for p in _files(near)})
+
+
+def _files(near: Library) -> list[Path]:
+    return list(near.folder(near.version("cat")).iterdir())
+
+
+def test_what_is_in_use_is_not_dropped(library: Make, tmp_path: Path) -> None:
+    near = library(seeds=(0, 1, 2))
+    remote = Remote(f"file://{tmp_path}/far", Cache(tmp_path / "cache", limit=1))
+    for number in (1, 2, 3):
+        remote.push(near, f"cat@{number}")
+    with remote.held("cat@1") as (version, folder):
+        other = remote.folder("cat@2")[1]
+        assert version.number == 1 and (folder / TENSORS).is_file() and other.is_dir()
+    last = remote.folder("cat@3")[1]
+    assert not folder.exists() and not other.exists() and last.is_dir()
+
+
+@pytest.mark.parametrize("act", [lambda r, near: r.pull(near, "cat@1", "new"), lambda r, _: open_remote(r, "cat@1")])
+def test_pulls_and_opens_hold_what_they_read(
+    library: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Remote, Library], object]
+) -> None:
+    near = library(seeds=(0, 1))
+    remote = Remote(f"file://{tmp_path}/far", Cache(tmp_path / "cache", limit=1))
+    for number in (1, 2):
+        remote.push(near, f"cat@{number}")
+    publish, mapped = Library.publish, opening.load_mapped
+
+    def first(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*values: Any, **options: Any) -> Any:
+            remote.folder("cat@2")  # as another process does, which makes room
+            return inner(*values, **options)
+
+        return act
+
+    monkeypatch.setattr(Library, "publish", first(publish))
+    monkeypatch.setattr(opening, "load_mapped", first(mapped))
+    assert act(remote, near)
+
+
+def test_what_is_damaged_is_replaced_when_nobody_uses_it(library: Make, tmp_path: Path) -> None:
+    remote = Remote(f"file://{tmp_path}/far", Cache(tmp_path / "cache"))
+    remote.push(library(seeds=(0,)), "cat")
+    done: list[bool] = []
+    with remote.held("cat") as (_, folder):
+        (folder / TENSORS).chmod(0o644)
+        (folder / TENSORS).write_bytes(b"damaged")
+        later = threading.Thread(target=lambda: done.append(remote.folder("cat")[1].is_dir()))
+        later.start()
+        later.join(0.2)
+        assert not done and folder.is_dir()
+    later.join(60)
+    assert done == [True] and shelved.same(open_remote(remote, "cat"), shelved.adapter(0))
 
 
 def test_what_a_library_has_damaged_is_not_pushed(library: Make, remote: Remote) -> None:

@@ -46,8 +46,8 @@ def arrive(
     """Publish the adapter in a folder or a repository of the hub (owner/name) as the next version of ``name``.
 
     One that Tarsia saved is published as it is, once its fingerprint was held to a ``base`` that is given; where it
-    has none, a base is refused. One of PEFT's needs its ``base`` (a folder, a hub id or an embedded name); ``allow`` may say "base name", where that is
-    the right one under another name. ``how`` is ``Library.publish``'s.
+    has none, a base is refused. One of PEFT's needs its ``base`` (a folder, a hub id or an embedded name); ``allow``
+    may say "base name", where that is the right one under another name. ``how`` is ``Library.publish``'s.
 
     Raises LibraryError where the source is not to be had, AdapterError where the files are not understood or do not
     fit the base, BaseMismatch where they name another one.

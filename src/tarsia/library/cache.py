@@ -1,15 +1,18 @@
 """What was fetched from remotes, kept on this machine up to a number of bytes: the least recently used goes first.
 
-contents/HASH/    one adapter's folder under the hash of its content; its time is that of its last use
+contents/HASH/    one adapter's folder under the hash of its content; its time is that of its last use;
+                  whoever reads it holds a shared lock on it, and whoever drops it needs that alone
 stages/           what is on its way in or out; each locked while its process lives
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -38,30 +41,47 @@ class Cache:
         """The folder of all contents."""
         return self.root / "contents"
 
-    def folder(self, files: Mapping[str, File], fetch: Fetch) -> Path:
+    @contextmanager
+    def held(self, files: Mapping[str, File], fetch: Fetch) -> Iterator[Path]:
         """The folder of the content that these files are, fetched where it is not there or is damaged.
 
-        Raises LibraryError where it can not be had, with nothing of it left here.
+        Nobody drops it while this lasts. Raises LibraryError where it can not be had, with nothing of it left here.
         """
         try:
-            return self._folder(files, fetch)
+            handle = self._bring(files, fetch)
         except OSError as error:
             given = f"{self.root}: {error.strerror or error}"
             raise LibraryError(
                 "The cache of remotes can not be written.", given=given, do="make room, or set TARSIA_CACHE to another"
             ) from error
+        try:
+            yield self.contents / content.hash_of(files)
+        finally:
+            os.close(handle)
 
-    def _folder(self, files: Mapping[str, File], fetch: Fetch) -> Path:
+    def _bring(self, files: Mapping[str, File], fetch: Fetch) -> int:
+        """See that the content is there and sound; returns a handle whose lock, shared, holds it."""
         for path in (self.contents, self._places.stages):
             path.mkdir(parents=True, exist_ok=True)
         for stale in stages.dead(self._places):
             stages.remove(stale)
-        place = self.contents / content.hash_of(files)
-        if place.is_dir():
-            if not content.damage(place, files):
+        place, fetched = self.contents / content.hash_of(files), False
+        while True:
+            handle = _locked(place, fcntl.LOCK_SH)
+            if handle is None:
+                self._fetch(files, fetch, place)
+                fetched = True
+            elif content.damage(place, files):
+                os.close(handle)
+                self._drop(place, fcntl.LOCK_EX)
+            else:
                 os.utime(place)
-                return place
-            self._drop(place)
+                break
+        if fetched:
+            self._make_room()
+        return handle
+
+    def _fetch(self, files: Mapping[str, File], fetch: Fetch, place: Path) -> None:
         with stages.staged(self._places) as fresh:
             for name, file in files.items():
                 fetch(name, file, fresh / name)
@@ -69,32 +89,65 @@ class Cache:
             if damage:
                 raise LibraryError("What arrived is not what was sent.", given="; ".join(damage), do="fetch it again")
             stages.harden(fresh)
-            with suppress(OSError):  # another process has brought the same content meanwhile
+            try:
                 os.rename(fresh, place)
-        self._make_room(place)
-        return place
+            except OSError as error:
+                # another process has brought the same content meanwhile
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
-    def _make_room(self, keep: Path) -> None:
+    def _make_room(self) -> None:
+        """Drop what was used longest ago and is not in use, until the rest keeps to the limit."""
         held = []
         for path in self.contents.iterdir():
-            with suppress(OSError):  # another process has dropped it meanwhile
+            with suppress(
+                FileNotFoundError, NotADirectoryError
+            ):  # another process has dropped it meanwhile; no content
                 held.append((path.stat().st_mtime_ns, path, sum(file.stat().st_size for file in path.iterdir())))
         over = sum(size for _, _, size in held) - self.limit
         for _, path, size in sorted(held):
             if over <= 0:
                 break
-            if path != keep:
-                self._drop(path)
+            if self._drop(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 over -= size
 
-    def _drop(self, path: Path) -> None:
-        """Whoever has it open keeps it: what is mapped outlives its name."""
-        with stages.staged(self._places) as away, suppress(OSError):
-            os.rename(path, away / path.name)
+    def _drop(self, path: Path, lock: int) -> bool:
+        """Whether it is gone: one that is in use is waited for, or left, as ``lock`` says. What is mapped outlives it."""
+        try:
+            handle = _locked(path, lock)
+        except BlockingIOError:
+            return False
+        if handle is None:
+            return True
+        try:
+            with stages.staged(self._places) as away:
+                os.rename(path, away / path.name)
+        finally:
+            os.close(handle)
+        return True
 
     @property
     def _places(self) -> Places:
         return Places(self.root)
+
+
+def _locked(path: Path, lock: int) -> int | None:
+    """A handle that has the lock of a folder; None where there is no such folder. Raises BlockingIOError."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(handle, lock)
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except FileNotFoundError:  # dropped while we waited
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def default_cache() -> Path:

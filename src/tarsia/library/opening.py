@@ -54,9 +54,10 @@ def open_adapter(library: Library, reference: Reference | str) -> Adapter:
 def open_remote(remote: Remote, reference: Reference | str) -> Adapter:
     """The adapter of a version of a remote; its tensors are private views of files in the remote's cache.
 
-    Everything is checked, every time. Raises as ``Remote.folder`` does, and AdapterError where this is no adapter.
+    Everything is checked, every time. Raises as ``Remote.held`` does, and AdapterError where this is no adapter.
     """
-    return load_mapped(remote.folder(reference)[1])
+    with remote.held(reference) as (_, folder):
+        return load_mapped(folder)
 
 
 def _first(library: Library, version: Version, place: Path, files: dict[str, content.File]) -> Adapter:

@@ -16,8 +16,9 @@ import posixpath
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,25 +113,34 @@ class Remote:
             at.send(at.record(listed), record.write(replace(version, number=number, tags=()), files))
             return Pushed(listed, True, sent)
 
-    def folder(self, reference: Reference | str) -> tuple[Version, Path]:
+    @contextmanager
+    def held(self, reference: Reference | str) -> Iterator[tuple[Version, Path]]:
         """A version of the remote, and the folder in the cache that its files lie in, all hashed.
 
-        Raises LibraryError where it can not be had whole.
+        The folder is there as long as this lasts. Raises LibraryError where it can not be had whole.
         """
         asked = Reference.parse(reference) if isinstance(reference, str) else reference
-        with self._at() as at:
-            listed = at.find(asked)
-            version, files = at.read_record(listed)
-            return version, self.cache.folder(files, lambda name, file, path: at.fetch(listed, name, file, path))
+        with ExitStack() as stack:
+            with self._at() as at:
+                listed = at.find(asked)
+                version, files = at.read_record(listed)
+                fetch = partial(at.fetch, listed)
+                folder = stack.enter_context(self.cache.held(files, fetch))
+            yield version, folder
+
+    def folder(self, reference: Reference | str) -> tuple[Version, Path]:
+        """The same, not held: whoever else fetches may drop the folder for want of room."""
+        with self.held(reference) as found:
+            return found
 
     def pull(self, library: Library, reference: Reference | str, name: str | None = None, **how: Any) -> Published:
         """Publish a version of the remote here, under its own name or ``name``; ``how`` is ``Library.publish``'s.
 
-        The number is the library's next. Raises LibraryError as ``folder`` and ``publish`` do.
+        The number is the library's next. Raises LibraryError as ``held`` and ``publish`` do.
         """
-        version, folder = self.folder(reference)
-        note = f"pulled from {self.said}, {version.reference} of {version.who}, {version.at}"
-        return library.publish(folder, name or version.name, **{"note": note, **how})
+        with self.held(reference) as (version, folder):
+            note = f"pulled from {self.said}, {version.reference} of {version.who}, {version.at}"
+            return library.publish(folder, name or version.name, **{"note": note, **how})
 
     @contextmanager
     def _at(self) -> Iterator[_At]:
