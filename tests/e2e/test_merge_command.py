@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from train import small
 
 import tarsia.cli
-from tarsia.adapter import Host, load, open_base
+from tarsia.adapter import Host, load, open_base, resolution_of, save
 from tarsia.cli import merging
 from tarsia.merge.delta import deltas
 
@@ -214,3 +215,25 @@ def test_a_result_that_is_not_what_was_merged_fails(
     assert merge(*parents, "--out", tmp_path / "out", "--method", "task_arithmetic") == 2
     assert "not those of the day" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_resolution_of_training_is_kept_and_two_are_refused(
+    parents: list[str], host: Host, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sized(folder: str, size: int) -> Path:
+        save(replace(load(folder), card={"recipe": {"resolution": size}}), tmp_path / f"{Path(folder).name}{size}")
+        return tmp_path / f"{Path(folder).name}{size}"
+
+    one, two, other = sized(parents[0], 16), sized(parents[1], 16), sized(parents[1], 24)
+    out = tmp_path / "out"
+    assert merge(one, two, "--out", out) == 0
+    capsys.readouterr()
+    asked = ["eval", host.name, "--adapter", str(out), "--data", str(task), "--limit", "1", "--max-new-tokens", "1"]
+    assert tarsia.cli.main(asked) == 0
+    assert "at most 16 pixels" in capsys.readouterr().err
+    assert merge(one, other, "--out", tmp_path / "no") == 2
+    assert "different sizes" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    assert merge(one, other, "--out", tmp_path / "yes", "--resolution", 24) == 0
+    assert resolution_of(tmp_path / "yes") == (24,)
+    assert "trained at resolution 16" in capsys.readouterr().err

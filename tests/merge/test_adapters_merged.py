@@ -16,13 +16,14 @@ from families import FAMILIES
 from merge.values import BOTTLENECKS, EVERY, FOLDING, THIN, adapter, gap, host, inputs, trained
 from torch import nn
 
-from tarsia.adapter import Adapter, Host, load, probe, put, save
+from tarsia.adapter import Adapter, Host, load, probe, put, resolution_of, save
 from tarsia.adapter.value import Patched, restored
 from tarsia.core.attach import detach
 from tarsia.core.attach import merge as fold_in_memory
-from tarsia.core.errors import BaseMismatch, MergeError
+from tarsia.core.errors import BaseMismatch, ConfigError, MergeError
 from tarsia.core.site import Component, Kind
 from tarsia.merge import WAYS, deltas, digest, merge
+from tarsia.merge.live import _encoded as listened_to
 from tarsia.quant.codec import Scheme
 from tarsia.quant.tensor import Weight4
 
@@ -416,3 +417,32 @@ def test_values_are_not_shared_with_the_parents_they_came_of():
         for name, tensor in held.tensors.items():
             if path in one.patches and held is not one.patches[path]:
                 assert tensor.data_ptr() != one.patches[path].tensors[name].data_ptr()
+
+
+def _seen_at(one: Adapter, *resolution: int | None) -> Adapter:
+    return replace(one, card={"recipe": {"resolution": resolution[0]}} if resolution else {})
+
+
+class TestResolution:
+    @pytest.mark.parametrize("sizes", [[(336,), (336,)], [(336,), ()], [(None,), (None,)], [(), ()]])
+    def test_what_all_parents_were_trained_at_is_carried(self, sizes, tmp_path):
+        parents = [_seen_at(adapter("lora", seed), *size) for seed, size in enumerate(sizes)]
+        made = merge(parents, [1.0, 1.0], "cat", host()).adapter
+        assert resolution_of(made) == sizes[0]
+        save(made, tmp_path / "made")
+        assert resolution_of(tmp_path / "made") == sizes[0]
+
+    @pytest.mark.parametrize("other", [448, None])
+    def test_parents_that_differ_are_refused_and_a_choice_settles_it(self, other):
+        parents = [_seen_at(adapter("lora"), 336), _seen_at(adapter("lora", 1), other)]
+        with pytest.raises(ConfigError, match="different sizes"):
+            merge(parents, [1.0, 1.0], "cat", host())
+        for chosen in (224, None):
+            assert resolution_of(merge(parents, [1.0, 1.0], "cat", host(), resolution=chosen).adapter) == (chosen,)
+        with pytest.raises(MergeError, match="above 0"):
+            merge(parents, [1.0, 1.0], "cat", host(), resolution=0)
+
+    def test_a_fold_shows_no_rows_at_the_resolution_of_one_of_two(self):
+        adapters = [_seen_at(adapter("lora"), 336), _seen_at(adapter("lora", 1), 224)]
+        with pytest.raises(ConfigError, match="different sizes"):
+            listened_to(host(), adapters, [object()])

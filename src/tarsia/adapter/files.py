@@ -133,23 +133,6 @@ def recorded(folder: Path | str) -> Fingerprint | None:
     return None if held is None else Fingerprint.read(held)
 
 
-def resolution_of(folder: Path | str) -> tuple[int | None, ...]:
-    """The resolution (None: as pictures are) of the recipe that an adapter was trained by; empty where it has none.
-
-    Raises AdapterError where tarsia.json is not one.
-    """
-    path = Path(folder) / OURSELVES
-    card = read_json(path).get("card") if path.is_file() else None
-    recipe = card.get("recipe") if isinstance(card, dict) else None
-    if not isinstance(recipe, dict):
-        return ()
-    found = recipe.get("resolution")
-    if found is not None and not (type(found) is int and found > 0):
-        given = f"{path}: card.recipe.resolution {found!r}"
-        raise AdapterError("tarsia.json is incomplete, or was edited.", given=given, do=AGAIN)
-    return (found,)
-
-
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter, ours or PEFT's."""
     return (folder / OURSELVES).is_file() or (folder / CONFIG).is_file()

@@ -53,19 +53,24 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="the base in 4 bits: nf4, fp4 or int4, or as a recipe has it ('{kind: nf4, nested: false}'); none, to "
         "judge an adapter over the files' own numbers on purpose (default: as the adapters were trained)",
     )
-    parser.add_argument(
-        "--resolution",
-        metavar="N",
-        default=AS_TRAINED,
-        help="most pixels along a picture's longer side: larger ones are shrunk; none: they are shown as they are "
-        "(default: as the adapters were trained)",
-    )
+    resolution_option(parser)
     parser.add_argument(
         "--variable",
         metavar="NAME=TEXT",
         action="append",
         default=[],
         help="what the chat template leaves open, such as date_string=...; may be given again",
+    )
+
+
+def resolution_option(parser: argparse.ArgumentParser) -> None:
+    """Declare how large pictures are shown."""
+    parser.add_argument(
+        "--resolution",
+        metavar="N",
+        default=AS_TRAINED,
+        help="most pixels along a picture's longer side: larger ones are shrunk; none: they are shown as they are "
+        "(default: as the adapters were trained)",
     )
 
 
@@ -84,9 +89,9 @@ def opened(args: argparse.Namespace) -> Host:
     variables = _variables(args.variable)
     form, chosen = _form(args)
     place = {"dtype": args.precision, "device": args.device}
-    resolution = _resolution(args)
+    size = resolution(args.adapter, args.resolution)
     try:
-        host = open_base(args.model, **place, variables=variables, four_bits=form, resolution=resolution)
+        host = open_base(args.model, **place, variables=variables, four_bits=form, resolution=size)
     except QuantisedAlready as error:
         if chosen:
             raise
@@ -172,23 +177,18 @@ def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
     return next(iter(forms.values()), None), False
 
 
-def _resolution(args: argparse.Namespace) -> int | None:
+def resolution(folders: Sequence[Path | str], asked: str) -> int | None:
     """The most pixels along a picture's longer side; what is not as the base alone would see it is said on stderr.
 
     Raises ConfigError where it is no number, or the adapters were trained at different ones and none is chosen.
     """
     from tarsia.adapter import resolution_of
+    from tarsia.adapter.resolution import one_resolution
     from tarsia.core.errors import ConfigError
 
-    trained = {folder: found for folder in args.adapter for found in resolution_of(folder)}
-    if args.resolution == AS_TRAINED:
-        if len(set(trained.values())) > 1:
-            raise ConfigError(
-                "The adapters were trained on pictures of different sizes.",
-                given="; ".join(f"{folder}: resolution {found or 'none'}" for folder, found in trained.items()),
-                do="choose one for all on purpose: --resolution 336, say, or --resolution none",
-            )
-        found = next(iter(trained.values()), None)
+    if asked == AS_TRAINED:
+        do = "choose one for all on purpose: --resolution 336, say, or --resolution none"
+        found = next(iter(one_resolution({str(folder): folder for folder in folders}, do)), None)
         if found is not None:
             print(
                 f"tarsia: note: pictures have at most {found} pixels along the longer side, as in the adapter's "
@@ -196,18 +196,19 @@ def _resolution(args: argparse.Namespace) -> int | None:
                 file=sys.stderr,
             )
         return found
-    if args.resolution != "none" and not (args.resolution.isdecimal() and int(args.resolution)):
+    if asked != "none" and not (asked.isdecimal() and int(asked)):
         raise ConfigError(
-            "That is no resolution.", given=f"--resolution {args.resolution}", allowed="a whole number above 0, or none"
+            "That is no resolution.", given=f"--resolution {asked}", allowed="a whole number above 0, or none"
         )
-    chosen = None if args.resolution == "none" else int(args.resolution)
-    for folder, found in trained.items():
-        if found != chosen:
-            print(
-                f"tarsia: warning: the adapter in {folder} was trained at resolution {found or 'none'}, and is shown "
-                f"pictures at {chosen or 'none'}, as asked for",
-                file=sys.stderr,
-            )
+    chosen = None if asked == "none" else int(asked)
+    for folder in folders:
+        for found in resolution_of(folder):
+            if found != chosen:
+                print(
+                    f"tarsia: warning: the adapter in {folder} was trained at resolution {found or 'none'}, and is "
+                    f"shown pictures at {chosen or 'none'}, as asked for",
+                    file=sys.stderr,
+                )
     return chosen
 
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tarsia.cli import output, rows
+from tarsia.cli import adapted, output, rows
 
 if TYPE_CHECKING:
     from tarsia.cli.merging import Job, Outcome
@@ -41,6 +41,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="a factor for vision, projector or language; may be given again",
     )  # fmt: skip
     parser.add_argument("--base", metavar="MODEL", help="the base (default: the one that the adapters name)")
+    adapted.resolution_option(parser)
     parser.add_argument("--report", metavar="FILE.html", type=Path, help="write a page, and its picture beside it")
     parser.add_argument(
         "--rows", metavar="[NAME=]SOURCE", action="append", default=[],

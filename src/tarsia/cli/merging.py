@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import yaml
 
-from tarsia.adapter import Adapter, Host, load, open_base, probe, prove, put, resolution_of, save
+from tarsia.adapter import Adapter, Host, load, open_base, probe, prove, put, save
 from tarsia.adapter.files import OURSELVES
 from tarsia.adapter.four_bits import FourBits
 from tarsia.adapter.host import QuantisedAlready
@@ -26,7 +26,7 @@ from tarsia.data import Rows
 from tarsia.data.encode import Encoder
 from tarsia.evaluate import Report, evaluate, find
 from tarsia.evaluate.report import Result
-from tarsia.merge.adapters import Merged, merge
+from tarsia.merge.adapters import AS_TRAINED, Merged, merge
 from tarsia.merge.interference import Interference, interference
 from tarsia.merge.interference_page import Table, write_page
 from tarsia.merge.ways import Way
@@ -73,7 +73,16 @@ class Job:
     def merged(self, scale: float) -> Merged:
         """The parents made one at a scale."""
         held = tuple(self.parents.values())
-        return merge(held, self.weights, self.way, self.host, scale=scale, components=self.components, rank=self.rank)
+        return merge(
+            held,
+            self.weights,
+            self.way,
+            self.host,
+            scale=scale,
+            components=self.components,
+            rank=self.rank,
+            resolution=AS_TRAINED if self.args.resolution == adapted.AS_TRAINED else self.host.resolution,
+        )
 
     def measured(self, sources: Mapping[str, Rows]) -> Report:
         """What acts now, on these rows."""
@@ -142,7 +151,8 @@ def prepared(args: argparse.Namespace) -> Job:
     _check_measures(args)
     sources = rows.named(args.rows, args.limit, "--rows")
     validation = rows.named(args.tune, args.limit, "--tune")
-    host, parents = _opened(folders, args.base, processor=bool(sources or validation))
+    size = adapted.resolution(folders, args.resolution)
+    host, parents = _opened(folders, args.base, resolution=size, processor=bool(sources or validation))
     return Job(
         args=args,
         out=out,
@@ -316,17 +326,18 @@ def _check_measures(args: argparse.Namespace) -> None:
         )
 
 
-def _opened(folders: Sequence[Path], name: str | None, *, processor: bool) -> tuple[Host, list[Adapter]]:
+def _opened(
+    folders: Sequence[Path], name: str | None, *, resolution: int | None, processor: bool
+) -> tuple[Host, list[Adapter]]:
     """The base as the parents were trained over it, in the precision of their probes, and the parents."""
     own = [load(folder) if (folder / OURSELVES).is_file() else None for folder in folders]
     marks = [one.fingerprint for one in own if one is not None and one.fingerprint is not None]
     forms = {FourBits.of(mark.quantisation) for mark in marks}
     form = forms.pop() if len(forms) == 1 else None
     dtypes = {one.probe.dtype for one in own if one is not None and one.probe is not None}
-    sizes = {size for folder in folders for size in resolution_of(folder)}
     place: dict[str, Any] = {
         "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
-        "resolution": sizes.pop() if len(sizes) == 1 else None,
+        "resolution": resolution,
         "processor": processor,
     }
     base = named(folders[0], name)

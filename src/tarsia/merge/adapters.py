@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.host import Host, Outline
 from tarsia.adapter.layout import layout
+from tarsia.adapter.resolution import one_resolution
 from tarsia.adapter.value import Adapter, Patched
 from tarsia.core.attach import Part
 from tarsia.core.errors import MergeError
@@ -29,6 +30,9 @@ from tarsia.merge.ways import Way, combined, find
 
 MATRICES = frozenset({Kind.WEIGHT, Kind.EXPERT})
 """Kinds of site whose weight is a linear layer's, or one for each expert."""
+
+AS_TRAINED: Final = "as trained"
+"""The resolution of a merge's parents, whatever it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,7 @@ class _Asked:
     scale: float
     components: Mapping[Component, float]
     rank: int | None
+    resolution: tuple[int | None, ...]
 
     @cached_property
     def watched(self) -> tuple[Watched, ...]:
@@ -75,7 +80,7 @@ class _Asked:
         return self.scale * self.components.get(site.component, 1.0)
 
 
-def merge(
+def merge(  # noqa: PLR0913 (the choices of one sum)
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     way: Way | str,
@@ -84,6 +89,7 @@ def merge(
     scale: float = 1.0,
     components: Mapping[str, float] | None = None,
     rank: int | None = None,
+    resolution: int | Literal["as trained"] | None = AS_TRAINED,
     **options: Any,
 ) -> Merged:
     """Make one adapter of several, of any ranks and methods, by a way of ``WAYS`` (with ``options`` of its own).
@@ -95,14 +101,17 @@ def merge(
     Where a way is a weighted sum, patches that one adapter alone has, at a coefficient of 1, stay what they are, and
     such as can be (bottlenecks, IA3, BitFit) are joined exactly as one of their kind.
 
+    The result's card says how large it is to see pictures: as its parents were trained to, or, where these were at
+    different resolutions, as ``resolution`` says (None: as they are).
+
     One adapter at weight 1, scale 1 and no other coefficient is that adapter itself, whatever the way.
 
     ``base`` is the base, opened, or its outline; weights are read only where a method's change depends on them.
-    Raises MergeError for what has no meaning, naming the site and the method, and BaseMismatch where fingerprints
-    differ.
+    Raises MergeError for what has no meaning, naming the site and the method, BaseMismatch where fingerprints differ,
+    and ConfigError where resolutions do and none is chosen.
     """
     chosen = (find(way) if isinstance(way, str) else way).taking(options)
-    asked = _asked(adapters, weights, chosen, base, (scale, components or {}, rank))
+    asked = _asked(adapters, weights, chosen, base, (scale, components or {}, rank, resolution))
     if len(asked.adapters) == 1 and rank is None and asked.weights[0] * scale == 1 and not asked.components:
         return Merged(asked.adapters[0], MappingProxyType(dict.fromkeys(asked.adapters[0].patches, 0.0)))
     patches: dict[str, Patched] = {}
@@ -122,10 +131,10 @@ def merge(
 
 
 def _asked(
-    adapters: Sequence[Adapter], weights: Sequence[float], way: Way, base: Host | Outline, rest: tuple[Any, Any, Any]
+    adapters: Sequence[Adapter], weights: Sequence[float], way: Way, base: Host | Outline, rest: tuple[Any, ...]
 ) -> _Asked:
     """Raises MergeError and BaseMismatch for what can not be merged at all."""
-    scale, components, rank = rest
+    scale, components, rank, resolution = rest
     if not adapters or len(adapters) != len(weights):
         raise MergeError(
             "A merge takes adapters, and one weight for each.",
@@ -137,6 +146,8 @@ def _asked(
             raise MergeError(f"{name} must be a finite number.", given=repr(value))
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise MergeError("A rank must be a whole number of at least 1.", given=repr(rank))
+    if resolution not in (AS_TRAINED, None) and not (type(resolution) is int and resolution > 0):
+        raise MergeError("A resolution is a whole number above 0, or None.", given=repr(resolution))
     unknown = [name for name in components if name not in set(Component)]
     if unknown:
         raise MergeError("There is no such component.", given=", ".join(unknown), allowed=", ".join(Component))
@@ -154,7 +165,15 @@ def _asked(
         scale=float(scale),
         components={Component(name): float(value) for name, value in components.items() if value != 1},
         rank=rank,
+        resolution=_resolution(adapters, weights) if resolution == AS_TRAINED else (resolution,),
     )
+
+
+def _resolution(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[int | None, ...]:
+    """That of all that take part. Raises ConfigError where they differ."""
+    pairs = enumerate(zip(adapters, weights, strict=True), 1)
+    taking = {f"adapter {number}": one for number, (one, weight) in pairs if weight != 0}
+    return one_resolution(taking, "choose one for the result on purpose: resolution=336, say, or None")
 
 
 def _fingerprint(first: Adapter, adapters: Sequence[Adapter], base: Host | Outline) -> Fingerprint | None:
@@ -349,8 +368,11 @@ def _card(asked: _Asked, errors: Mapping[str, float], known: Adapter) -> dict[st
         "largest_error": max(errors.values(), default=0.0),
         "parents": parents,
     }
+    card: dict[str, Any] = {"merged": merged}
+    if asked.resolution:
+        card["recipe"] = {"resolution": asked.resolution[0]}
     # what a base in 4 bits is called in messages is read from here
-    return {"merged": merged} | ({"four_bits": known.card["four_bits"]} if "four_bits" in known.card else {})
+    return card | ({"four_bits": known.card["four_bits"]} if "four_bits" in known.card else {})
 
 
 def _parts(asked: _Asked, patches: Mapping[str, Patched]) -> tuple[Part, ...]:

@@ -11,6 +11,7 @@ from tarsia.adapter.files import OURSELVES, load
 from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.four_bits import FourBits
 from tarsia.adapter.host import Host, Precision, open_base
+from tarsia.adapter.resolution import one_resolution
 from tarsia.adapter.value import Adapter, put
 from tarsia.core.attach import activate, patches
 from tarsia.core.errors import ConfigError, MergeError
@@ -103,12 +104,15 @@ def listened(
 
 
 def _encoded(host: Host, adapters: Sequence[Adapter], rows: Sequence[Sample]) -> list[Inputs]:
-    """One batch for each row, with pictures as the adapter was trained to see them."""
+    """One batch for each row, with pictures as the adapters were trained to see them.
+
+    Raises ConfigError where they were trained at different resolutions.
+    """
     if not rows:
         return []
-    recipes = [one.card.get("recipe") for one in adapters]
-    sizes = [one.get("resolution") for one in recipes if isinstance(one, Mapping)]
-    encoder = Encoder(host.processor, variables=host.variables, resolution=sizes[0] if sizes else None)
+    named = {f"adapter {number}": one for number, one in enumerate(adapters, 1)}
+    size = one_resolution(named, "fold one at a time, or leave the rows out where their own probes are enough")
+    encoder = Encoder(host.processor, variables=host.variables, resolution=next(iter(size), None))
     return [encoder.batch([row]).inputs for row in rows]
 
 
