@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from merge.values import drawn, gap
 
 from tarsia.core.errors import MergeError
@@ -12,6 +14,8 @@ from tarsia.merge.align import ALIGN, core, knots, refactored
 from tarsia.merge.combine import iso_c, iso_cts, polar, regmean, signs, ties, total, tsv, wudi
 from tarsia.merge.sparsify import dare, magnitude, thresholds
 from tarsia.merge.ways import combined, find
+
+SEED = st.integers(0, 1 << 16)
 
 
 def noise(*shape, seed=0):
@@ -163,6 +167,27 @@ class TestIso:
         (a, _, b), (c, _, d) = (torch.linalg.svd(t) for t in (torch.cat(lefts, 1), torch.cat(rights)))
         wanted = torch.cat(values).mean() * (a @ b) @ (c @ d)
         assert gap(iso_cts(parts, ones(2), common=0.5), wanted) < 1e-10
+
+    @given(
+        count=st.integers(2, 5), rows=st.integers(1, 7), columns=st.integers(1, 7), common=st.floats(0.01, 1), seed=SEED
+    )
+    @example(count=3, rows=2, columns=5, common=0.3, seed=0)
+    def test_no_more_directions_are_told_apart_than_there_are(self, count, rows, columns, common, seed):
+        """Of s directions, however many tasks share them: each the same number, and at least the rest in common."""
+        parts = noise(count, rows, columns, seed=seed)
+        small = min(rows, columns)
+        found = iso_cts(parts, ones(count), common=common)
+        each = min(round((small - int(small * common)) / count), small // count)
+        values = torch.linalg.svdvals(found)
+        assert gap(values, values[0].expand(small)) < 1e-8
+        u, s, _ = torch.linalg.svd(parts.sum(0), full_matrices=False)
+        shared = small - count * each
+        assert shared >= 0
+        apart = [part - u[:, :shared] @ u[:, :shared].T @ part for part in parts]
+        sizes = torch.cat([s[:shared], *(torch.linalg.svdvals(part)[:each] for part in apart)])
+        assert abs(float(values[0]) - float(sizes.mean())) < 1e-8
+        if each == 0:
+            assert gap(found, iso_c(parts, ones(count))) < 1e-8
 
 
 class TestTsv:

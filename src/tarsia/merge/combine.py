@@ -85,7 +85,7 @@ def iso_cts(parts: Tensor, weights: Tensor, *, common: float = 0.8) -> Tensor:
 
     Of as many directions as all parts span together, the share ``common`` are the sum's largest; the others, equally
     many a task, are the largest of tau_i outside of them. All are orthogonalised together (polar factor) and
-    get the mean of their singular values.
+    get the mean of their singular values. With fewer directions than tasks none is left for one task alone: Iso-C.
     """
     tasks = [w * part for w, part in zip(weights.double(), parts.double(), strict=True) if bool(part.any())]
     size = _size(parts, weights)
@@ -93,7 +93,7 @@ def iso_cts(parts: Tensor, weights: Tensor, *, common: float = 0.8) -> Tensor:
     if not len(s):
         return torch.zeros_like(parts[0], dtype=torch.float64)
     smaller = _spanned(parts, size)
-    each = round((smaller - int(smaller * common)) / len(tasks))
+    each = min(round((smaller - int(smaller * common)) / len(tasks)), smaller // len(tasks))
     shared = min(smaller - each * len(tasks), len(s))
     u, s, v = u[:, :shared], s[:shared], v[:shared]
     apart = [_directions(task - u @ (u.T @ task), size) for task in tasks]
