@@ -165,3 +165,13 @@ def test_an_adapter_over_the_files_own_numbers_is_rounded_too(base, tmp_path):
     folded = fold(str(base), trained(base, (LARGE,), size=SIZE), tmp_path / "out", requantise=NF4)
     assert 0.9 <= folded.record["remains"]["share"] <= 1.1
     assert folded.proof.noise_mean > 0 and folded.proof.difference_mean <= folded.proof.allowed_mean
+
+
+@pytest.mark.parametrize("onto", ["original", None])
+def test_a_small_change_over_numbers_on_no_grid_is_refused(onto, base, tmp_path):
+    """There a few numbers move a whole step: the mean of the change is kept, and drowned in what moves beside it."""
+    small = trained(base, (LORA,), form=None if onto is None else NF4, size=0.02)
+    with pytest.raises(MergeError, match="times what the adapter changes") as refusal:
+        fold(str(base), small, tmp_path / "out", onto=onto, requantise=NF4)
+    assert "of what differs would be the adapter's" in str(refusal.value.given)
+    assert not any(tmp_path.iterdir())

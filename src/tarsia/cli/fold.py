@@ -93,7 +93,8 @@ def _show(folded: Folded) -> None:
     proof, remains = folded.proof, folded.record["remains"]
     seen = "pictures among them" if proof.pictures else "no picture among them"
     print(
-        f"{folded.out}: {remains['share']:.2%} of the change is there, of |d|/|W| {remains['size']:.2e}\n"
+        f"{folded.out}: {remains['share']:.2%} of the change is there, of |d|/|W| {remains['size']:.2e}; "
+        f"rounding adds {remains['stray']:.2g} times as much beside it\n"
         f"proved on {proof.rows} rows, {seen}, {proof.positions} positions, in {proof.precision}: "
         f"a logit differs by at most {proof.difference:.3g} of {proof.peak:.3g} (allowed {proof.allowed:.3g}; "
         f"the adapter moves it by {proof.moved:.3g}), and {proof.agreement:.2%} have the same likeliest token"

@@ -206,8 +206,19 @@ def _computed(config: Mapping[str, Any]) -> str:
 
 
 def _check_kept(remains: Mapping[str, Remains], keep: float, requantise: FourBits | None) -> None:
-    """Raise MergeError, with the figures, where less of the change is left than ``keep``."""
+    """Raise MergeError, with the figures, where less of the change is left than ``keep``.
+
+    Of numbers rounded to 4 bits the change must also be that share of what differs: numbers that lie on no grid keep
+    any change in the mean, whatever is rounded away.
+    """
     whole = of_all(remains)
+    if requantise is not None and whole.share >= keep > whole.clean:
+        raise MergeError(
+            f"Rounding to {requantise.numbers} moves the weights by {whole.stray:.3g} times what the adapter changes.",
+            given=f"|d|/|W| {whole.size:.2e} in all; {whole.clean:.1%} of what differs would be the adapter's",
+            allowed=f"at least {keep:.0%}",
+            do="keep it as an adapter over the base in 4 bits, leave --requantise out, or lower `keep` on purpose",
+        )
     if whole.share >= keep:
         return
     lines = "; ".join(f"{name} {one.share:.1%} of |d|/|W| {one.size:.2e}" for name, one in worst(remains))
@@ -284,7 +295,10 @@ def _record(
         "remains": {
             "share": whole.share,
             "size": whole.size,
-            "by_parameter": {name: {"share": one.share, "size": one.size} for name, one in sorted(remains.items())},
+            "stray": whole.stray,
+            "by_parameter": {
+                name: {"share": one.share, "size": one.size, "stray": one.stray} for name, one in sorted(remains.items())
+            },
         },
         "proof": proof.values,
         "folded_from": read_json(before) if before.is_file() else None,

@@ -214,7 +214,8 @@ class Folding:
             lost(exact, value)  # held to what its levels allow
         except QuantError as error:
             raise error.about(name) from None
-        self.remains[name] = Remains.of(before, exact, Weight4(value).dense(exact.dtype))
+        was = Weight4(rounded(before, self.into, dtype)).dense(exact.dtype)
+        self.remains[name] = Remains.of(before, exact, Weight4(value).dense(exact.dtype), was)
         return value
 
 

@@ -24,35 +24,41 @@ EPSILON = 2.0**-23
 class Remains:
     """Sums over ``count`` numbers of a change d that was intended, and of what the stored numbers hold of it.
 
-    ``intended`` is |d|^2, ``along`` <stored - before, d>, ``noise`` |stored - (before + d)|^2, ``weight`` |before|^2.
+    ``was`` are the numbers that the file would hold with no change: those before, rounded as the changed ones are.
+    ``intended`` is |d|^2, ``along`` <stored - was, d>, ``astray`` |stored - was - d|^2, ``noise``
+    |stored - (before + d)|^2, ``weight`` |before|^2.
     """
 
     count: int
     intended: float
     along: float
+    astray: float
     noise: float
     weight: float
 
     @classmethod
-    def of(cls, before: Tensor, exact: Tensor, stored: Tensor) -> Remains:
-        """From the numbers before, those intended and those written, of one shape."""
-        flat = [t.detach().reshape(-1) for t in (before, exact, stored)]
+    def of(cls, before: Tensor, exact: Tensor, stored: Tensor, was: Tensor | None = None) -> Remains:
+        """From the numbers before, those intended and those written, of one shape; without ``was`` those before."""
+        flat = [t.detach().reshape(-1) for t in (before, exact, stored, before if was is None else was)]
         found = NOTHING
         for first in range(0, flat[0].numel(), _AT_ONCE):
             found += cls._piece(*(t[first : first + _AT_ONCE].to(torch.float64) for t in flat))
         return found
 
     @classmethod
-    def _piece(cls, before: Tensor, exact: Tensor, stored: Tensor) -> Remains:
-        change, off = exact - before, stored - exact
-        along, weight = (stored - before) @ change, before @ before
-        return cls(before.numel(), float(change @ change), float(along), float(off @ off), float(weight))
+    def _piece(cls, before: Tensor, exact: Tensor, stored: Tensor, was: Tensor) -> Remains:
+        change, off, changed = exact - before, stored - exact, stored - was
+        along, weight = changed @ change, before @ before
+        astray = changed.sub_(change)
+        sums = (change @ change, along, astray @ astray, off @ off, weight)
+        return cls(before.numel(), *(float(one) for one in sums))
 
     def __add__(self, other: Remains) -> Remains:
         return Remains(
             self.count + other.count,
             self.intended + other.intended,
             self.along + other.along,
+            self.astray + other.astray,
             self.noise + other.noise,
             self.weight + other.weight,
         )
@@ -61,6 +67,20 @@ class Remains:
     def share(self) -> float:
         """The part of the change that is left: its projection on what was intended. 1 where none was."""
         return self.along / self.intended if self.intended else 1.0
+
+    @property
+    def stray(self) -> float:
+        """What rounding did beside the change, as a share of it: |stored - was - d| / |d|. 0 where none was intended.
+
+        Where numbers lie on no grid, a change far below its steps is kept in the mean, by a few numbers that move a
+        whole step: the share is 1, and this is large. Where all of it is lost this is 1.
+        """
+        return math.sqrt(self.astray / self.intended) if self.intended else 0.0
+
+    @property
+    def clean(self) -> float:
+        """The part of what differs from ``was``, by squares, that is the change and not strayed. 1 where none was."""
+        return self.intended / (self.intended + self.astray) if self.intended else 1.0
 
     @property
     def size(self) -> float:
@@ -73,7 +93,7 @@ class Remains:
         return math.sqrt((self.noise + EPSILON**2 * (self.weight + self.intended)) / self.count) if self.count else 0.0
 
 
-NOTHING = Remains(0, 0.0, 0.0, 0.0, 0.0)
+NOTHING = Remains(0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def check_rounded(name: str, exact: Tensor, stored: Tensor) -> None:
