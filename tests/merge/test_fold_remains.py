@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tarsia.core.errors import MergeError
 from tarsia.merge import proof, remains
+from tarsia.merge.folding import Folding
 from tarsia.merge.proof import Proof, _judge
 from tarsia.merge.remains import NOTHING, Remains, check_rounded, of_all, sampled, worst
+from tarsia.methods.lora import LoRA
 
 
 @settings(max_examples=30, deadline=None)
@@ -42,11 +44,61 @@ def test_parts_add_up_and_the_worst_come_first():
     assert whole.off < 1e-6 < lost.off
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 1000])
-def test_a_sample_has_the_first_and_the_last_row(rows):
-    chosen = sampled(rows).tolist()
-    assert len(set(chosen)) == len(chosen) == min(rows, remains.SAMPLED)
-    assert chosen[0] == 0 and (chosen[-1] == rows - 1)
+@pytest.mark.parametrize("rows", [17, 99, 1000])
+def test_a_sample_has_the_first_the_last_and_those_that_change_most(rows):
+    squares = torch.rand(rows, generator=torch.Generator().manual_seed(rows))
+    chosen = sampled((rows, 1 << 16), squares).tolist()
+    assert chosen == sorted(set(chosen)) and len(chosen) <= 2 * remains.SAMPLED
+    assert {0, rows - 1, *squares.topk(remains.SAMPLED).indices.tolist()} <= set(chosen)
+    assert sampled((rows, remains.WHOLE // rows), squares) is None and sampled((16, 1 << 20), squares[:16]) is None
+
+
+class At:
+    """A fold of one LoRA into one weight, with nothing but what ``in_place`` asks for."""
+
+    units = (type("Unit", (), {"names": ("weight",)}),)
+
+    def __init__(self):
+        self.remains = {}
+
+
+def at_one_row(shape, row, dtype, size=0.5):
+    """A weight, a LoRA that changes one of its rows alone, and what remains of it."""
+    draw = torch.Generator().manual_seed(row)
+    a, b = torch.randn(1, shape[1], generator=draw), torch.zeros(shape[0], 1)
+    b[row] = size
+    fold, weight = At(), torch.randn(shape, generator=draw).to(dtype)
+    Folding.in_place(fold, fold, LoRA(a, b, 1.0), weight.clone())
+    return fold.remains["weight"], float((b @ a).double().square().sum())
+
+
+@pytest.mark.parametrize("shape,sample", [((64, 64), None), ((700, 200), 9), ((129, 4096), 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_in_one_row_is_seen_whole_or_in_the_sample(shape, sample, dtype):
+    for row in (0, 50, shape[0] - 3):
+        found, intended = at_one_row(shape, row, dtype)
+        assert found.intended == pytest.approx(intended, rel=1e-4), "of all of the weight, whatever was looked at"
+        assert found.share == pytest.approx(1, abs=0.02) and found.count == shape[0] * shape[1] or sample
+        assert (found.sample is None) == (sample is None)
+        lost, _ = at_one_row(shape, row, torch.bfloat16, 1e-6)
+        assert lost.intended and lost.share < 0.5 and lost.stray > 0.5
+
+
+def test_what_no_sample_saw_is_not_there():
+    nothing = Remains(100, 0.0, 0.0, 0.0, 0.0, 1.0)
+    assert nothing.values["share"] is None, "no change, so none is measured"
+    lost = nothing.spread(50, 10, 2.0)
+    assert (lost.share, lost.stray, lost.weight, lost.count, lost.sample) == (0, 1, 5, 500, 10)
+
+
+def test_an_error_in_any_row_of_a_small_weight_is_found(monkeypatch):
+    def broken(self, weight, out):
+        out[200] += 1.0
+        return out
+
+    monkeypatch.setattr(LoRA, "fold_into", broken)
+    with pytest.raises(MergeError, match="not what its fold is"):
+        at_one_row((256, 64), 100, torch.bfloat16)
 
 
 GOOD = Proof(4, 100, True, "float32", 10.0, 5.0, 2.0, 0.1, 0.02, 0.4, 0.08, 0.1, 0.02, 1.0)

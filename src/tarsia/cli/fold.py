@@ -106,5 +106,5 @@ def _show(folded: Folded) -> None:
 
 def _least(parts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The parameters of whose change less than 99 % is left, the least first."""
-    short = sorted((one["share"], name, one["size"]) for name, one in parts.items() if one["size"])
+    short = sorted((one["share"], name, one["size"]) for name, one in parts.items() if one["share"] is not None)
     return [(name, f"{share:.2%}", f"{size:.2e}") for share, name, size in short[:5] if share < 0.99]

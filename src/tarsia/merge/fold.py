@@ -296,9 +296,7 @@ def _record(
             "share": whole.share,
             "size": whole.size,
             "stray": whole.stray,
-            "by_parameter": {
-                name: {"share": one.share, "size": one.size, "stray": one.stray} for name, one in sorted(remains.items())
-            },
+            "by_parameter": {name: one.values for name, one in sorted(remains.items())},
         },
         "proof": proof.values,
         "folded_from": read_json(before) if before.is_file() else None,

@@ -117,15 +117,19 @@ class Folding:
         return only if isinstance(only, LoRA) and name not in self.coarse | self.fine else None
 
     def in_place(self, job: Job, patch: LoRA, weight: Tensor) -> Tensor:
-        """Fold a LoRA into ``weight`` itself; what remains of it is measured on a sample of rows."""
-        a, b = (factor.detach() for factor in patch.factors())
-        rows = sampled(len(weight))
-        before = weight[rows].float()
-        exact = torch.addmm(before, b[rows].float(), a.float(), alpha=patch.scale)
+        """Fold a LoRA into ``weight`` itself; what remains of it is measured, of a large weight on a sample of rows."""
+        a, b = (factor.detach().float() for factor in patch.factors())
+        squares = torch.mm(b, a @ a.T).mul_(b).sum(1)  # of what each row changes by, but for the scale
+        rows = sampled(weight.shape, squares)
+        before = weight.to(torch.float32, copy=True) if rows is None else weight[rows].float()
+        exact = torch.addmm(before, b if rows is None else b[rows], a, alpha=patch.scale)
         patch.fold_into(weight, weight)
-        name = job.units[0].names[0]
-        check_rounded(name, exact, weight[rows])
-        self.remains[name] = Remains.of(before, exact, weight[rows].float())
+        name, stored = job.units[0].names[0], weight if rows is None else weight[rows]
+        check_rounded(name, exact, stored)
+        found = Remains.of(before, exact, stored)
+        if rows is not None:
+            found = found.spread(len(weight), len(rows), patch.scale**2 * float(squares.sum(dtype=torch.float64)))
+        self.remains[name] = found
         return weight
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from tarsia.core.errors import MergeError
 
 SAMPLED = 8
-"""Rows of a large weight, evenly spaced, that what remains is measured on where all of it would take too long."""
+"""Rows of a large weight, evenly spaced, that what remains is measured on, and as many that change most."""
+WHOLE = 1 << 16
+"""Numbers of a weight that is measured whole: of a larger one that takes longer than to fold it."""
 
 _AT_ONCE = 1 << 20
 """Numbers that are looked at together."""
@@ -26,7 +28,7 @@ class Remains:
 
     ``was`` are the numbers that the file would hold with no change: those before, rounded as the changed ones are.
     ``intended`` is |d|^2, ``along`` <stored - was, d>, ``astray`` |stored - was - d|^2, ``noise``
-    |stored - (before + d)|^2, ``weight`` |before|^2.
+    |stored - (before + d)|^2, ``weight`` |before|^2. ``sample`` is the number of rows that were looked at; None: all.
     """
 
     count: int
@@ -35,6 +37,7 @@ class Remains:
     astray: float
     noise: float
     weight: float
+    sample: int | None = None
 
     @classmethod
     def of(cls, before: Tensor, exact: Tensor, stored: Tensor, was: Tensor | None = None) -> Remains:
@@ -53,6 +56,22 @@ class Remains:
         sums = (change @ change, along, astray @ astray, off @ off, weight)
         return cls(before.numel(), *(float(one) for one in sums))
 
+    def spread(self, rows: int, sample: int, intended: float) -> Remains:
+        """What ``sample`` of ``rows`` rows say of all of them, whose change is known: ``intended``.
+
+        The share and what strays are those of the sample; where nothing of a change is seen there, nothing is left.
+        """
+        more, change = rows / sample, intended / self.intended if self.intended else 0.0
+        return Remains(
+            round(self.count * more),
+            intended,
+            self.along * change,
+            self.astray * change if self.intended else intended,
+            self.noise * more,
+            self.weight * more,
+            sample,
+        )
+
     def __add__(self, other: Remains) -> Remains:
         return Remains(
             self.count + other.count,
@@ -62,6 +81,12 @@ class Remains:
             self.noise + other.noise,
             self.weight + other.weight,
         )
+
+    @property
+    def values(self) -> dict[str, float | int | None]:
+        """As a record has them; ``share`` is None where no change was intended, so none was measured."""
+        share = self.share if self.intended else None
+        return {"share": share, "size": self.size, "stray": self.stray, "sample": self.sample}
 
     @property
     def share(self) -> float:
@@ -127,7 +152,15 @@ def worst(parts: Mapping[str, Remains], count: int = 3) -> list[tuple[str, Remai
     return sorted(changed, key=lambda held: held[1].share)[:count]
 
 
-def sampled(rows: int) -> Tensor:
-    """Numbers of the rows, of so many, that a sample takes: int64, evenly spaced from the first to the last."""
-    found: Tensor = torch.linspace(0, rows - 1, min(rows, SAMPLED)).round().long().unique()
+def sampled(shape: Sequence[int], squares: Tensor) -> Tensor | None:
+    """Which rows of a weight of ``shape`` [out, in] a sample takes, whose changes have the ``squares`` [out].
+
+    int64: some evenly spaced from the first to the last, and those that change most: a change in few rows is seen.
+    None: all, where the weight is small.
+    """
+    rows = shape[0]
+    if rows * shape[1] <= WHOLE or rows <= 2 * SAMPLED:
+        return None
+    even = torch.linspace(0, rows - 1, SAMPLED).round().long()
+    found: Tensor = torch.cat([even, squares.topk(SAMPLED).indices]).unique()
     return found
