@@ -20,6 +20,7 @@ from library import shelved
 from tarsia.adapter import save
 from tarsia.core.errors import LibraryError
 from tarsia.library import Library, content, opening
+from tarsia.library import remote as remotes
 from tarsia.library.cache import Cache, limit_of
 from tarsia.library.opening import open_adapter, open_remote
 from tarsia.library.remote import ATTEMPTS, Remote
@@ -161,9 +162,19 @@ def test_what_is_not_there(library: Make, remote: Remote, reference: str) -> Non
 
 
 def test_an_empty_remote(remote: Remote) -> None:
+    fs, root = fsspec.core.url_to_fs(remote.url)
+    fs.makedirs(root)
     assert remote.list() == []
     with pytest.raises(LibraryError, match="no such version"):
         remote.find("cat")
+
+
+def test_a_remote_that_is_not_there(library: Make, remote: Remote) -> None:
+    remote.push(library(seeds=(0,)), "cat")
+    assert [one.reference for one in remote.list()] == ["cat@1"] and remote.list("dog") == []
+    for name in (None, "cat"):
+        with pytest.raises(LibraryError, match=r"nothing there(.|\n)*/typo"):
+            Remote(f"{remote.url}/typo", remote.cache).list(name)
 
 
 def test_a_push_that_ends_anywhere_is_not_seen(library: Make, faulty: type[Faulty], tmp_path: Path) -> None:
@@ -455,6 +466,125 @@ def test_an_address_that_nothing_knows(url: str, tmp_path: Path, monkeypatch: py
     with pytest.raises(LibraryError, match="can not be used") as told:
         Remote(url, Cache(tmp_path / "cache")).list()
     assert "secret" not in str(told.value)
+
+
+SECRETS = {
+    "sftp://user:p@ss@host/lib": "sftp://***@host/lib",
+    "sftp://user@host/lib": "sftp://***@host/lib",
+    "s3://KEY:a/b@host/lib": "s3://***@host/lib",
+    "s3://KEY:a/b@c/d@host": "s3://***@host",
+    "https://host/lib?X-Amz-Signature=1a2b3c&part=4": "https://host/lib?***",
+    "https://me:12/34@host/lib?token=99#x": "https://***@host/lib?***",
+    "simplecache::s3://KEY:a/b@host/lib": "simplecache::s3://***@host/lib",
+    "s3://bucket/some@where": "s3://bucket/some@where",
+    "gs://bucket/lib": "gs://bucket/lib",
+    "/home/kim/what?/a@b": "/home/kim/what?/a@b",
+}
+
+
+@pytest.mark.parametrize("url", SECRETS)
+def test_what_an_address_keeps_to_itself(url: str) -> None:
+    assert Remote(url).said == SECRETS[url]
+
+
+@pytest.mark.parametrize("told", ["{url}", "{query}", "login of {user} with {password} failed", "as {quoted}"])
+def test_what_a_transport_says_of_an_address(
+    library: Make, faulty: type[Faulty], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """And neither a note, a record nor the journal holds any of it."""
+    url = "faulty://KIMS-KEY:pa%2Fss/word@shelf/ours?X-Sig=1a2b3c"
+    words = {"user": "KIMS-KEY", "password": "pa%2Fss/word", "quoted": "pa/ss/word", "query": "X-Sig=1a2b3c"}
+    whole = MemoryFileSystem._strip_protocol
+    monkeypatch.setattr(Faulty, "_strip_protocol", staticmethod(lambda path: whole(path.partition("://")[2] or path)))
+    monkeypatch.setattr(remotes, "WHOLE_OBJECTS", frozenset({"faulty"}))  # its renaming takes ? for a pattern
+    remote, near = Remote(url, Cache(tmp_path / "cache")), library(seeds=(0,))
+    remote.push(near, "cat")
+    far = library("other")
+    remote.pull(far, "cat")
+    held = [far.places.journal, *far.places.records.rglob("*.json")]
+    texts = [path.read_text() for path in held]
+
+    def dead(*_: object, **__: object) -> None:
+        raise ConnectionResetError(told.format(url=url, **words))
+
+    faulty.spoil = staticmethod(SPOILS["cut"])
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(LibraryError) as cut:
+        remote.folder("cat")
+    with pytest.raises(LibraryError) as none:
+        remote.find("dog")
+    monkeypatch.setattr(Faulty, "open", dead)
+    with pytest.raises(LibraryError) as error:
+        remote.folder("cat")
+    texts += [str(cut.value), str(none.value), str(error.value)]
+    assert not [text for text in texts if any(word in text for word in (*words.values(), "1a2b3c"))]
+
+
+def test_a_full_disk_here_is_no_fault_of_the_remote(
+    library: Make, faulty: type[Faulty], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Remote("faulty://shelf", Cache(tmp_path / "cache"))
+    remote.push(library(seeds=(0,)), "cat")
+    faulty.reads, opened = 0, Path.open
+
+    def full(path: Path, mode: str = "r", **options: Any) -> Any:
+        return opened(Path("/dev/full") if mode == "wb" and "stages" in path.parts else path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(LibraryError, match=r"cache of remotes can not be written(.|\n)*No space") as error:
+        remote.folder("cat")
+    assert faulty.reads == 2 and "delete" not in str(error.value)  # the record and one file, once
+
+
+def test_a_source_that_may_not_be_read_is_no_fault_of_the_library(
+    library: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, opened = library(seeds=(0,)), os.open
+
+    def refused(path: Any, flags: int, *rest: Any, dir_fd: int | None = None) -> int:
+        if path == TENSORS:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, flags, *rest, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(LibraryError, match=rf"can not be read(.|\n)*draft/{TENSORS}: Permission denied"):
+        near.publish(tmp_path / "draft", "dog")
+
+
+def test_object_stores_are_listed_by_one_request(
+    library: Make, faulty: type[Faulty], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, remote = library(seeds=(0, 1)), Remote("faulty://shelf", Cache(tmp_path / "cache"))
+    for name in ("dog", "eel"):
+        near.publish(tmp_path / "draft", name)
+    for reference in ("cat@1", "cat@2", "dog", "eel"):
+        remote.push(near, reference)
+    fs = fsspec.filesystem("faulty")
+    fs.pipe_file("/shelf/versions/notes.txt", b"")
+    fs.pipe_file("/shelf/versions/cat/deeper/" + "000009-" + "0" * 64 + ".json", b"")
+    wanted = [one.reference for one in remote.list()]
+    assert wanted == ["cat@1", "cat@2", "dog@1", "eel@1"]
+    asked: list[str] = []
+
+    def requests(name: str) -> Callable[..., Any]:
+        inner = getattr(MemoryFileSystem, name)
+
+        def request(self: Faulty, path: str, *rest: Any, **options: Any) -> Any:
+            depth.append(name)
+            if len(depth) == 1:
+                asked.append(name)
+            try:
+                return inner(self, path, *rest, **options)
+            finally:
+                depth.pop()
+
+        return request
+
+    depth: list[str] = []
+    for name in ("ls", "find", "info", "exists"):
+        monkeypatch.setattr(Faulty, name, requests(name), raising=False)
+    monkeypatch.setattr(remotes, "WHOLE_OBJECTS", frozenset({"faulty"}))
+    assert [one.reference for one in remote.list()] == wanted and asked == ["find"]
 
 
 def test_hashes_are_what_holds_it_all(library: Make, remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:

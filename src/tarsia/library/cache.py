@@ -100,9 +100,7 @@ class Cache:
         """Drop what was used longest ago and is not in use, until the rest keeps to the limit."""
         held = []
         for path in self.contents.iterdir():
-            with suppress(
-                FileNotFoundError, NotADirectoryError
-            ):  # another process has dropped it meanwhile; no content
+            with suppress(FileNotFoundError, NotADirectoryError):  # dropped meanwhile, or no folder
                 held.append((path.stat().st_mtime_ns, path, sum(file.stat().st_size for file in path.iterdir())))
         over = sum(size for _, _, size in held) - self.limit
         for _, path, size in sorted(held):
@@ -112,7 +110,7 @@ class Cache:
                 over -= size
 
     def _drop(self, path: Path, lock: int) -> bool:
-        """Whether it is gone: one that is in use is waited for, or left, as ``lock`` says. What is mapped outlives it."""
+        """Whether it is gone: one that is in use is waited for, or left, as ``lock`` says. What is mapped stays."""
         try:
             handle = _locked(path, lock)
         except BlockingIOError:

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -129,14 +130,30 @@ def take(source: Path, target: Path) -> tuple[Content, tuple[str, ...]]:
 
 def _copy(source: Path, name: str, folder: int, target: Path) -> None:
     # by the folder's handle: should another take its place now, these are still files of the first
-    handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
+    with _read(source / name):
+        handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise LibraryError("This is no file.", given=str(source / name), do=AGAIN)
         _check_length(source / name, file)
         with (target / name).open("xb") as copy:
-            while part := file.read(1 << 20):
+            while part := _part(source / name, file):
                 copy.write(part)
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[None]:
+    """What the system refuses, told of the file: it is no fault of the library's."""
+    try:
+        yield
+    except OSError as error:
+        given = f"{path}: {error.strerror or error}"
+        raise LibraryError("A file of the adapter can not be read.", given=given, do="see to its rights") from None
+
+
+def _part(path: Path, file: BinaryIO) -> bytes:
+    with _read(path):
+        return file.read(1 << 20)
 
 
 def _check_length(path: Path, file: BinaryIO) -> None:
@@ -207,9 +224,12 @@ def _wrong(described: Mapping[str, Any], files: Mapping[str, File]) -> str:
         return "no patches"
     if not all(isinstance(part["method"], str) for part in described["parts"]):
         return "parts without a method"
+    hashes = described["sha256"]
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        return "the hashes are none"
     expected = {TENSORS} | ({PROBE} if described["probe"] is not None else set())
-    if set(described["sha256"]) - {CONFIG} != expected or expected != {n for n in files if n.endswith(".safetensors")}:
-        return f"hashes of {', '.join(described['sha256'])}"
+    if set(hashes) - {CONFIG} != expected or expected != {n for n in files if n.endswith(".safetensors")}:
+        return f"hashes of {', '.join(hashes)}"
     return ""
 
 

@@ -15,15 +15,15 @@ import hashlib
 import posixpath
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from tarsia.core.errors import LibraryError
-from tarsia.library import content, record
+from tarsia.library import address, content, record
 from tarsia.library.cache import Cache, default_cache
 from tarsia.library.content import File
 from tarsia.library.places import Reference, check_name
@@ -73,15 +73,21 @@ class Remote:
 
     @property
     def said(self) -> str:
-        """The address without a user's name and password."""
-        return re.sub(r"//[^/@]*@", "//", self.url)
+        """The address without what may be a secret: a user's name and password, a query."""
+        return address.parted(self.url)[0]
+
+    def _clean(self, text: object) -> str:
+        """What a transport, or a path, tells, in the same way."""
+        return address.clean(self.url, str(text))
 
     def list(self, name: str | None = None) -> list[Listed]:
-        """Versions by name and number. Raises LibraryError where the remote can not be reached."""
+        """Versions by name and number. Raises LibraryError where there is no remote, or none that can be reached."""
         with self._at() as at:
-            if name is not None:
-                return at.versions(check_name(name))
-            return [one for held in at.names() for one in at.versions(held)]
+            found = at.every() if name is None else at.versions(check_name(name))
+            if not found and not at.fs.exists(at.root):
+                do = "see to the address; tarsia library push makes a remote"
+                raise LibraryError("The remote has nothing there.", given=self.said, do=do)
+            return found
 
     def find(self, reference: Reference | str) -> Listed:
         """The version that a reference means: of a name alone the last. Tags do not travel.
@@ -151,13 +157,16 @@ class Remote:
             fs, root = url_to_fs(self.url, **self.options)
             fs.invalidate_cache()
             yield _At(fs, root.rstrip("/"), self.said)
-        except LibraryError:
-            raise
+        except LibraryError as error:
+            if error.given is None or self._clean(error.given) == str(error.given):
+                raise
+            given = self._clean(error.given)
+            raise type(error)(error.what, given=given, allowed=error.allowed, do=error.do) from None
         except Exception as error:  # every transport has its own
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise LibraryError(
                 "The remote can not be used.",
-                given=f"{self.said}: {text}",
+                given=f"{self.said}: {self._clean(text)}",
                 allowed="a folder, or an address that fsspec knows: s3://bucket/path, gs://..., sftp://...",
                 do="see to the connection and the credentials"
                 if not isinstance(error, ImportError)
@@ -178,8 +187,26 @@ class _At:
         return sorted(name for name in found if _is_name(name))
 
     def versions(self, name: str) -> list[Listed]:
-        matches = (_RECORD.fullmatch(posixpath.basename(path)) for path in self._ls(f"{self.root}/versions/{name}"))
-        return sorted(Listed(name, int(match["number"]), match["hash"]) for match in matches if match)
+        return _listed(name, self._ls(f"{self.root}/versions/{name}"))
+
+    def every(self) -> list[Listed]:
+        """Of all names; in an object store by one request for each thousand files, not one for each name."""
+        if not self._protocols & WHOLE_OBJECTS:
+            return [one for name in self.names() for one in self.versions(name)]
+        try:
+            paths = [str(path) for path in self.fs.find(f"{self.root}/versions")]
+        except FileNotFoundError:
+            return []
+        by_name: dict[str, list[str]] = {}
+        for path in paths:
+            above, name = posixpath.split(posixpath.dirname(path))
+            if posixpath.basename(above) == "versions" and _is_name(name):
+                by_name.setdefault(name, []).append(path)
+        return [one for name in sorted(by_name) for one in _listed(name, by_name[name])]
+
+    @property
+    def _protocols(self) -> set[str]:
+        return {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
 
     def _ls(self, path: str) -> list[str]:
         try:
@@ -247,8 +274,7 @@ class _At:
     def send(self, path: str, what: bytes | Path) -> None:
         """Write a file that is there wholly or not at all."""
         self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        draft = path if protocols & WHOLE_OBJECTS else f"{path}.{secrets.token_hex(6)}.part"
+        draft = path if self._protocols & WHOLE_OBJECTS else f"{path}.{secrets.token_hex(6)}.part"
         try:
             if isinstance(what, bytes):
                 self.fs.pipe_file(draft, what)
@@ -266,11 +292,13 @@ class _At:
         path = f"{self.root}/objects/{listed.hash[:2]}/{listed.hash}/{name}"
         seen = ""
         for _ in range(ATTEMPTS):
-            try:
-                arrived = self._copy(path, target, file.bytes)
-            except OSError as error:
-                seen = error.strerror or str(error) or type(error).__name__
-                continue
+            # outside of what is tried again: that this disk is full is no fault of the transport
+            with target.open("wb") as copy:
+                try:
+                    arrived = _copy(self._pieces(path, file.bytes), copy)
+                except _Cut as error:
+                    seen = str(error)
+                    continue
             if arrived == file:
                 return
             seen = f"{arrived.bytes} of {file.bytes} bytes, sha256 {arrived.sha256[:12]}, not {file.sha256[:12]}"
@@ -280,14 +308,34 @@ class _At:
             do="try again; if it stays so, delete that file at the remote and push the version again",
         )
 
-    def _copy(self, path: str, target: Path, most: int) -> File:
-        digest, length = hashlib.sha256(), 0
-        with self.fs.open(path, "rb") as source, target.open("wb") as copy:
-            while length <= most and (piece := source.read(min(_PIECE, most + 1 - length))):
-                digest.update(piece)
-                copy.write(piece)
-                length += len(piece)
-        return File(digest.hexdigest(), length)
+    def _pieces(self, path: str, most: int) -> Iterator[bytes]:
+        """A file as it arrives, one byte beyond ``most`` at the most. Raises _Cut where it does not go on."""
+        length = 0
+        try:
+            with self.fs.open(path, "rb") as source:
+                while length <= most and (piece := source.read(min(_PIECE, most + 1 - length))):
+                    length += len(piece)
+                    yield piece
+        except OSError as error:
+            raise _Cut(error.strerror or str(error) or type(error).__name__) from error
+
+
+class _Cut(Exception):
+    """A transport that failed while a file was read."""
+
+
+def _copy(pieces: Iterable[bytes], target: BinaryIO) -> File:
+    digest, length = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        target.write(piece)
+        length += len(piece)
+    return File(digest.hexdigest(), length)
+
+
+def _listed(name: str, paths: Iterable[str]) -> list[Listed]:
+    matches = (_RECORD.fullmatch(posixpath.basename(path)) for path in paths)
+    return sorted(Listed(name, int(match["number"]), match["hash"]) for match in matches if match)
 
 
 def _check_files(files: Mapping[str, File], digest: str) -> None:
