@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -18,6 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 import tarsia.cli
 from tarsia.adapter import FourBits, Host, load, open_base, put, save
+from tarsia.cli import export as verb
 from tarsia.core.attach import detach
 from tarsia.merge import vllm
 
@@ -188,3 +190,26 @@ def test_outputs_that_are_not_the_adapters_fail_it(
     assert export(one, "--to", "vllm", "--out", out) == 2
     assert "the outputs are not" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("to, method", [("peft", "lora"), ("peft", "vera"), ("vllm", "lora")])
+def test_what_is_not_proved_yet_has_no_name(
+    to: str, method: str, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the proof: nothing is there, and nothing was there while it ran."""
+    from tarsia.merge import kept
+
+    one, out = saved(host, tmp_path / "a", [(method, "language.*.q", {"rank": 2})]), tmp_path / "out"
+    there = []
+
+    def stopped(*given: object) -> None:
+        there.append(out.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept, "kept", stopped)
+    parser = argparse.ArgumentParser()
+    verb.options(parser)
+    with pytest.raises(KeyboardInterrupt):
+        verb.run(parser.parse_args([str(one), "--to", to, "--out", str(out)]))
+    assert there == [False]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

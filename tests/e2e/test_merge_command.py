@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from train import small
 
 import tarsia.cli
 from tarsia.adapter import Host, load, open_base, resolution_of, save
+from tarsia.cli import merge as verb
 from tarsia.cli import merging
 from tarsia.merge.delta import deltas
 
@@ -209,8 +211,9 @@ def test_a_result_that_is_not_what_was_merged_fails(
 ) -> None:
     """What is read again is another adapter than the one that was probed."""
     true = merging.load
+    read = [str(parent) for parent in parents]
     monkeypatch.setattr(
-        merging, "load", lambda folder, *host: true(parents[0] if Path(folder) == tmp_path / "out" else folder, *host)
+        merging, "load", lambda folder, *host: true(folder if str(folder) in read else parents[0], *host)
     )
     assert merge(*parents, "--out", tmp_path / "out", "--method", "task_arithmetic") == 2
     assert "not those of the day" in capsys.readouterr().err
@@ -237,3 +240,22 @@ def test_the_resolution_of_training_is_kept_and_two_are_refused(
     assert merge(one, other, "--out", tmp_path / "yes", "--resolution", 24) == 0
     assert resolution_of(tmp_path / "yes") == (24,)
     assert "trained at resolution 16" in capsys.readouterr().err
+
+
+def test_what_is_not_proved_yet_has_no_name(
+    parents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the proof: nothing is there, and nothing was there while it ran."""
+    out, there = tmp_path / "out", []
+
+    def stopped(*given: object) -> None:
+        there.append(out.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "prove", stopped)
+    parser = argparse.ArgumentParser()
+    verb.options(parser)
+    with pytest.raises(KeyboardInterrupt):
+        verb.run(parser.parse_args([*parents, "--out", str(out)]))
+    assert there == [False]
+    assert not list(tmp_path.iterdir())

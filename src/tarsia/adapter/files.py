@@ -68,9 +68,10 @@ _PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitud
 """What PEFT calls the tensors of an update."""
 
 
-def save(adapter: Adapter, folder: Path | str) -> None:
+def save(adapter: Adapter, folder: Path | str, check: Callable[[Path], None] = lambda fresh: None) -> None:
     """Write the adapter, atomically. An existing folder is replaced only where it is an adapter or empty.
 
+    ``check`` is shown all that is written before it has its name: what it raises leaves nothing behind.
     Raises AdapterError where a tensor is not finite, the card is no JSON, or the place can not be written.
     """
     keys = _keys(adapter)
@@ -89,6 +90,7 @@ def save(adapter: Adapter, folder: Path | str) -> None:
         digests[CONFIG] = _sha256(fresh / CONFIG)
         sizes = {name: (fresh / name).stat().st_size for name in digests}
         _write_text(sealed(described | {"sha256": digests, "bytes": sizes}), fresh / OURSELVES)
+        check(fresh)
 
     write_folder(Path(folder), write, is_adapter)
 

@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("Only a fold asks what it is made onto.", given="--onto", do="leave it out")
     folder = where(args.adapter)
     adapter, base = opened(folder, args.base)
-    exported = _exported(args, folder, adapter, base)
-    proof = None if args.no_proof else _proved(folder, adapter, exported, args.base)
+    exported, proof = _exported(args, folder, adapter, base)
     _show(args, adapter, exported, proof)
     return 0
 
@@ -124,37 +123,35 @@ def base_of(folder: Path, name: str | None) -> Host:
         return open_base(named(folder, name))
 
 
-def _exported(args: argparse.Namespace, folder: Path, adapter: Adapter, base: Host | Outline) -> Exported:
-    from tarsia.merge.export import to_peft, to_vllm
+def _exported(
+    args: argparse.Namespace, folder: Path, adapter: Adapter, base: Host | Outline
+) -> tuple[Exported, dict[str, Any] | None]:
+    """What was written, and what it does on the adapter's probe: None where that is not asked, or there is none.
 
-    chosen = {"rank": args.rank, "most": args.max_error}
-    if args.to == "peft":
-        return to_peft(folder, adapter, base, args.out, **chosen)
-    return to_vllm(adapter, base, args.out, **chosen)
-
-
-def _proved(folder: Path, adapter: Adapter, exported: Exported, name: str | None) -> dict[str, Any] | None:
-    """What the folder that was written does on the adapter's probe; None where there is none, which is said.
-
-    Raises MergeError, with the folder taken away again, where it is not what it should be.
+    Raises MergeError, with nothing left behind, where it is not what it should be.
     """
-    import shutil
     from dataclasses import asdict
 
-    from tarsia.adapter import load
-    from tarsia.core.errors import TarsiaError
+    from tarsia.adapter import Host, load
+    from tarsia.merge.export import to_peft, to_vllm
     from tarsia.merge.kept import kept
 
-    if adapter.probe is None:
+    proof: dict[str, Any] = {}
+
+    def check(fresh: Path, error: float) -> None:
+        host = base if isinstance(base, Host) else base_of(folder, args.base)
+        proof.update(asdict(kept(host, adapter, load(fresh, host, allow=("base name",)), error)))
+
+    chosen: dict[str, Any] = {"rank": args.rank, "most": args.max_error}
+    if adapter.probe is not None and not args.no_proof:
+        chosen["check"] = check
+    if args.to == "peft":
+        exported = to_peft(folder, adapter, base, args.out, **chosen)
+    else:
+        exported = to_vllm(adapter, base, args.out, **chosen)
+    if adapter.probe is None and not args.no_proof:
         print("tarsia: note: the adapter has no probe, so its outputs are not compared", file=sys.stderr)
-        return None
-    try:
-        host = base_of(folder, name)
-        again = load(exported.folder, host, allow=("base name",))
-        return asdict(kept(host, adapter, again, 0.0 if exported.thinned is None else exported.thinned.error))
-    except TarsiaError:
-        shutil.rmtree(exported.folder)
-        raise
+    return exported, proof or None
 
 
 def _show(args: argparse.Namespace, adapter: Adapter, exported: Exported, proof: dict[str, Any] | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from tarsia.adapter.proof import Probe, Unmoved
 from tarsia.cli import adapted, rows
 from tarsia.cli.export import named, where
 from tarsia.core.attach import activate, detach
-from tarsia.core.errors import ConfigError, MergeError, TarsiaError
+from tarsia.core.errors import ConfigError, MergeError
 from tarsia.core.site import Component
 from tarsia.data import Rows
 from tarsia.data.encode import Encoder
@@ -183,21 +182,16 @@ def done(job: Job) -> Outcome:
     if tried:
         card["tuned"] = {"on": list(job.tune), "tried": [list(line) for line in tried], "scale": scale}
     finished = replace(made, adapter=replace(made.adapter, probe=probed, card=card))
-    save(finished.adapter, job.out)
-    _check_read_again(job, probed)
+    save(finished.adapter, job.out, lambda fresh: _check_read_again(job, fresh, probed))
     tasks = _tasks(job) if job.rows else ()
     return Outcome(finished, scale, between, _coverage(job, finished), tried, tasks, proof)
 
 
-def _check_read_again(job: Job, probed: Probe | None) -> None:
-    """Put in what the files hold, and hold it to what was probed before they were written; else they are removed."""
-    try:
-        put(job.host, load(job.out), _MERGED)
-        if probed is not None:
-            prove(job.host, _MERGED, probed)
-    except TarsiaError:
-        shutil.rmtree(job.out)
-        raise
+def _check_read_again(job: Job, fresh: Path, probed: Probe | None) -> None:
+    """Put in what the files hold, and hold it to what was probed before they were written."""
+    put(job.host, load(fresh), _MERGED)
+    if probed is not None:
+        prove(job.host, _MERGED, probed)
 
 
 def judged(job: Job, outcome: Outcome) -> int:

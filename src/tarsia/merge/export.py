@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,9 @@ BESIDE: Final = "export.json"
 
 _COPIED: Final = (files.CONFIG, files.TENSORS, files.OURSELVES, files.PROBE, "README.md")
 
+Check = Callable[[Path, float], None]
+"""Proves a folder that was written, with the error of its weights, before it has its name."""
+
 
 @dataclass(frozen=True, eq=False)
 class Exported:
@@ -51,29 +54,42 @@ def to_peft(
     *,
     rank: int | None = None,
     most: float | None = None,
+    check: Check = lambda fresh, error: None,
 ) -> Exported:
     """Write the adapter in ``folder`` (which ``adapter`` was read from) into ``out`` as PEFT opens it.
 
     What PEFT can express is one already, and is copied. Anything else becomes plain LoRA (``thin``, with its refusals).
+    ``check`` is shown the folder and its error before it has its name: what it raises leaves nothing behind.
     Raises AdapterError where ``out`` is there or can not be written.
     """
     if not adapter.layout.obstacles:
-        write_folder(out, lambda fresh: _copy(folder, fresh), lambda there: False)
+
+        def copy(fresh: Path) -> None:
+            _copy(folder, fresh)
+            check(fresh, 0.0)
+
+        write_folder(out, copy, lambda there: False)
         return Exported(out, adapter, None)
     thinned = thin(adapter, base, rank=rank, most=most)
     made = replace(thinned.adapter, card=_card(adapter, thinned))
     _check_free(out)
-    files.save(made, out)
+    files.save(made, out, lambda fresh: check(fresh, thinned.error))
     return Exported(out, made, replace(thinned, adapter=made))
 
 
 def to_vllm(
-    adapter: Adapter, base: Host | Outline, out: Path, *, rank: int | None = None, most: float | None = None
+    adapter: Adapter,
+    base: Host | Outline,
+    out: Path,
+    *,
+    rank: int | None = None,
+    most: float | None = None,
+    check: Check = lambda fresh, error: None,
 ) -> Exported:
     """Write the adapter into ``out`` as vLLM serves it: plain LoRA of one scale, under vLLM's own names.
 
-    Held to every rule of ``vllm.RULES`` before it is there. Raises MergeError for a family, a layer or a change that
-    vLLM has no LoRA for, and as ``thin`` does; AdapterError where ``out`` is there or can not be written.
+    Held to every rule of ``vllm.RULES``, and to ``check`` as by ``to_peft``, before it is there.
+    Raises MergeError for a family, a layer or a change that vLLM has no LoRA for, and as ``thin`` does; AdapterError where ``out`` is there or can not be written.
     """
     if base.path is None:
         raise MergeError("The base has no folder, so vLLM can not be told of it.", given=base.name)
@@ -100,6 +116,7 @@ def to_vllm(
         _check_whole(tensors, read_tensors(fresh / files.TENSORS))
         told = {**_card(adapter, thinned)["export"], "vllm": VERSION, "options": list(judged.options)}
         (fresh / BESIDE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        check(fresh, thinned.error)
 
     write_folder(out, write, lambda there: False)
     return Exported(out, made, replace(thinned, adapter=made), judged.options)
