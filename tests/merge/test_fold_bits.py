@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,3 +176,41 @@ def test_a_small_change_over_numbers_on_no_grid_is_refused(onto, base, tmp_path)
         fold(str(base), small, tmp_path / "out", onto=onto, requantise=NF4)
     assert "of what differs would be the adapter's" in str(refusal.value.given)
     assert not any(tmp_path.iterdir())
+
+
+def foreign(adapter, how, base):
+    """An adapter as PEFT leaves it, which names no base, or as an import does, whose base is its importer's word."""
+    if how == "peft":
+        return replace(adapter, fingerprint=None)
+    plain = open_base(str(base), processor=False).fingerprint
+    return replace(adapter, fingerprint=plain, card={"origin": {"made_by": "PEFT"}})
+
+
+@pytest.mark.parametrize("how", ["peft", "imported"])
+def test_what_an_adapter_does_not_say_its_user_may(how, base, adapter, tmp_path):
+    silent = foreign(adapter, how, base)
+    with pytest.raises(ConfigError, match="is not known") as refusal:
+        fold(str(base), silent, tmp_path / "out", onto="dequantised")
+    assert "--over nf4" in str(refusal.value.do)
+    with pytest.raises(ConfigError, match="into which numbers"):
+        fold(str(base), silent, tmp_path / "out", over=NF4)
+    folded = fold(str(base), silent, tmp_path / "out", onto="dequantised", over=NF4)
+    assert folded.record["over"] == "nf4" and folded.proof.difference <= 1e-5 * folded.proof.peak
+    mine = open_base(str(tmp_path / "out"), processor=False).model.state_dict()
+    four = open_base(str(base), processor=False, four_bits=NF4).model.state_dict()
+    up = next(k for k in four if "language" in k and "up_proj" in k)
+    assert torch.equal(mine[up], four[up].dense(torch.float32))
+
+
+def test_what_an_adapter_does_not_say_is_told(base, adapter, tmp_path):
+    told = []
+    folded = fold(str(base), foreign(adapter, "peft", base), tmp_path / "out", show=told.append)
+    assert any("not known" in line for line in told)
+    assert folded.record["over"] == "unknown" and json.loads((tmp_path / "out" / RECORD).read_text())["over"]
+
+
+def test_what_an_adapter_says_is_not_to_be_told_otherwise(base, adapter, packed, over_packed, tmp_path):
+    int4 = FourBits("int4")
+    for folder, one in ((base, adapter), (packed, over_packed), (base, trained(base))):
+        with pytest.raises(ConfigError, match="is known, and is not that"):
+            fold(str(folder), one, tmp_path / "out", onto="dequantised", over=int4)

@@ -38,6 +38,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="of an adapter that was trained over 4 bits: the numbers that they stand for, or the 16-bit files' own",
     )
     parser.add_argument(
+        "--over",
+        choices=("nf4", "fp4", "int4"),
+        help="what an adapter was trained over that does not say it (PEFT's QLoRA): 4 bits, of all linear layers in the "
+        "blocks, scales nested; without it such a one is taken to be trained over the files' own numbers",
+    )
+    parser.add_argument(
         "--requantise",
         choices=("nf4", "fp4", "int4"),
         help="round the result to 4 bits again; refused where that takes the change away",
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         [where(Path(folder)) for folder in args.adapter],
         args.out,
         onto=args.onto,
+        over=None if args.over is None else FourBits(args.over),
         requantise=None if args.requantise is None else FourBits(args.requantise),
         bar=Bar(_rows(args), args.keep, args.precision),
         show=lambda line: print(f"tarsia: {line}", file=sys.stderr),

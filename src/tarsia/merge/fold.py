@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -22,12 +22,13 @@ from tarsia.adapter.fingerprint import shards
 from tarsia.adapter.four_bits import FourBits, Quantisation, choose
 from tarsia.adapter.host import Outline, open_base, open_outline, processor_in
 from tarsia.adapter.reading import header, read_json
-from tarsia.adapter.stored import stored_form, written_config
+from tarsia.adapter.stored import written_config
 from tarsia.adapter.value import Adapter
 from tarsia.core.errors import ConfigError, MergeError
 from tarsia.core.site import Kind
 from tarsia.merge.adapters import digest
 from tarsia.merge.folding import Folding
+from tarsia.merge.form import Form, Onto, form_of
 from tarsia.merge.live import Bar, Live, check_folds, check_starts, listened, own
 from tarsia.merge.proof import Proof, proved
 from tarsia.merge.remains import Remains, of_all, worst
@@ -36,7 +37,6 @@ from tarsia.merge.units import Stored
 
 RECORD: Final = "tarsia_fold.json"
 """Beside the weights: base, adapters, choice, what remains and the proof."""
-Onto = Literal["dequantised", "original"]
 Show = Callable[[str], None]
 """Told, before it is done, what is done."""
 
@@ -57,6 +57,7 @@ def fold(
     out: Path | str,
     *,
     onto: Onto | None = None,
+    over: FourBits | None = None,
     requantise: FourBits | None = None,
     bar: Bar = Bar(),  # noqa: B008 (frozen)
     show: Show = lambda line: None,
@@ -64,8 +65,9 @@ def fold(
     """Write the base with ``adapters`` folded in, each over those before it, into the new folder ``out``.
 
     Of adapters trained over 4 bits ``onto`` says what they are folded into: the numbers that the 4 bits stand for
-    ("dequantised", which is what they were trained over) or those of the 16-bit files ("original"). ``requantise``
-    rounds the result to 4 bits again. Where less of the change is left, measured, than ``bar`` wants, the fold is
+    ("dequantised", which is what they were trained over) or those of the 16-bit files ("original"). PEFT's do not say
+    what they were trained over: ``over`` does, and without it they are folded into the files' own numbers, which is
+    told and recorded. ``requantise`` rounds the result to 4 bits again. Where less of the change is left, measured, than ``bar`` wants, the fold is
     refused. It is proved on the adapters' own probes and on the bar's rows. One model at a time is in memory, and while
     the files are written a few of its tensors are.
 
@@ -84,9 +86,11 @@ def fold(
         if adapter is not None:
             check_folds(adapter)
     outline = open_outline(base, processor=False, weights=True)
-    form = _form(outline, [one for one in known if one is not None], onto)
+    form = form_of(outline.path, known, onto, over)
+    if form.unknown:
+        show(f"what the adapter was trained over is not known, PEFT does not write it: {form.numbers} are taken for it")
     opened = None if onto == "original" else form.asked
-    allow = ("quantisation",) if onto == "original" else ()
+    allow = ("quantisation",) if onto == "original" or over is not None else ()
     show(f"running the adapter on {base}")
     live = listened(base, given, known, opened, allow, bar)
     gc.collect()
@@ -101,51 +105,14 @@ def fold(
         _check_kept(folding.remains, bar.keep, requantise)
         show("holding the folded model to the adapter")
         proof.append(_proved(fresh, outline.path, live, folding.remains, requantise))
-        record.update(_record(base, outline, live, onto, requantise, folding.remains, proof[0]))
+        record.update(_record(base, outline, live, onto, form.text, requantise, folding.remains, proof[0]))
         (fresh / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     write_folder(out, write, lambda there: False, what="folded base")
     return Folded(out, record, proof[0], dict(folding.remains))
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """The base's form: ``asked`` is what the adapters had it rounded to as it was opened, ``held`` what files hold."""
-
-    asked: FourBits | None
-    held: FourBits | None
-
-
-def _form(outline: Outline, adapters: Sequence[Adapter], onto: Onto | None) -> _Form:
-    """What the adapters were trained over. Raises ConfigError where a choice is missing, or is none."""
-    held = stored_form(read_json(outline.path / "config.json"), outline.path)
-    marks = [one.fingerprint.quantisation for one in adapters if one.fingerprint is not None]
-    asked = next((found for mark in marks if (found := FourBits.of(mark)) is not None), None)
-    coarse = held or asked
-    if coarse is None and onto is not None:
-        raise ConfigError(
-            "There is nothing to choose: the adapter was trained over the files' own numbers.",
-            given=f"onto {onto}",
-            do="leave it out",
-        )
-    if coarse is not None and onto is None:
-        raise ConfigError(
-            f"The adapter was trained over 4 bits ({coarse.numbers}): into which numbers is it folded?",
-            allowed="dequantised: those that the 4 bits stand for, which it learnt to make up for; original: those of "
-            "the 16-bit files, which it has never seen",
-            do="say onto dequantised (what it was trained over), or onto original, on purpose",
-        )
-    if held is not None and onto == "original":
-        raise ConfigError(
-            "The base's files hold the 4 bits alone: there are no original numbers.",
-            given=f"{outline.path}: {held.numbers}",
-            allowed="dequantised",
-            do="fold onto dequantised",
-        )
-    return _Form(asked, held)
-
-
-def _planned(outline: Outline, live: Live, form: _Form, onto: Onto | None, requantise: FourBits | None) -> Folding:
+def _planned(outline: Outline, live: Live, form: Form, onto: Onto | None, requantise: FourBits | None) -> Folding:
     """What is folded into what. Raises as ``fold`` does."""
     stored = Stored.of(outline.model, shards(outline.path))
     packed = frozenset(name for name, unit in stored.units.items() if unit.packed)
@@ -274,6 +241,7 @@ def _record(
     outline: Outline,
     live: Live,
     onto: Onto | None,
+    over: str | None,
     requantise: FourBits | None,
     remains: Mapping[str, Remains],
     proof: Proof,
@@ -290,6 +258,7 @@ def _record(
             {"sha256": digest(one), "base": one.base, "methods": sorted({p.method for p in one.patches.values()})}
             for one in live.adapters
         ],
+        "over": over,
         "onto": onto,
         "requantised": None if requantise is None else requantise.text,
         "remains": {
