@@ -265,8 +265,8 @@ def test_a_full_disk_keeps_nobody_from_reading(
     library: Library, looked: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def refused(_: object) -> Iterator[None]:
-        raise LibraryError("The library can not be used; what was published is as it was.")
+    def refused(_: object, patience: float) -> Iterator[None]:
+        raise index.Full("The library can not be used; what was published is as it was.")
         yield
 
     monkeypatch.setattr(index, "writing", refused)

@@ -14,8 +14,6 @@ from tarsia.core.errors import LibraryError
 from tarsia.library import content, index, stages, sweep
 from tarsia.library.places import FORMAT, Places
 
-REPAIR = "tarsia library verify --repair makes it again"
-
 
 def check(places: Places) -> None:
     """Raises LibraryError where there is no library, or one that lost its marker, or of a format that is not ours."""
@@ -32,7 +30,7 @@ def make(places: Places) -> None:
     Raises LibraryError where something else is there, or a library that lost its marker.
     """
     places.root.mkdir(parents=True, exist_ok=True)
-    ours = {path.name for path in (places.lock, places.index, places.journal, *_folders(places))}
+    ours = {path.name for path in (places.lock, places.index, places.journal, *places.folders)}
     strange = sorted(path.name for path in places.root.iterdir() if path.name not in ours)
     if strange and not places.marker.is_file() and not holds(places):
         raise LibraryError(
@@ -46,7 +44,7 @@ def make(places: Places) -> None:
             return
         if holds(places) and not _begun(places):
             raise _unmarked(places)
-        for folder in _folders(places):
+        for folder in places.folders:
             folder.mkdir(exist_ok=True)
         if not places.index.exists():
             index.put(places, index.make)
@@ -57,7 +55,7 @@ def make(places: Places) -> None:
 
 def missing(places: Places) -> list[Path]:
     """What a library needs besides index and journal, and is not there."""
-    found = [folder for folder in _folders(places) if not folder.is_dir()]
+    found = [folder for folder in places.folders if not folder.is_dir()]
     found += [places.lock] if not places.lock.is_file() else []
     return found + ([places.marker] if _marked(places) is None else [])
 
@@ -67,7 +65,7 @@ def rebuilt(places: Places) -> list[Path]:
     lost = missing(places)
     if places.marker in lost and not places.marker.is_file() and not holds(places):
         raise _none(places)
-    for folder in _folders(places):
+    for folder in places.folders:
         folder.mkdir(exist_ok=True)
     places.lock.touch()
     if places.marker in lost:
@@ -96,10 +94,6 @@ def _begun(places: Places) -> bool:
     return bool(known == 0)
 
 
-def _folders(places: Places) -> tuple[Path, ...]:
-    return places.objects, places.records, places.stages
-
-
 def _marked(places: Places) -> object:
     """The format that the marker names; None where there is none, or it is damaged."""
     if not places.marker.is_file():
@@ -126,5 +120,5 @@ def _unmarked(places: Places) -> LibraryError:
     return LibraryError(
         "The library has lost the file that says that it is one, or this file is damaged; nothing was changed.",
         given=str(places.marker),
-        do=REPAIR,
+        do=index.REPAIR,
     )

@@ -73,9 +73,9 @@ def _first(library: Library, version: Version, place: Path, files: dict[str, con
     adapter = load_mapped(place)
     if before is None or before != stamp(place, files):
         raise LibraryError("The files were changed while they were read.", given=str(place), do="open it again")
-    if settled(place, files):
-        # a full disk takes nothing from what was read: it is looked at again the next time
-        with suppress(LibraryError), index.writing(library.places) as work:
+    if index.writable(library.places) and settled(place, files):
+        # a full disk, or others at work, take nothing from what was read: it is looked at again the next time
+        with suppress(index.Busy, index.Full), index.writing(library.places, patience=0.0) as work:
             work.db.execute("INSERT OR REPLACE INTO reads VALUES (?, ?)", (version.hash, before))
     return adapter
 

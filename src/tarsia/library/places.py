@@ -25,6 +25,7 @@ CURRENT = "current"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _HASH = re.compile(r"[0-9a-f]{4,64}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _REFERENCE = re.compile(r"(?P<name>[^@#]+)(?:@(?P<at>[^@#]+)|#(?P<hash>[^@#]+))?")
 _FORMS = "NAME, NAME@3, NAME@TAG or NAME#HASH (4 to 64 hexadecimal digits)"
 
@@ -50,8 +51,8 @@ class Reference:
                 raise LibraryError("This is no reference to an adapter.", given=repr(text), allowed=_FORMS)
             return cls(name, hash=digest)
         if at is not None and at.isdecimal():
-            if not 0 < int(at) < 2**62:
-                raise LibraryError("Versions count from 1.", given=text)
+            if _NUMBER.fullmatch(at) is None:
+                raise LibraryError("This is no number of a version.", given=repr(text)[:80], allowed="1, 2, 3, ...")
             return cls(name, number=int(at))
         return cls(name, tag=CURRENT if at is None else check_name(at, "tag"))
 
@@ -120,6 +121,11 @@ class Places:
     def stages(self) -> Path:
         """The folder of what is being written or thrown away."""
         return self.root / "stages"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Those that every library has, empty or not."""
+        return self.objects, self.records, self.stages
 
     @property
     def lock(self) -> Path:

@@ -45,7 +45,7 @@ def _locked(fresh: Path) -> tuple[Path, int] | None:
 
 def dead(places: Places) -> Iterator[Path]:
     """Stages whose process is gone, each locked by us until the next is asked for."""
-    for path in sorted(places.stages.iterdir()):
+    for path in sorted(places.stages.iterdir()) if places.stages.is_dir() else ():
         try:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:  # its process has just finished with it

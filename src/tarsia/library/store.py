@@ -36,6 +36,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Self
 
@@ -192,12 +193,13 @@ class Library:
     ) -> Entry:
         """Let a tag point at version ``to`` again, or at what it pointed at before its last move that still counts.
 
-        Rolled back twice, it is where it was two moves ago. Raises LibraryError where there is no such version.
+        Rolled back twice, it is where it was two moves ago. Versions that are gone are passed over. Raises LibraryError
+        where there is no such version.
         """
         with index.writing(self.places) as work:
             held = find(work.db, Reference(check_name(name), tag=tag))
             if to is None:
-                past = trail([e for _, e in journal.read(work.db, "name = ? AND tag = ?", (name, tag))])
+                past = _still_there(work.db, name, journal.read(work.db, "name = ? AND tag = ?", (name, tag)))
                 if len(past) < 2:
                     raise LibraryError(f"{name}@{tag} was never anywhere else.", given=held.reference)
                 to = past[-2]
@@ -264,6 +266,8 @@ class Library:
 
 def find(db: sqlite3.Connection, asked: Reference) -> Version:
     """The version that a reference means. Raises LibraryError where there is none, or a hash's beginning means two."""
+    if asked.number is not None and not 0 < asked.number < 2**62:  # more than SQLite can be asked for
+        raise _unknown(db, asked)
     where, value = {
         "number": ("number = :v", asked.number),
         "tag": ("number = (SELECT number FROM tags WHERE tags.name = :n AND tag = :v)", asked.tag),
@@ -323,6 +327,13 @@ def trail(moves: Sequence[Entry]) -> list[int]:
         elif not been or been[-1] != entry.after:
             been.append(entry.after)
     return been
+
+
+def _still_there(db: sqlite3.Connection, name: str, moves: Sequence[tuple[int, Entry]]) -> list[int]:
+    """The trail of a tag without versions that are gone."""
+    there = {number for (number,) in db.execute("SELECT number FROM versions WHERE name = ?", (name,))}
+    past = [number for number in trail([entry for _, entry in moves]) if number in there]
+    return [number for number, _ in groupby(past)]
 
 
 def now() -> str:

@@ -6,12 +6,11 @@ import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from tarsia.core.errors import LibraryError
-from tarsia.library import content, index, journal, record, stages, sweep
+from tarsia.library import content, frame, index, journal, record, stages, sweep
 from tarsia.library.content import File
 from tarsia.library.journal import Entry
 from tarsia.library.places import CURRENT, Places, Reference
@@ -68,62 +67,97 @@ def verify(places: Places, references: Iterable[str] = ()) -> Verified:
     """Look at every file of the library, or of the versions that are named alone.
 
     Others may go on publishing meanwhile. Where the index is damaged the rest is judged by the records.
-    Raises LibraryError where there is no such version, or others keep the library busy.
+    Raises LibraryError where there is no such version, others keep the library busy, or the disk refuses.
     """
     asked = [Reference.parse(text) for text in references]
-    faults = list(of_index(places))
-    if faults:
-        return _by_records(places, faults)
+    with index.told(places):
+        faults = of_frame(places)
+        if places.lock.exists():
+            faults += of_index(places)
+        if any(fault.file in (places.lock, places.index) for fault in faults):
+            return _by_records(places, faults)
+        return _by_index(places, faults, asked)
+
+
+def of_frame(places: Places) -> list[Fault]:
+    """What every library needs and is not there."""
+    texts = {places.marker: "is not there, or is damaged"}
+    return [Fault(path, texts.get(path, "is not there")) for path in frame.missing(places)]
+
+
+def _by_index(places: Places, faults: list[Fault], asked: Sequence[Reference]) -> Verified:
     with index.reading(places) as db:
         known = Known.read(db)
         chosen = [find(db, one) for one in asked] if asked else list(known.versions.values())
     files = {version.hash: known.files[version.hash] for version in chosen}
-    faults += [fault for version in chosen for fault in of_record(places, version, known.files[version.hash])]
+    found = _Found(
+        {(v.name, v.number): held for v in chosen if (held := of_record(places, v, known.files[v.hash]))},
+        of_objects(places, files),
+    )
     unwritable = of_journal(places, known) + of_end(places, known)  # nobody can write then, and nobody does
-    faults += of_objects(places, files, again=not unwritable)
     garbage: tuple[Path, ...] = ()
     if not asked:
         faults += [*of_tags(places, known), *unwritable]
-    if not asked and not unwritable:
-        with index.writing(places) as work:  # nobody is in the middle of a publish now
-            more, garbage = of_strangers(places, Known.read(work.db))
-        faults += more
-        garbage += tuple(stages.dead(places))
+    if unwritable:
+        faults += found.faults()
+    elif not asked or found.faults():
+        with index.quiet(places) as db:  # nobody is in the middle of a publish now
+            now = Known.read(db)
+            faults += found.again(places, now).faults()
+            strangers, garbage = ([], ()) if asked else of_strangers(places, now)
+        faults += strangers
+        garbage += () if asked else tuple(stages.dead(places))
     size = sum(file.bytes for held in files.values() for file in held.values())
     return Verified(tuple(faults), garbage, len(chosen), len(files), size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Faults of records, by version, and of contents, by their hash."""
+
+    records: Mapping[tuple[str, int], Sequence[Fault]]
+    objects: Mapping[str, Sequence[Fault]]
+
+    def faults(self) -> list[Fault]:
+        return [fault for held in (*self.records.values(), *self.objects.values()) for fault in held]
+
+    def again(self, places: Places, known: Known) -> _Found:
+        """What is left of them by a newer index: others may have put right, or given up, what was looked at."""
+        versions = {key: known.versions[key] for key in self.records if key in known.versions}
+        return _Found(
+            {key: of_record(places, version, known.files[version.hash]) for key, version in versions.items()},
+            {key: _of_object(places, key, known.files[key]) for key in self.objects if key in known.files},
+        )
+
+
 def of_index(places: Places) -> list[Fault]:
-    """What is wrong with the database itself."""
+    """What is wrong with the database itself. Raises what SQLite says where the disk or the system refuses."""
     try:
-        with index.held(places), closing(index.connect(places)) as db:
+        with index.opened(places) as db:
             said = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
             broken = db.execute("PRAGMA foreign_key_check").fetchall()
             if said == ["ok"] and not broken:
                 Known.read(db)
                 return []
-    except (sqlite3.DatabaseError, ValueError, TypeError, LookupError) as error:
-        if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise index.busy(places) from None
+    except sqlite3.Error as error:
+        if not index.damaged(error):
+            raise
+        return [Fault(places.index, f"{type(error).__name__} {error}")]
+    except (ValueError, TypeError, LookupError) as error:
         return [Fault(places.index, f"{type(error).__name__} {error}")]
     except LibraryError as error:
-        if error.given is None or str(places.index) not in str(error.given):
+        if not str(error.given).startswith(f"{places.index}: "):
             raise
         return [Fault(places.index, str(error.given).removeprefix(f"{places.index}: "))]
     lost = [f"{row['table']} refers to {row['parent']} that is not there" for row in broken]
     return [Fault(places.index, text) for text in [*(s for s in said if s != "ok"), *lost]]
 
 
-def of_objects(places: Places, files: Mapping[str, Mapping[str, File]], again: bool = True) -> list[Fault]:
-    """What is wrong with contents, every byte of which is hashed; ``again`` while nobody writes, where one is."""
+def of_objects(places: Places, files: Mapping[str, Mapping[str, File]]) -> dict[str, list[Fault]]:
+    """What is wrong with contents, by their hash; every byte is hashed."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda digest: _of_object(places, digest, files[digest]), files))
-    suspects = [digest for digest, faults in zip(files, found, strict=True) if faults]
-    if not suspects or not again:
-        return [fault for faults in found for fault in faults]
-    # another process may have been putting a spoilt one right
-    with index.writing(places):
-        return [fault for digest in suspects for fault in _of_object(places, digest, files[digest])]
+    return {digest: faults for digest, faults in zip(files, found, strict=True) if faults}
 
 
 def _of_object(places: Places, digest: str, files: Mapping[str, File]) -> list[Fault]:
@@ -196,6 +230,11 @@ def of_journal(places: Places, known: Known) -> list[Fault]:
 
 def of_end(places: Places, known: Known) -> list[Fault]:
     """What the next writer can not do of what journal.jsonl holds beyond what the index knows."""
+    found = _of_end(places, known)
+    return found and _of_end(places, known)  # another may have given up, in between, what the first look missed
+
+
+def _of_end(places: Places, known: Known) -> list[Fault]:
     try:
         with places.journal.open("rb") as file:
             file.seek(known.length)
