@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         refusal = error if isinstance(error, TarsiaError) else _no_memory(error)
         if refusal is None:
             raise
-        print(f"tarsia: {refusal}", file=sys.stderr)
+        from tarsia.core.visible import visible
+
+        print("\n".join(map(visible, f"tarsia: {refusal}".split("\n"))), file=sys.stderr)
         return 2
     return code
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from tarsia.cli import output, shelf, shelf_remote
+from tarsia.core.visible import visible
 
 if TYPE_CHECKING:
     from tarsia.library import Library
@@ -70,7 +71,7 @@ def add(args: argparse.Namespace) -> int:
     said = "" if made.fresh else " is there already, with the same content; nothing is added"
     print(f"{made.version.reference}{said}  {made.version.hash[:12]}  {shelf.size(made.version.bytes)}")
     if made.left:
-        print(f"not part of an adapter, and left out: {', '.join(made.left)}")
+        print(f"not part of an adapter, and left out: {visible(', '.join(made.left))}")
     return 0
 
 
@@ -154,10 +155,11 @@ def verify(args: argparse.Namespace) -> int:
         mended = repair(Places(Path(args.library or default_root())))
         for kind, texts in (("repaired", mended.done), ("lost", mended.lost)):
             for text in texts:
-                output.line({kind: text}) if args.json else print(f"{kind}: {text}")
+                output.line({kind: text}) if args.json else print(f"{kind}: {visible(text)}")
     found = look(_library(args).places, args.references)
     for fault in found.faults:
-        output.line({"file": str(fault.file), "fault": fault.what}) if args.json else print(f"FAULT {fault}")
+        values = {"file": str(fault.file), "fault": fault.what}
+        output.line(values) if args.json else print(f"FAULT {visible(str(fault))}")
     counts = {"versions": found.versions, "objects": found.objects, "bytes": found.bytes}
     if args.json:
         output.line({**counts, "faults": len(found.faults), "garbage": [str(path) for path in found.garbage]})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from tarsia.core.errors import LibraryError
+from tarsia.core.visible import CONTROL
 
 FORMAT = 1
 CURRENT = "current"
@@ -78,8 +79,15 @@ def check_name(text: str, what: str = "name") -> str:
 
 
 def check_text(*texts: str) -> None:
-    """Raises LibraryError where a text has no form in UTF-8, as a name of a file in another encoding has none."""
+    """Raises LibraryError where a text has no form in UTF-8, as a name of a file in another encoding has none.
+
+    So it does for characters that would act on the terminal of whoever lists it.
+    """
     for text in texts:
+        if CONTROL.search(text):
+            raise LibraryError(
+                "This text can not be kept: it has control characters.", given=repr(text)[:200], allowed="one line"
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
