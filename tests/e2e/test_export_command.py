@@ -213,3 +213,19 @@ def test_what_is_not_proved_yet_has_no_name(
         verb.run(parser.parse_args([str(one), "--to", to, "--out", str(out)]))
     assert there == [False]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_without_a_proof_it_is_held_to_the_base_nevertheless(
+    host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, out = saved(host, tmp_path / "a", [("lora", "language.*.q", {"rank": 2})], probed=False), tmp_path / "out"
+    other = small.base(tmp_path / "other", text_config={"rms_norm_eps": 0.5})
+    assert export(one, "--to", "vllm", "--out", out, "--base", other, "--no-proof") == 2
+    assert "another base" in capsys.readouterr().err
+    assert not out.exists()
+    silent = tmp_path / "silent"
+    save(replace(load(one), fingerprint=None), silent)
+    assert export(silent, "--to", "vllm", "--out", out) == 0
+    told = capsys.readouterr().err
+    assert "does not say which base" in told
+    assert "no probe" in told

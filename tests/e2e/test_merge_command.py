@@ -259,3 +259,12 @@ def test_what_is_not_proved_yet_has_no_name(
         verb.run(parser.parse_args([*parents, "--out", str(out)]))
     assert there == [False]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_parent_that_names_no_base_is_told_of(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(replace(load(parents[1]), fingerprint=None), tmp_path / "silent")
+    assert merge(parents[0], tmp_path / "silent", "--out", tmp_path / "out") == 0
+    assert "silent does not say which base" in capsys.readouterr().err
+    assert [one["fingerprint"] is None for one in load(tmp_path / "out").card["merged"]["parents"]] == [False, True]

@@ -171,6 +171,11 @@ def _canonical(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def architecture_of(folder: Path) -> str:
+    """The part of a fingerprint that config.json alone tells."""
+    return _architecture(read_json(folder / "config.json"))
+
+
 def _architecture(config: Mapping[str, Any]) -> str:
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):

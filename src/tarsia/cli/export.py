@@ -149,9 +149,24 @@ def _exported(
         exported = to_peft(folder, adapter, base, args.out, **chosen)
     else:
         exported = to_vllm(adapter, base, args.out, **chosen)
-    if adapter.probe is None and not args.no_proof:
-        print("tarsia: note: the adapter has no probe, so its outputs are not compared", file=sys.stderr)
+    for note in _unproved(args, adapter, base):
+        print(f"tarsia: note: {note}", file=sys.stderr)
     return exported, proof or None
+
+
+def _unproved(args: argparse.Namespace, adapter: Adapter, base: Host | Outline) -> list[str]:
+    """What nobody looked at, in words."""
+    from tarsia.adapter import Host
+    from tarsia.merge.belonging import weights_here
+
+    found = []
+    if adapter.probe is None and not args.no_proof:
+        found.append("the adapter has no probe, so its outputs are not compared")
+    if adapter.fingerprint is None:
+        found.append(f"the adapter does not say which base it belongs to: it is taken for one of {base.name}")
+    elif (adapter.probe is None or args.no_proof) and not isinstance(base, Host) and not weights_here(base.path):
+        found.append(f"the weights of {base.name} are not on this machine, so its architecture alone was looked at")
+    return found
 
 
 def _show(args: argparse.Namespace, adapter: Adapter, exported: Exported, proof: dict[str, Any] | None) -> None:

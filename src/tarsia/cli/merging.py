@@ -152,6 +152,13 @@ def prepared(args: argparse.Namespace) -> Job:
     validation = rows.named(args.tune, args.limit, "--tune")
     size = adapted.resolution(folders, args.resolution)
     host, parents = _opened(folders, args.base, resolution=size, processor=bool(sources or validation))
+    for name, parent in zip(names, parents, strict=True):
+        if parent.fingerprint is None:
+            print(
+                f"tarsia: note: {name} does not say which base it belongs to: it is taken for one of {host.name}, "
+                "and nothing proves it",
+                file=sys.stderr,
+            )
     return Job(
         args=args,
         out=out,

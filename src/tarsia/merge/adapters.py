@@ -14,7 +14,6 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.host import Host, Outline
 from tarsia.adapter.layout import layout
 from tarsia.adapter.resolution import one_resolution
@@ -24,6 +23,7 @@ from tarsia.core.errors import MergeError
 from tarsia.core.method import find as method_of
 from tarsia.core.site import Component, Kind, Site
 from tarsia.merge.align import refactored
+from tarsia.merge.belonging import common
 from tarsia.merge.delta import Delta, Grounds, delta_of
 from tarsia.merge.inputs import Seen, Watched
 from tarsia.merge.ways import Way, combined, find
@@ -156,7 +156,7 @@ def _asked(
             "Nothing would be left.", given=f"weights {list(weights)}, scale {scale}", do="leave it at that"
         )
     taking = [(adapter, float(weight)) for adapter, weight in zip(adapters, weights, strict=True) if weight != 0]
-    fingerprint = _fingerprint(taking[0][0], [adapter for adapter, _ in taking], base)
+    fingerprint = common({f"adapter {number}": adapter for number, (adapter, _) in enumerate(taking, 1)}, base)
     return _Asked(
         adapters=tuple(adapter for adapter, _ in taking),
         weights=tuple(weight for _, weight in taking),
@@ -174,21 +174,6 @@ def _resolution(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[
     pairs = enumerate(zip(adapters, weights, strict=True), 1)
     taking = {f"adapter {number}": one for number, (one, weight) in pairs if weight != 0}
     return one_resolution(taking, "choose one for the result on purpose: resolution=336, say, or None")
-
-
-def _fingerprint(first: Adapter, adapters: Sequence[Adapter], base: Host | Outline) -> Fingerprint | None:
-    """The base that all belong to; None where none says. Raises BaseMismatch where they disagree, or ``base`` does."""
-    known = [adapter for adapter in adapters if adapter.fingerprint is not None]
-    if not known:
-        return None
-    mark = known[0].fingerprint
-    assert mark is not None
-    for other in known[1:]:
-        assert other.fingerprint is not None
-        mark.check(other.fingerprint, mine=str(known[0].base), theirs=str(other.base))
-    if isinstance(base, Host):
-        mark.check(base.fingerprint, mine=str(known[0].base), theirs=f"{base.name}, {base.form}")
-    return mark
 
 
 def _paths(asked: _Asked) -> list[str]:
@@ -355,7 +340,13 @@ def _adapter(asked: _Asked, patches: Mapping[str, Patched], errors: Mapping[str,
 def _card(asked: _Asked, errors: Mapping[str, float], known: Adapter) -> dict[str, Any]:
     way = asked.way
     parents = [
-        {"digest": digest(adapter), "weight": weight, "base": adapter.base}
+        {
+            "digest": digest(adapter),
+            "weight": weight,
+            "base": adapter.base,
+            # None: nobody knows that it belongs to the base of the others
+            "fingerprint": None if adapter.fingerprint is None else adapter.fingerprint.weights,
+        }
         for adapter, weight in zip(asked.adapters, asked.weights, strict=True)
     ]
     merged = {

@@ -24,6 +24,7 @@ from tarsia.core.method import find
 from tarsia.core.packed import Packed
 from tarsia.core.patch import Patch, dense
 from tarsia.core.site import Site
+from tarsia.merge.belonging import hold
 from tarsia.merge.inputs import Seen, Watched
 
 Read = Callable[[str], tuple[Tensor, Tensor | None]]
@@ -106,12 +107,14 @@ class Grounds:
     def of(cls, base: Host | Outline, wanted: Fingerprint | None = None) -> Grounds:
         """Of an open base its tensors (dequantised where packed), of an outline its files', one at a time.
 
-        Files are checked, before the first is read, to be the base with the fingerprint ``wanted`` (None: unknown).
+        Of an outline the files are held to the fingerprint ``wanted`` (None: unknown). Raises BaseMismatch.
         """
         sites = {site.path: site for site in base.sites}
         if isinstance(base, Host):
             modules = base.model
             return cls(base, sites, lambda path: _held(modules.get_submodule(sites[path].module), sites[path]))
+        if wanted is not None:
+            hold(base, wanted)
         return cls(base, sites, _Files(base, sites, wanted))
 
     def site(self, path: str) -> Site:
@@ -142,23 +145,13 @@ class _Files:
         self.outline, self.sites, self.wanted = outline, sites, wanted
         self.origins = Origins(outline.path, outline.model, outline.sites)
 
-    @cached_property
-    def checked(self) -> bool:
-        """True, once the files are known to be the base's. Raises BaseMismatch, or MergeError for a form in 4 bits."""
-        if self.wanted is None:
-            return True
-        if self.wanted.quantisation != NONE:
+    def __call__(self, path: str) -> tuple[Tensor, Tensor | None]:
+        if self.wanted is not None and self.wanted.quantisation != NONE:
             raise MergeError(
                 "What these adapters change can not be told from the files of a base that was quantised for them.",
                 given=self.wanted.quantisation[:80],
                 do="give the base opened as it was for training (open_base(..., four_bits=...))",
             )
-        found = Fingerprint.of_folder(self.outline.path)
-        self.wanted.check(found, mine="the adapters' base", theirs=self.outline.name)
-        return True
-
-    def __call__(self, path: str) -> tuple[Tensor, Tensor | None]:
-        assert self.checked
         site = self.sites[path]
         weight = self.origins(site)
         place = None if site.bias is None else self.origins.places.get(site.bias)

@@ -89,13 +89,15 @@ def to_vllm(
     """Write the adapter into ``out`` as vLLM serves it: plain LoRA of one scale, under vLLM's own names.
 
     Held to every rule of ``vllm.RULES``, and to ``check`` as by ``to_peft``, before it is there.
-    Raises MergeError for a family, a layer or a change that vLLM has no LoRA for, and as ``thin`` does; AdapterError where ``out`` is there or can not be written.
+    Raises MergeError for a family, a layer or a change that vLLM has no LoRA for, and as ``thin`` does; AdapterError
+    where ``out`` is there or can not be written.
     """
     if base.path is None:
         raise MergeError("The base has no folder, so vLLM can not be told of it.", given=base.name)
     config = read_json(base.path / "config.json")
-    _check_family(config, adapter, Grounds.of(base, adapter.fingerprint))
-    thinned = thin(adapter, base, rank=rank, most=most)
+    grounds = Grounds.of(base, adapter.fingerprint)
+    _check_family(config, adapter, grounds)
+    thinned = thin(adapter, grounds, rank=rank, most=most)
     made = one_scale(thinned.adapter)
     spots = {path: spot(config, path) for path in made.patches}
     tensors = {

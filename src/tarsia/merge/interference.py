@@ -17,12 +17,12 @@ from itertools import combinations
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from tarsia.adapter.fingerprint import Fingerprint
 from tarsia.adapter.host import Host, Outline
 from tarsia.adapter.value import Adapter
 from tarsia.core.errors import MergeError
 from tarsia.core.method import find
 from tarsia.core.site import Component
+from tarsia.merge.belonging import common
 from tarsia.merge.between import Sums, site_sums
 from tarsia.merge.delta import Grounds, delta_of
 
@@ -104,7 +104,7 @@ def interference(
             "Interference is between two adapters or more, each of a weight that is not 0.",
             given=f"{len(names)} adapters, weights {list(shares)}",
         )
-    grounds = Grounds.of(base, _fingerprint(adapters, base))
+    grounds = Grounds.of(base, common(adapters, base))
     held = tuple(adapters.values())
     found: dict[str, Sums] = {}
     skipped = []
@@ -122,17 +122,6 @@ def interference(
             do="merge them with task_arithmetic: it loses nothing",
         )
     return _report(names, shares, grounds, found, skipped)
-
-
-def _fingerprint(adapters: Mapping[str, Adapter], base: Host | Outline) -> Fingerprint | None:
-    """The base that all belong to, None where none says. Raises BaseMismatch where they, or ``base``, disagree."""
-    known = {name: one.fingerprint for name, one in adapters.items() if one.fingerprint is not None}
-    for (first, mark), (second, other) in combinations(known.items(), 2):
-        mark.check(other, mine=first, theirs=second)
-    for name, mark in known.items():
-        if isinstance(base, Host):
-            mark.check(base.fingerprint, mine=name, theirs=base.name)
-    return next(iter(known.values()), None)
 
 
 def _report(
