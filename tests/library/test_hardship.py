@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,27 @@ def test_what_was_refused_does_not_happen_later(
     assert verify(library.places).faults == ()
 
 
+def test_the_next_writer_waits_until_the_line_is_taken_back(library: Library, refusing: pytest.MonkeyPatch) -> None:
+    """SQLite's lock is gone with its own rollback, the journal's is not."""
+    other = threading.Thread(target=lambda: library.tag("dogs", "stable"))
+
+    def act(db: Refusing) -> None:
+        if not other.is_alive():
+            db.execute("ROLLBACK")
+            other.start()
+            other.join(0.2)
+            assert other.is_alive(), "it did not wait"
+            raise sqlite3.OperationalError("database or disk is full")
+
+    refusing.setattr(Refusing, "act", act, raising=False)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        library.rollback("cats")
+    other.join(30)
+    refusing.undo()
+    assert library.version("cats").number == 2 and library.version("dogs@stable").number == 1
+    assert verify(library.places).faults == ()
+
+
 def test_what_was_done_before_the_interruption_stays(library: Library, refusing: pytest.MonkeyPatch) -> None:
     refusing.setattr(Refusing, "act", interrupted_afterwards, raising=False)
     with pytest.raises(KeyboardInterrupt):
@@ -272,12 +294,22 @@ def test_a_library_that_may_not_be_written_can_be_read(shown: Path) -> None:
 
 
 def test_what_lies_beside_the_index_is_not_passed_over(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "writable", lambda places: False)
+    script = (
+        "import os, sys\nfrom tarsia.library import Library, index\n"
+        "with index.reading(Library.open(sys.argv[1]).places) as db:\n"
+        "    db.execute('COMMIT'), db.execute('UPDATE versions SET note = 1'), os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script, str(library.places.root)], check=False, env=environment)
     wal = library.places.root / "index.sqlite-wal"
-    assert len(library.search(every=True)) == 3
-    wal.write_bytes(b"x" * 64)
-    with pytest.raises(LibraryError, match=r"index\.sqlite-wal"):
-        library.search()
+    assert wal.stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "writable", lambda places: False)
+        with pytest.raises(LibraryError, match=r"index\.sqlite-wal(.|\n)*library list"):
+            library.search()
+    library.search()
+    monkeypatch.setattr(index, "writable", lambda places: False)
+    assert [version.note for version in library.search(every=True)] == ["1"] * 3 and not wal.exists()
 
 
 # others at work, and what they took away

@@ -25,8 +25,9 @@ see the index before it or after it. 5 to 8 are under the index's write lock, wh
 takes too, so ``gc`` never sees a content between 5 and 8. ``tag`` and ``rollback`` are 4, 7, 8 and 9. ``gc`` takes the
 write lock, renames what nothing refers to into a locked stage, lets go of the lock, and then removes the stage; killed,
 it leaves a dead stage. A library is made under its lock, held alone, and its marker is written last; killed, the next
-process makes it. ``repair`` holds the lock alone, moves a damaged index away before it puts the new one in its place,
-and leaves, killed, a library whose index is missing, which everybody refuses and the next ``repair`` mends.
+process makes it, and deletes nothing. A commit that is refused takes 7 back. ``repair`` holds the lock alone, moves a
+damaged index away before it puts the new one in its place, and leaves, killed, a library whose index is missing, which
+everybody refuses and the next ``repair`` mends.
 """
 
 from __future__ import annotations
