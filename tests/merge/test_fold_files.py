@@ -125,6 +125,26 @@ def test_a_form_without_a_way_back_is_refused_by_name(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_what_the_base_leaves_over_may_be_left_over_and_nothing_else(tmp_path, monkeypatch):
+    """A tensor that the model has no place for is copied; one that only the fold has is found."""
+    base = saved(tmp_path / "base")
+    extra = {"model.language_model.nobody.weight": torch.ones(3)}
+    rewritten(base, lambda held: held | extra)
+    made = trained(base, (LORA,))
+    exact(fold(str(base), made, tmp_path / "out"))
+    assert set(extra) <= set(load_file(tmp_path / "out" / "model.safetensors"))
+    real = fold_module.write_files
+
+    def more(outline, folding, fresh, show):
+        real(outline, folding, fresh, show)
+        rewritten(fresh, lambda held: held | {"model.language_model.another.weight": torch.ones(3)})
+
+    monkeypatch.setattr(fold_module, "write_files", more)
+    with pytest.raises(MergeError, match="does not load the folded base whole") as refusal:
+        fold(str(base), made, tmp_path / "two")
+    assert "another.weight" in str(refusal.value.given) and "nobody" not in str(refusal.value.given)
+
+
 def test_adapters_over_one_another(base, tmp_path):
     one, other = trained(base, seed=1), trained(base, (LORA,), seed=2)
     folded = exact(fold(str(base), [one, other], tmp_path / "out"))

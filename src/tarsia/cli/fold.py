@@ -40,8 +40,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--over",
         choices=("nf4", "fp4", "int4"),
-        help="what an adapter was trained over that does not say it (PEFT's QLoRA): 4 bits, of all linear layers in the "
-        "blocks, scales nested; without it such a one is taken to be trained over the files' own numbers",
+        help="what an adapter was trained over that does not say it (PEFT's QLoRA): 4 bits of all linear layers in the "
+        "blocks, scales nested; without it, the files' own numbers",
     )
     parser.add_argument(
         "--requantise",

@@ -51,7 +51,7 @@ class Folded:
     remains: Mapping[str, Remains]
 
 
-def fold(
+def fold(  # noqa: PLR0913 (the choices of one fold)
     base: str,
     adapters: Adapter | Path | str | Sequence[Adapter | Path | str],
     out: Path | str,
@@ -67,9 +67,9 @@ def fold(
     Of adapters trained over 4 bits ``onto`` says what they are folded into: the numbers that the 4 bits stand for
     ("dequantised", which is what they were trained over) or those of the 16-bit files ("original"). PEFT's do not say
     what they were trained over: ``over`` does, and without it they are folded into the files' own numbers, which is
-    told and recorded. ``requantise`` rounds the result to 4 bits again. Where less of the change is left, measured, than ``bar`` wants, the fold is
-    refused. It is proved on the adapters' own probes and on the bar's rows. One model at a time is in memory, and while
-    the files are written a few of its tensors are.
+    told and recorded. ``requantise`` rounds the result to 4 bits again. Where less of the change is left, measured,
+    than ``bar`` wants, the fold is refused. It is proved on the adapters' own probes and on the bar's rows. One model
+    at a time is in memory, and while the files are written a few of its tensors are.
 
     Raises MergeError for a method that does not fold, for files that hold a weight in a form that can not be written,
     and where a check fails; ConfigError for a choice that is missing or makes no sense; BaseMismatch and AdapterError
@@ -104,8 +104,9 @@ def fold(
         write_files(outline, folding, fresh, show)
         _check_kept(folding.remains, bar.keep, requantise)
         show("holding the folded model to the adapter")
-        proof.append(_proved(fresh, outline.path, live, folding.remains, requantise))
-        record.update(_record(base, outline, live, onto, form.text, requantise, folding.remains, proof[0]))
+        proof.append(_proved(fresh, outline.path, live, folding))
+        chosen = {"over": form.text, "onto": onto, "requantised": None if requantise is None else requantise.text}
+        record.update(_record(base, outline, live, chosen, folding.remains, proof[0]))
         (fresh / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     write_folder(out, write, lambda there: False, what="folded base")
@@ -198,15 +199,16 @@ def _check_kept(remains: Mapping[str, Remains], keep: float, requantise: FourBit
     )
 
 
-def _proved(
-    fresh: Path, source: Path, live: Live, remains: Mapping[str, Remains], requantise: FourBits | None
-) -> Proof:
+def _proved(fresh: Path, source: Path, live: Live, folding: Folding) -> Proof:
     """Load what was written and hold it to what the live adapter said."""
     gc.collect()
     if (source / "preprocessor_config.json").is_file() or (source / "processor_config.json").is_file():
         processor_in(fresh)
-    model = _plain(fresh, live.precision) if requantise is None else _opened(fresh, live.precision)
-    return proved(model, live.heard, live.moved, remains, live.precision)
+    if folding.into is None:
+        model = _plain(fresh, live.precision, folding.stored.left_over)
+    else:
+        model = _opened(fresh, live.precision)
+    return proved(model, live.heard, live.moved, folding.remains, live.precision)
 
 
 def _opened(fresh: Path, precision: str) -> nn.Module:
@@ -214,23 +216,24 @@ def _opened(fresh: Path, precision: str) -> nn.Module:
     return open_base(str(fresh), dtype=chosen, processor=False).model
 
 
-def _plain(fresh: Path, precision: str) -> nn.Module:
-    """The folder as everybody opens it. Raises MergeError where a tensor is missing, or left over."""
+def _plain(fresh: Path, precision: str, left_over: frozenset[str]) -> nn.Module:
+    """The folder as everybody opens it.
+
+    Raises MergeError where a tensor is missing, or left over that the base's files do not leave over too.
+    """
     from transformers import AutoModelForImageTextToText
 
     loaded: tuple[nn.Module, dict[str, Any]] = AutoModelForImageTextToText.from_pretrained(
         fresh, dtype=getattr(torch, precision), use_safetensors=True, local_files_only=True, output_loading_info=True
     )
     model, report = loaded
-    wrong = {
-        what: sorted(map(str, names))
-        for what, names in report.items()
-        if names and what in ("missing_keys", "mismatched_keys", "error_msgs")
-    }
-    if wrong:
+    wrong = {what: sorted(map(str, report.get(what) or ())) for what in ("missing_keys", "mismatched_keys")}
+    wrong["error_msgs"] = sorted(map(str, report.get("error_msgs") or ()))
+    wrong["unexpected_keys"] = sorted(set(report.get("unexpected_keys") or ()) - left_over)
+    if any(wrong.values()):
         raise MergeError(
             "Transformers does not load the folded base whole.",
-            given="; ".join(f"{what} {', '.join(names[:3])}" for what, names in wrong.items()),
+            given="; ".join(f"{what} {', '.join(names[:3])}" for what, names in wrong.items() if names),
             do="report this, with the version of transformers; nothing was left behind",
         )
     return model.eval()
@@ -240,9 +243,7 @@ def _record(
     base: str,
     outline: Outline,
     live: Live,
-    onto: Onto | None,
-    over: str | None,
-    requantise: FourBits | None,
+    chosen: Mapping[str, str | None],
     remains: Mapping[str, Remains],
     proof: Proof,
 ) -> dict[str, Any]:
@@ -258,9 +259,7 @@ def _record(
             {"sha256": digest(one), "base": one.base, "methods": sorted({p.method for p in one.patches.values()})}
             for one in live.adapters
         ],
-        "over": over,
-        "onto": onto,
-        "requantised": None if requantise is None else requantise.text,
+        **chosen,
         "remains": {
             "share": whole.share,
             "size": whole.size,

@@ -59,6 +59,8 @@ class Stored:
     places: Mapping[str, Place]
     units: Mapping[str, Unit]
     """By the model's name of each parameter."""
+    left_over: frozenset[str]
+    """What the model has no place for, as its loader names it."""
 
     @classmethod
     def of(cls, model: nn.Module, shards: Sequence[Path]) -> Stored:
@@ -70,8 +72,8 @@ class Stored:
             for key, entry in table.items():
                 first, last = entry["data_offsets"]
                 places[key] = Place(path, start + first, last - first, entry["dtype"], tuple(entry["shape"]))
-        found = _units(model, places)
-        return cls(model, tables, places, {name: unit for unit in found for name in unit.names})
+        found, left_over = _units(model, places)
+        return cls(model, tables, places, {name: unit for unit in found for name in unit.names}, left_over)
 
     def read(self, key: str) -> Tensor:
         """One tensor of the files. Raises AdapterError where they end too early."""
@@ -139,8 +141,9 @@ def unfoldable(unit: Unit, why: str) -> MergeError:
     )
 
 
-def _units(model: nn.Module, places: Mapping[str, Place]) -> list[Unit]:
-    """The units of all tensors that the model has a place for, found as Transformers' loader finds them."""
+def _units(model: nn.Module, places: Mapping[str, Place]) -> tuple[list[Unit], frozenset[str]]:
+    """The units of all tensors that the model has a place for, found as Transformers' loader finds them, and names of
+    the others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -156,6 +159,7 @@ def _units(model: nn.Module, places: Mapping[str, Place]) -> list[Unit]:
     beside = {key for keys in parts.values() for key in keys}
     plain: dict[str, list[str]] = {}
     made: dict[str, list[tuple[str, str]]] = {}
+    left: set[str] = set()
     for key in sorted(places.keys() - beside, key=_natural):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -164,6 +168,8 @@ def _units(model: nn.Module, places: Mapping[str, Place]) -> list[Unit]:
             plain.setdefault(name, []).append(key)
         elif name in state:
             made.setdefault(name, []).append((key, str(pattern)))
+        else:
+            left.add(name)
     found = [
         Unit((keys[0], *parts.get(keys[0], ())), (name,), packed=keys[0] in parts) if len(keys) == 1 else _twice(keys)
         for name, keys in plain.items()
@@ -174,7 +180,7 @@ def _units(model: nn.Module, places: Mapping[str, Place]) -> list[Unit]:
         unit = Unit(keys, (target,), by_pattern[patterns[0]], patterns, target, shapes)
         empty = {key: torch.empty(places[key].shape, dtype=DTYPES[places[key].dtype], device="meta") for key in keys}
         found.append(replace(unit, names=tuple(_forward(unit, empty, model))))
-    return found
+    return found, frozenset(left)
 
 
 def _twice(keys: Sequence[str]) -> Unit:
