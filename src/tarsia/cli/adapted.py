@@ -6,11 +6,11 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarsia.cli import output
+from tarsia.cli import output, shelved
 
 if TYPE_CHECKING:
     from tarsia.adapter import Adapter, FourBits, Host
@@ -31,7 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         action="append",
         default=[],
-        help="an adapter to put in; may be given again, each then acts over those before it",
+        help=f"an adapter to put in, {shelved.FORMS}; may be given again, each then acts over those before it",
     )
     parser.add_argument(
         "--compose",
@@ -85,24 +85,25 @@ def opened(args: argparse.Namespace) -> Host:
 
     output.no_bars()
     names = named(args.adapter)
+    folders = {given: shelved.folder(given) for given in args.adapter}
     acting = _acting(args.compose, names)
     variables = _variables(args.variable)
-    form, chosen = _form(args)
+    form, chosen = _form(args, folders)
     place = {"dtype": args.precision, "device": args.device}
-    size = resolution(args.adapter, args.resolution)
+    size = resolution(folders, args.resolution)
     try:
         host = open_base(args.model, **place, variables=variables, four_bits=form, resolution=size)
     except QuantisedAlready as error:
         if chosen:
             raise
-        raise _trained_elsewhere(args.adapter, error) from None
+        raise _trained_elsewhere(folders.values(), error) from None
     if args.four_bits == "none" and host.quantisation is not None:
         raise ConfigError(
             "The base's files hold 4 bits: there are no other numbers to open.",
             given=f"--four-bits none, {args.model}",
             do="leave --four-bits out, or give the base in 16 bits",
         )
-    for name, folder in zip(names, args.adapter, strict=True):
+    for name, folder in zip(names, folders.values(), strict=True):
         adapter = load(folder, host)
         activate(host.model)
         put(host, adapter, name, allow=("quantisation",) if chosen else ())
@@ -157,7 +158,7 @@ def _acting(text: str | None, names: Sequence[str]) -> Sequence[Composition | No
     return [composition]
 
 
-def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
+def _form(args: argparse.Namespace, folders: Mapping[str, Path]) -> tuple[FourBits | None, bool]:
     """The form to open the base in, and whether it was chosen here, whatever the adapters say of themselves."""
     from tarsia.adapter import FourBits, recorded
     from tarsia.core.errors import ConfigError
@@ -166,20 +167,21 @@ def _form(args: argparse.Namespace) -> tuple[FourBits | None, bool]:
         return None, True
     if args.four_bits != AS_TRAINED:
         return described(args.four_bits), True
-    known = {folder: found for folder in args.adapter if (found := recorded(folder)) is not None}
-    forms = {folder: FourBits.of(found.quantisation) for folder, found in known.items()}
+    known = {given: found for given, folder in folders.items() if (found := recorded(folder)) is not None}
+    forms = {given: FourBits.of(found.quantisation) for given, found in known.items()}
     if len(set(forms.values())) > 1:
         raise ConfigError(
             "The adapters were trained over bases in different forms.",
-            given="; ".join(f"{folder}: {'16 bits' if f is None else f.text}" for folder, f in forms.items()),
+            given="; ".join(f"{given}: {'16 bits' if f is None else f.text}" for given, f in forms.items()),
             do="choose one for all on purpose: --four-bits none, or --four-bits nf4",
         )
     return next(iter(forms.values()), None), False
 
 
-def resolution(folders: Sequence[Path | str], asked: str) -> int | None:
+def resolution(folders: Mapping[str, Path], asked: str) -> int | None:
     """The most pixels along a picture's longer side; what is not as the base alone would see it is said on stderr.
 
+    ``folders`` are the adapters', by what was given for each.
     Raises ConfigError where it is no number, or the adapters were trained at different ones and none is chosen.
     """
     from tarsia.adapter import resolution_of
@@ -188,7 +190,7 @@ def resolution(folders: Sequence[Path | str], asked: str) -> int | None:
 
     if asked == AS_TRAINED:
         do = "choose one for all on purpose: --resolution 336, say, or --resolution none"
-        found = next(iter(one_resolution({str(folder): folder for folder in folders}, do)), None)
+        found = next(iter(one_resolution(folders, do)), None)
         if found is not None:
             print(
                 f"tarsia: note: pictures have at most {found} pixels along the longer side, as in the adapter's "
@@ -201,18 +203,18 @@ def resolution(folders: Sequence[Path | str], asked: str) -> int | None:
             "That is no resolution.", given=f"--resolution {asked}", allowed="a whole number above 0, or none"
         )
     chosen = None if asked == "none" else int(asked)
-    for folder in folders:
+    for given, folder in folders.items():
         for found in resolution_of(folder):
             if found != chosen:
                 print(
-                    f"tarsia: warning: the adapter in {folder} was trained at resolution {found or 'none'}, and is "
+                    f"tarsia: warning: the adapter in {given} was trained at resolution {found or 'none'}, and is "
                     f"shown pictures at {chosen or 'none'}, as asked for",
                     file=sys.stderr,
                 )
     return chosen
 
 
-def _trained_elsewhere(folders: Sequence[str], error: TarsiaError) -> TarsiaError:
+def _trained_elsewhere(folders: Iterable[Path], error: TarsiaError) -> TarsiaError:
     """The refusal of adapters that were trained over a rounded base, where the files hold the 4 bits."""
     from tarsia.adapter import load
     from tarsia.core.errors import BaseMismatch
@@ -286,21 +288,22 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 
 def named(folders: Sequence[str]) -> list[str]:
-    """One name for each adapter, in their order: its folder's, or its run's where training named the folder.
+    """One name for each adapter, in their order: its folder's, or its run's where training named the folder, or its
+    name in the library.
 
-    A name that two would have, or that a model can not hold, is made longer by the folder above. Raises ConfigError
-    where an adapter is given twice, or two have one name all the way up.
+    A name that two would have, or that a model can not hold, is made longer by the folder above, or by the version.
+    Raises ConfigError where an adapter is given twice, or two have one name all the way up.
     """
     from tarsia.core.errors import ConfigError
 
-    parts = [_parts(folder) for folder in folders]
-    lengths = [1] * len(parts)
+    known = [_names(folder) for folder in folders]
+    lengths = [1] * len(known)
     while True:
-        names = ["-".join(path[-length:]) for path, length in zip(parts, lengths, strict=True)]
+        names = [held[min(length, len(held)) - 1] for held, length in zip(known, lengths, strict=True)]
         poor = [i for i, name in enumerate(names) if names.count(name) > 1 or not _usable(name)]
         if not poor:
             return names
-        if all(lengths[i] >= len(parts[i]) for i in poor):
+        if all(lengths[i] >= len(known[i]) for i in poor):
             raise ConfigError(
                 "Two adapters have one name.",
                 given=", ".join(folders[i] for i in poor),
@@ -310,11 +313,20 @@ def named(folders: Sequence[str]) -> list[str]:
             lengths[i] += 1
 
 
-def _parts(folder: str) -> list[str]:
-    """The folders on the way to an adapter as parts of a name, without the last where every run has it."""
-    parts = [re.sub(r"[^A-Za-z0-9_]+", "-", part).strip("-") for part in os.path.abspath(folder).split(os.sep)]
-    parts = [part for part in parts if part]
-    return parts[:-1] if parts[-1:] == [OF_A_RUN] and len(parts) > 1 else parts or [OF_A_RUN]
+def _names(given: str) -> list[str]:
+    """What an adapter may be called, the shortest first: its folder's name, the same with the folder above, ...
+
+    Where every run has a folder of this name, the run's instead.
+    """
+    if (names := shelved.names(given)) is not None:
+        return [_plain(name) for name in names]
+    parts = [part for text in os.path.abspath(given).split(os.sep) if (part := _plain(text))]
+    parts = parts[:-1] if parts[-1:] == [OF_A_RUN] and len(parts) > 1 else parts or [OF_A_RUN]
+    return ["-".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")
 
 
 def _usable(name: str) -> bool:

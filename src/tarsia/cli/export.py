@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tarsia.cli import output
+from tarsia.cli import output, shelved
 
 if TYPE_CHECKING:
     from tarsia.adapter import Adapter, Host, Outline
@@ -26,7 +26,7 @@ SHOWN = 12
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``tarsia export``."""
-    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter's folder, or that of a run")
+    parser.add_argument("adapter", metavar="ADAPTER", help=f"an adapter's folder, that of a run, {shelved.FORMS}")
     parser.add_argument("--to", required=True, choices=("peft", "vllm", "transformers"), help="who is to take it")
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where to write it: not there yet")
     parser.add_argument("--base", metavar="MODEL", help="the base (default: the one that the adapter names)")
@@ -64,12 +64,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def where(folder: Path) -> Path:
-    """The adapter's own folder, where that of its run was given. Raises AdapterError where neither is one."""
+def where(given: Path | str) -> Path:
+    """The adapter's own folder, where that of its run, or a version of the library, was given.
+
+    Raises AdapterError where there is no adapter, LibraryError where the library has it not, or not whole.
+    """
     from tarsia.adapter.files import is_adapter
     from tarsia.cli.adapted import OF_A_RUN
     from tarsia.core.errors import AdapterError
 
+    folder = shelved.folder(given)
     found = next((path for path in (folder, folder / OF_A_RUN) if is_adapter(path)), None)
     if found is None:
         raise AdapterError("There is no such adapter.", given=str(folder), do="give the folder that it was saved in")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tarsia.cli import output
 from tarsia.cli.export import where
 from tarsia.cli.rows import KINDS, named
+from tarsia.cli.shelved import FORMS
 
 if TYPE_CHECKING:
     from tarsia.data import Sample
@@ -28,7 +29,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "adapter",
         metavar="ADAPTER",
         nargs="+",
-        help="a folder, or that of a run; of several each is folded over those before it",
+        help=f"a folder, that of a run, {FORMS}; of several each is folded over those before it",
     )
     parser.add_argument("--base", metavar="MODEL", required=True, help="a folder, a hub id, or mini-1")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where to write it: not there yet")
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("A share is between 0 and 1.", given=f"--keep {args.keep}")
     folded = fold(
         args.base,
-        [where(Path(folder)) for folder in args.adapter],
+        [where(given) for given in args.adapter],
         args.out,
         onto=args.onto,
         over=None if args.over is None else FourBits(args.over),

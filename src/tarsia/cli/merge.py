@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tarsia.cli import adapted, output, rows
+from tarsia.cli.shelved import FORMS
 
 if TYPE_CHECKING:
     from tarsia.cli.merging import Job, Outcome
@@ -23,7 +24,7 @@ SHOWN = 8
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``tarsia merge``."""
-    parser.add_argument("adapters", metavar="ADAPTER", nargs="*", help="adapters' folders, or those of runs")
+    parser.add_argument("adapters", metavar="ADAPTER", nargs="*", help=f"adapters' folders, those of runs, {FORMS}")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write it: not there yet")
     parser.add_argument("--list", action="store_true", help="print the ways to merge, with their sources")
     parser.add_argument("--recipe", metavar="FILE.yaml", type=Path, help="these options from a file; those given win")

@@ -139,8 +139,8 @@ def prepared(args: argparse.Namespace) -> Job:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("Something is there already.", given=str(out), do="choose another folder, or remove it first")
-    folders = [where(Path(folder)) for folder in args.adapters]
-    names = adapted.named(list(map(str, folders)))
+    names = adapted.named(args.adapters)
+    folders = [where(given) for given in args.adapters]
     way = way_of(args.method or "linear").taking(_options(args))
     weights = _numbers(args.weights, "--weights") if args.weights is not None else [1.0] * len(folders)
     if len(weights) != len(folders):
@@ -150,7 +150,7 @@ def prepared(args: argparse.Namespace) -> Job:
     _check_measures(args)
     sources = rows.named(args.rows, args.limit, "--rows")
     validation = rows.named(args.tune, args.limit, "--tune")
-    size = adapted.resolution(folders, args.resolution)
+    size = adapted.resolution(dict(zip(args.adapters, folders, strict=True)), args.resolution)
     host, parents = _opened(folders, args.base, resolution=size, processor=bool(sources or validation))
     for name, parent in zip(names, parents, strict=True):
         if parent.fingerprint is None:
