@@ -446,3 +446,15 @@ class TestResolution:
         adapters = [_seen_at(adapter("lora"), 336), _seen_at(adapter("lora", 1), 224)]
         with pytest.raises(ConfigError, match="different sizes"):
             listened_to(host(), adapters, [object()])
+
+
+def test_ranks_of_most_sites_are_said_once():
+    """For every name in a table of ranks is tried at every site."""
+    made = merge([adapter("lora"), adapter("unequal")], [1.0, 1.0], "cat", host()).adapter
+    (part,) = (part for part in made.parts if part.method == "lora")
+    sites = {site.path: site for site in host().sites}
+    held = {path: one for path, one in made.patches.items() if one.method == "lora"}
+    assert len(part.config.ranks) < len(held) and not set(part.config.ranks.values()) & {part.config.rank}
+    for path, one in held.items():
+        rank = len(one.tensors["A"])
+        assert part.config.scale(sites[path]) == (rank, pytest.approx(one.constants["scale"]))

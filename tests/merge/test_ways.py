@@ -10,9 +10,10 @@ from merge.values import drawn, gap
 
 from tarsia.core.errors import MergeError
 from tarsia.merge import WAYS, Delta, Way
-from tarsia.merge.align import ALIGN, core, knots, refactored
+from tarsia.merge.align import ALIGN, core, knots
 from tarsia.merge.combine import iso_c, iso_cts, polar, regmean, signs, ties, total, tsv, wudi
 from tarsia.merge.sparsify import dare, magnitude, thresholds
+from tarsia.merge.thin import spectrum
 from tarsia.merge.ways import combined, find
 
 SEED = st.integers(0, 1 << 16)
@@ -101,16 +102,18 @@ class TestRefactoring:
     def test_the_error_is_that_of_what_is_left_out(self):
         delta = drawn(1, (6,))[0]
         for rank in (1, 3, 5, 6):
-            made, error = refactored(delta, rank)
-            assert made.rank == rank
-            wanted = float((made.weight() - delta.weight()).norm() / delta.weight().norm())
+            found = spectrum(delta, rank)
+            a, b = found.factors(rank)
+            assert len(a) == rank
+            wanted = float((b @ a - delta.weight()).norm() / delta.weight().norm())
+            error = found.off(rank)
             assert error == pytest.approx(wanted, abs=1e-9) and (error > 1e-3) == (rank < 6)
 
     def test_no_matrix_of_that_rank_is_nearer(self):
         delta = drawn(1, (0,))[0]
-        made, _ = refactored(delta, 3)
+        a, b = spectrum(delta, 3).factors(3)
         left, values, right = torch.linalg.svd(delta.weight())
-        assert gap(made.weight(), (left[:, :3] * values[:3]) @ right[:3]) < 1e-12
+        assert gap(b @ a, (left[:, :3] * values[:3]) @ right[:3]) < 1e-10
 
 
 class TestTies:

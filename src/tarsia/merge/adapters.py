@@ -22,10 +22,10 @@ from tarsia.core.attach import Part
 from tarsia.core.errors import MergeError
 from tarsia.core.method import find as method_of
 from tarsia.core.site import Component, Kind, Site
-from tarsia.merge.align import refactored
 from tarsia.merge.belonging import common
 from tarsia.merge.delta import Delta, Grounds, delta_of
 from tarsia.merge.inputs import Seen, Watched
+from tarsia.merge.thin import lora_part, spectrum
 from tarsia.merge.ways import Way, combined, find
 
 MATRICES = frozenset({Kind.WEIGHT, Kind.EXPERT})
@@ -304,10 +304,12 @@ def _thinned(made: Delta, site: Site, rank: int | None) -> tuple[Delta, float]:
     if rank is None:
         if made.rank is None or made.rank <= min(site.shape):
             return made, 0.0
-        return refactored(made, min(site.shape))
-    if made.rank is not None and made.rank <= rank:
+        rank = min(site.shape)
+    elif made.rank is not None and made.rank <= rank:
         return made, 0.0
-    return refactored(made, rank)
+    found = spectrum(made, rank)
+    a, b = found.factors(rank)
+    return Delta(up=b, down=a, bias=made.bias), found.off(rank)
 
 
 def _single(method: str, constants: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patched:
@@ -373,15 +375,12 @@ def _parts(asked: _Asked, patches: Mapping[str, Patched]) -> tuple[Part, ...]:
         by_method.setdefault(one.method, []).append(path)
     parts = []
     for name, paths in by_method.items():
-        select = "; ".join(f"@{path}" for path in paths)
-        parents = [part for adapter in asked.adapters for part in adapter.parts if part.method == name]
         if name == "lora":
-            ranks = {path: int(patches[path].tensors["A"].shape[0]) for path in paths}
-            alphas = {path: float(patches[path].constants["scale"]) * ranks[path] for path in paths}
-            config = method_of(name).config(ranks=ranks, alphas=alphas)
-        else:
-            config = parents[0].config if parents else method_of(name).config()
-        parts.append(Part(name, select, config))
+            parts.append(lora_part({path: patches[path] for path in paths}))
+            continue
+        parents = [part for adapter in asked.adapters for part in adapter.parts if part.method == name]
+        config = parents[0].config if parents else method_of(name).config()
+        parts.append(Part(name, "; ".join(f"@{path}" for path in paths), config))
     return tuple(parts)
 
 

@@ -41,10 +41,13 @@ class Frame:
         return Delta(up=self.left @ merged, down=self.right)
 
 
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, k], S [k], V^T [k, n] of a matrix in float64, without singular values that are rounding."""
+def svd(matrix: Tensor, size: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, k], S [k], V^T [k, n] of a matrix in float64, without singular values that are rounding.
+
+    They are that beside ``size``, what the matrix is a sum of; None: beside the largest.
+    """
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    count = int((values > NOTHING * values[:1]).sum()) if len(values) else 0
+    count = int((values > NOTHING * (values[:1] if size is None else size)).sum())
     return left[:, :count], values[:count], right[:count]
 
 
@@ -100,19 +103,6 @@ def knots(deltas: Sequence[Delta]) -> Frame:
     assert frame.left is not None and frame.right is not None
     inner = svd(torch.cat(list(frame.parts), 1))[0]
     return Frame(frame.left @ inner, None, (inner.T @ frame.parts) @ frame.right)
-
-
-def refactored(delta: Delta, rank: int) -> tuple[Delta, float]:
-    """The nearest delta of that rank (Eckart-Young, 1936), both halves sharing the roots, and its relative error.
-
-    The error is |tau - tau_rank| / |tau| in Frobenius norm, 0 for a delta that is none.
-    """
-    left, values, right = split(delta)
-    total = float(values.square().sum())
-    root = values[:rank].sqrt()
-    lost = float(values[rank:].square().sum())
-    made = Delta(up=left[:, :rank] * root, down=root[:, None] * right[:rank], bias=delta.bias)
-    return made, (lost / total) ** 0.5 if total else 0.0
 
 
 def _rows(delta: Delta) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tarsia.core.errors import MergeError
-from tarsia.merge.align import NOTHING
+from tarsia.merge.align import NOTHING, svd
 
 Elect = Literal["total", "frequency"]
 Weigh = Literal["after", "before"]
@@ -74,7 +74,7 @@ def iso_c(parts: Tensor, weights: Tensor) -> Tensor:
     decomposition happens to return, with the mean.
     """
     merged = total(parts, weights).double()
-    left, values, right = _directions(merged, _size(parts, weights))
+    left, values, right = svd(merged, _size(parts, weights))
     if not len(values):
         return torch.zeros_like(merged)
     return values.mean() * (left @ right)
@@ -89,14 +89,14 @@ def iso_cts(parts: Tensor, weights: Tensor, *, common: float = 0.8) -> Tensor:
     """
     tasks = [w * part for w, part in zip(weights.double(), parts.double(), strict=True) if bool(part.any())]
     size = _size(parts, weights)
-    u, s, v = _directions(total(parts, weights).double(), size)
+    u, s, v = svd(total(parts, weights).double(), size)
     if not len(s):
         return torch.zeros_like(parts[0], dtype=torch.float64)
     smaller = _spanned(parts, size)
     each = min(round((smaller - int(smaller * common)) / len(tasks)), smaller // len(tasks))
     shared = min(smaller - each * len(tasks), len(s))
     u, s, v = u[:, :shared], s[:shared], v[:shared]
-    apart = [_directions(task - u @ (u.T @ task), size) for task in tasks]
+    apart = [svd(task - u @ (u.T @ task), size) for task in tasks]
     lefts = torch.cat([*(left[:, :each] for left, _, _ in apart), u], 1)
     values = torch.cat([*(value[:each] for _, value, _ in apart), s])
     rights = torch.cat([*(right[:each] for _, _, right in apart), v])
@@ -113,7 +113,7 @@ def tsv(parts: Tensor, weights: Tensor) -> Tensor:
     if not tasks:
         return torch.zeros_like(parts[0], dtype=torch.float64)
     size = _size(parts, weights)
-    found = [_directions(task, size) for task in tasks]
+    found = [svd(task, size) for task in tasks]
     smaller = _spanned(parts, size)
     most = max(len(values) for _, values, _ in found)
     each = most if sum(len(values) for _, values, _ in found) <= smaller else max(1, smaller // len(tasks))
@@ -249,12 +249,6 @@ def _spanned(parts: Tensor, size: float) -> int:
     wide = parts.double()
     rows, columns = torch.cat(list(wide), 0), torch.cat(list(wide), 1)
     return min(int((torch.linalg.svdvals(side) > NOTHING * size).sum()) for side in (rows, columns))
-
-
-def _directions(matrix: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    count = int((values > NOTHING * size).sum())
-    return left[:, :count], values[:count], right[:count]
 
 
 @dataclass(frozen=True, slots=True)

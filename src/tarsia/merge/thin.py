@@ -20,6 +20,7 @@ from tarsia.core.errors import MergeError
 from tarsia.core.method import find
 from tarsia.core.principal import principal
 from tarsia.core.site import Kind
+from tarsia.merge.align import split
 from tarsia.merge.delta import Delta, Grounds, delta_of
 from tarsia.methods.lora import LoRAConfig
 
@@ -30,8 +31,6 @@ LARGE: Final = 1024
 """Smaller side of a matrix from which a sketch takes the place of all its singular values."""
 
 _MORE, _TURNS = 8, 2  # columns of a sketch beside its rank, and turns of power iteration
-_NOTHING: Final = 1e-6
-"""Singular values of a product below this share of the largest are its rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +89,9 @@ def spectrum(delta: Delta, rank: int | None = None) -> Spectrum:
     sides). Of a whole change with a smaller side of ``LARGE`` or more, and a rank far below it, a randomised sketch is
     taken (arXiv:0909.4061, algorithm 4.4): near the best, and ``off`` is still what is really left.
     """
-    if delta.up is not None and delta.down is not None:
-        one, first = torch.linalg.qr(delta.up)
-        other, second = torch.linalg.qr(delta.down.T)
-        left, values, right = torch.linalg.svd(first @ second.T)
-        kept = max(1, int((values > _NOTHING * values[0]).sum()))
-        return Spectrum(one @ left[:, :kept], values[:kept], right[:kept] @ other.T, float(values.norm()))
+    if delta.factored:
+        left, values, right = split(delta)
+        return Spectrum(left, values, right, float(values.norm()))
     if delta.whole is None or delta.whole.ndim != 2:
         raise MergeError("This change is no matrix.", given="nothing" if delta.whole is None else delta.whole.shape)
     small = min(delta.whole.shape)
@@ -140,7 +136,7 @@ def thin(
         raise MergeError("PEFT has no place for this as LoRA.", given="; ".join(held.obstacles[:3]), do=_FOLD)
     made = replace(
         adapter,
-        parts=(_part(work.patches),),
+        parts=(lora_part(work.patches),),
         patches=MappingProxyType(work.patches),
         layout=held,
         probe=adapter.probe if len(work.exact) == len(work.patches) == len(adapter.patches) else None,
@@ -288,8 +284,8 @@ def _rank(patched: Patched) -> int:
     return int(patched.tensors["A"].shape[0])
 
 
-def _part(patches: Mapping[str, Patched]) -> Part:
-    """One part that says of every site its rank and alpha."""
+def lora_part(patches: Mapping[str, Patched]) -> Part:
+    """One part that says of every site its rank and alpha: of most at once, of the others by name."""
     ranks = {path: _rank(patched) for path, patched in patches.items()}
     alphas = {path: float(patched.constants["scale"]) * ranks[path] for path, patched in patches.items()}
     rank, alpha = (_commonest(list(table.values())) for table in (ranks, alphas))
