@@ -268,3 +268,23 @@ def test_a_parent_that_names_no_base_is_told_of(
     assert merge(parents[0], tmp_path / "silent", "--out", tmp_path / "out") == 0
     assert "silent does not say which base" in capsys.readouterr().err
     assert [one["fingerprint"] is None for one in load(tmp_path / "out").card["merged"]["parents"]] == [False, True]
+
+
+def test_the_size_of_whole_weights_is_told_before_and_a_rank_advised(
+    parents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge(*parents, "--out", tmp_path / "out", "--method", "ties") == 0
+    made = load(tmp_path / "out")
+    whole = [one for one in made.patches.values() if one.method == "full"]
+    told = capsys.readouterr().err
+    held = sum(one.tensors["weight"].nbytes for one in whole)
+    assert f"up to {held / 1024:.1f} KiB at {len(whole)} sites" in told
+    assert "--rank 5" in told
+    for number, quiet in enumerate((("--rank", "5", "--method", "ties"), ("--method", "core_ties"), ())):
+        assert merge(*parents, "--out", tmp_path / str(number), *quiet) == 0
+        assert "whole weights" not in capsys.readouterr().err
+        assert all(one.method != "full" for one in load(tmp_path / str(number)).patches.values())
+    monkeypatch.setattr(merging, "merge", lambda *_, **__: pytest.fail("computed before it was told"))
+    with pytest.raises(pytest.fail.Exception):
+        merge(*parents, "--out", tmp_path / "late", "--method", "ties")
+    assert "--rank 5" in capsys.readouterr().err

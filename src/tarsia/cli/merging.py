@@ -18,6 +18,7 @@ from tarsia.adapter.host import QuantisedAlready
 from tarsia.adapter.proof import Probe, Unmoved
 from tarsia.cli import adapted, rows
 from tarsia.cli.export import named, where
+from tarsia.cli.shelf import size
 from tarsia.core.attach import activate, detach
 from tarsia.core.errors import ConfigError, MergeError
 from tarsia.core.site import Component
@@ -25,7 +26,7 @@ from tarsia.data import Rows
 from tarsia.data.encode import Encoder
 from tarsia.evaluate import Report, evaluate, find
 from tarsia.evaluate.report import Result
-from tarsia.merge.adapters import AS_TRAINED, Merged, merge
+from tarsia.merge.adapters import AS_TRAINED, Merged, merge, swelling
 from tarsia.merge.interference import Interference, interference
 from tarsia.merge.interference_page import Table, write_page
 from tarsia.merge.ways import Way
@@ -150,16 +151,9 @@ def prepared(args: argparse.Namespace) -> Job:
     _check_measures(args)
     sources = rows.named(args.rows, args.limit, "--rows")
     validation = rows.named(args.tune, args.limit, "--tune")
-    size = adapted.resolution(dict(zip(args.adapters, folders, strict=True)), args.resolution)
-    host, parents = _opened(folders, args.base, resolution=size, processor=bool(sources or validation))
-    for name, parent in zip(names, parents, strict=True):
-        if parent.fingerprint is None:
-            print(
-                f"tarsia: note: {name} does not say which base it belongs to: it is taken for one of {host.name}, "
-                "and nothing proves it",
-                file=sys.stderr,
-            )
-    return Job(
+    seen = adapted.resolution(dict(zip(args.adapters, folders, strict=True)), args.resolution)
+    host, parents = _opened(folders, args.base, resolution=seen, processor=bool(sources or validation))
+    job = Job(
         args=args,
         out=out,
         parents=dict(zip(names, parents, strict=True)),
@@ -172,6 +166,8 @@ def prepared(args: argparse.Namespace) -> Job:
         rows=sources,
         tune=validation,
     )
+    _tell(job)
+    return job
 
 
 def done(job: Job) -> Outcome:
@@ -347,6 +343,26 @@ def _opened(
     except QuantisedAlready:  # its files hold the form that the adapters ask for
         host = open_base(base, **place)
     return host, [one or load(folder, host) for one, folder in zip(own, folders, strict=True)]
+
+
+def _tell(job: Job) -> None:
+    """Say on stderr, before anything is computed, what nobody knows, and where thin adapters become whole weights."""
+    for name, parent in job.parents.items():
+        if parent.fingerprint is None:
+            print(
+                f"tarsia: note: {name} does not say which base it belongs to: it is taken for one of {job.host.name}, "
+                "and nothing proves it",
+                file=sys.stderr,
+            )
+    taking = [one for one, weight in zip(job.parents.values(), job.weights, strict=True) if weight]
+    found = swelling(taking, job.way, job.host) if job.rank is None else None
+    if found is not None:
+        print(
+            f"tarsia: note: {job.way.name} makes whole weights of factors: up to {size(found.size)} at {found.sites} "
+            f"sites, where the adapters hold {size(found.before)}; --rank {found.rank}, say, keeps it thin, and tells "
+            "what that loses",
+            file=sys.stderr,
+        )
 
 
 def _between(job: Job) -> Interference | None:

@@ -130,6 +130,38 @@ def merge(  # noqa: PLR0913 (the choices of one sum)
     return Merged(_adapter(asked, patches, errors), MappingProxyType(errors))
 
 
+@dataclass(frozen=True, slots=True)
+class Swelling:
+    """What becomes of factors where a way keeps none: whole weights at ``sites``, of ``size`` bytes in float32.
+
+    ``before`` are the bytes that the parents hold there, ``rank`` is the most that their factors have side by side.
+    """
+
+    sites: int
+    size: int
+    before: int
+    rank: int
+
+
+def swelling(adapters: Sequence[Adapter], way: Way, base: Host | Outline) -> Swelling | None:
+    """What a merge of ``adapters`` (all that take part) makes whole, at most, where it is given no rank; None: nothing.
+
+    Only what ``merge`` makes larger is told: sites where parents hold factors, and none a whole weight already.
+    """
+    found = []
+    for site in base.sites if len(adapters) > 1 and not way.thin else ():
+        here = [one.patches[site.path] for one in adapters if site.path in one.patches]
+        kept = way.keeps_factors and all(hasattr(method_of(one.method).patch, "delta") for one in here)
+        ranks = [len(one.tensors["A"]) for one in here if "A" in one.tensors]
+        if site.kind is Kind.WEIGHT and ranks and not kept and all(one.method != "full" for one in here):
+            before = sum(tensor.nbytes for one in here for tensor in one.tensors.values())
+            found.append(Swelling(1, 4 * math.prod(site.shape), before, sum(ranks)))
+    if not found:
+        return None
+    size, before = sum(one.size for one in found), sum(one.before for one in found)
+    return Swelling(len(found), size, before, max(one.rank for one in found))
+
+
 def _asked(
     adapters: Sequence[Adapter], weights: Sequence[float], way: Way, base: Host | Outline, rest: tuple[Any, ...]
 ) -> _Asked:
@@ -397,4 +429,4 @@ def digest(adapter: Adapter) -> str:
     return total.hexdigest()
 
 
-__all__ = ["Merged", "digest", "merge"]
+__all__ = ["AS_TRAINED", "Merged", "Swelling", "digest", "merge", "swelling"]
