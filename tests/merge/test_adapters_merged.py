@@ -23,6 +23,7 @@ from tarsia.core.attach import merge as fold_in_memory
 from tarsia.core.errors import BaseMismatch, ConfigError, MergeError
 from tarsia.core.site import Component, Kind
 from tarsia.merge import WAYS, deltas, digest, merge
+from tarsia.merge.adapters import swelling
 from tarsia.merge.live import _encoded as listened_to
 from tarsia.quant.codec import Scheme
 from tarsia.quant.tensor import Weight4
@@ -458,3 +459,15 @@ def test_ranks_of_most_sites_are_said_once():
     for path, one in held.items():
         rank = len(one.tensors["A"])
         assert part.config.scale(sites[path]) == (rank, pytest.approx(one.constants["scale"]))
+
+
+@pytest.mark.parametrize("pair", [("lora", "rslora"), ("lora", "dora")], ids="-".join)
+@pytest.mark.parametrize("way", sorted(set(WAYS) - {"regmean"}))
+def test_what_swells_is_known_before(way, pair):
+    """Here no parent has a site alone at a coefficient of 1, so the most is what comes."""
+    parents = [adapter(what, seed) for seed, what in enumerate(pair)]
+    told = swelling(parents, WAYS[way], host())
+    made = merge(parents, [0.5, 0.7], way, host()).adapter
+    whole = [one.tensors["weight"] for one in made.patches.values() if one.method == "full"]
+    wanted = (0, 0) if told is None else (told.sites, told.size)
+    assert (len(whole), sum(tensor.nbytes for tensor in whole)) == wanted

@@ -151,7 +151,7 @@ def swelling(adapters: Sequence[Adapter], way: Way, base: Host | Outline) -> Swe
     found = []
     for site in base.sites if len(adapters) > 1 and not way.thin else ():
         here = [one.patches[site.path] for one in adapters if site.path in one.patches]
-        kept = way.keeps_factors and all(hasattr(method_of(one.method).patch, "delta") for one in here)
+        kept = way.factored(all(hasattr(method_of(one.method).patch, "delta") for one in here))
         ranks = [len(one.tensors["A"]) for one in here if "A" in one.tensors]
         if site.kind is Kind.WEIGHT and ranks and not kept and all(one.method != "full" for one in here):
             before = sum(tensor.nbytes for one in here for tensor in one.tensors.values())

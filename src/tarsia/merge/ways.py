@@ -92,11 +92,11 @@ class Way:
         """Whether the result is a weighted sum of the adapters: exact in factors, and for patches that join."""
         return self.combining.linear and self.sparsify == NONE and self.align == NONE
 
-    @property
-    def keeps_factors(self) -> bool:
-        """Whether thin factors are made thin factors: no number of their product is looked at alone."""
+    def factored(self, given: bool) -> bool:
+        """Whether factors come of a matrix: of any change in a frame; else where factors are all that is ``given``, and
+        no number of a product is looked at alone."""
         combining = self.combining
-        return self.align != NONE or (self.sparsify == NONE and (combining.invariant or combining.sees))
+        return self.align != NONE or (given and self.sparsify == NONE and (combining.invariant or combining.sees))
 
     def taking(self, options: Mapping[str, Any]) -> Way:
         """The same way with these options. Raises MergeError for one that it does not have, or a value that is none."""
