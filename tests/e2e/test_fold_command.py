@@ -58,6 +58,7 @@ def test_in_words(world, tmp_path, capsys):
     assert "there already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_over_four_bits_it_asks(tmp_path, capsys):
     base = saved(tmp_path / "base")
     save(trained(base, (LORA,), form=FourBits(), size=0.02), tmp_path / "adapter")
@@ -87,6 +88,7 @@ def test_what_does_not_fold_and_what_is_not_there(tmp_path, capsys):
     assert "no such adapter" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_that_peft_made_is_proved_on_rows(world, tmp_path, capsys):
     import shutil
 
@@ -99,4 +101,8 @@ def test_a_folder_that_peft_made_is_proved_on_rows(world, tmp_path, capsys):
     assert fold(*arguments) == 2
     assert "no rows to prove" in capsys.readouterr().err
     assert fold(*arguments, "--rows", world / "shown.parquet") == 0
-    assert json.loads(capsys.readouterr().out)["proof"]["pictures"]
+    told = capsys.readouterr()
+    assert json.loads(told.out)["proof"]["pictures"] and json.loads(told.out)["over"] == "unknown"
+    assert "is not known" in told.err and "files' own numbers" in told.err
+    assert fold(*arguments[:-2], tmp_path / "two", "--over", "nf4", "--rows", world / "shown.parquet") == 2
+    assert "into which numbers" in capsys.readouterr().err

@@ -22,7 +22,7 @@ NF4 = FourBits()
 LARGE = Part("lora", "language.*.v", METHODS["lora"].config(rank=8, alpha=8.0))
 """With tensors of this size the change is as large as the weight."""
 SIZE = 0.3
-QUICK = {"llava", "qwen3_vl_moe"}
+QUICK = {"llava"}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def test_onto_the_dequantised_numbers_it_is_what_it_was_trained_over(name, tmp_p
     assert torch.equal(given[untouched], four.model.state_dict()[untouched].dense(torch.float32))
 
 
+@pytest.mark.slow
 def test_onto_the_original_it_is_the_adapter_there(base, adapter, tmp_path):
     folded = fold(str(base), adapter, tmp_path / "out", onto="original")
     assert folded.proof.difference <= 1e-5 * folded.proof.peak
@@ -97,6 +98,7 @@ def test_loftq_means_nothing_over_the_original(base, tmp_path):
     assert fold(str(base), made, tmp_path / "out", onto="dequantised").proof.agreement == 1
 
 
+@pytest.mark.slow
 def test_files_in_four_bits_become_files_in_sixteen(packed, over_packed, tmp_path):
     folded = fold(str(packed), over_packed, tmp_path / "out", onto="dequantised")
     assert folded.proof.difference <= 1e-5 * folded.proof.peak
@@ -161,6 +163,7 @@ def test_bitsandbytes_reads_the_result(base, tmp_path):
     assert (theirs - mine).abs().max() <= 1e-4 * mine.abs().max()
 
 
+@pytest.mark.slow
 def test_an_adapter_over_the_files_own_numbers_is_rounded_too(base, tmp_path):
     """Over numbers that lie on no grid, the mean of the change is there: what it costs is the noise."""
     folded = fold(str(base), trained(base, (LARGE,), size=SIZE), tmp_path / "out", requantise=NF4)
@@ -168,7 +171,7 @@ def test_an_adapter_over_the_files_own_numbers_is_rounded_too(base, tmp_path):
     assert folded.proof.noise_mean > 0 and folded.proof.difference_mean <= folded.proof.allowed_mean
 
 
-@pytest.mark.parametrize("onto", ["original", None])
+@pytest.mark.parametrize("onto", ["original", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_small_change_over_numbers_on_no_grid_is_refused(onto, base, tmp_path):
     """There a few numbers move a whole step: the mean of the change is kept, and drowned in what moves beside it."""
     small = trained(base, (LORA,), form=None if onto is None else NF4, size=0.02)
@@ -186,7 +189,7 @@ def foreign(adapter, how, base):
     return replace(adapter, fingerprint=plain, card={"origin": {"made_by": "PEFT"}})
 
 
-@pytest.mark.parametrize("how", ["peft", "imported"])
+@pytest.mark.parametrize("how", ["peft", pytest.param("imported", marks=pytest.mark.slow)])
 def test_what_an_adapter_does_not_say_its_user_may(how, base, adapter, tmp_path):
     silent = foreign(adapter, how, base)
     with pytest.raises(ConfigError, match="is not known") as refusal:
@@ -202,6 +205,7 @@ def test_what_an_adapter_does_not_say_its_user_may(how, base, adapter, tmp_path)
     assert torch.equal(mine[up], four[up].dense(torch.float32))
 
 
+@pytest.mark.slow
 def test_what_an_adapter_does_not_say_is_told(base, adapter, tmp_path):
     told = []
     folded = fold(str(base), foreign(adapter, "peft", base), tmp_path / "out", show=told.append)

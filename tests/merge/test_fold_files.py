@@ -30,6 +30,7 @@ from tarsia.merge.live import Bar, listened
 from tarsia.merge.streams import INDEX, Streams
 from tarsia.methods.lora import LoRA
 
+BETWEEN = streams._between
 EXPERTS = Part("full", "@*.experts.*", METHODS["full"].config())
 
 
@@ -72,6 +73,7 @@ def test_shards_and_their_index(tmp_path):
     assert changed == len(trained(base).patches) + 2  # the projector's two biases
 
 
+@pytest.mark.slow
 def test_names_as_the_model_spells_them(tmp_path):
     base = saved(tmp_path / "base")
     own = open_base(str(base), processor=False).model.state_dict()
@@ -80,6 +82,7 @@ def test_names_as_the_model_spells_them(tmp_path):
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [False, True])
 def test_a_head_that_is_the_embedding(both, tmp_path):
     options = {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": True}
@@ -102,7 +105,8 @@ def in_one_tensor(tensors, key):
 
 
 @pytest.mark.parametrize(
-    "name", ["llava-qwen3_moe", "transposed", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)]
+    "name",
+    ["llava-qwen3_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transposed", "qwen3_vl_moe"))],
 )
 def test_experts_in_another_form(name, tmp_path):
     base = saved(tmp_path / "base", "qwen3_vl_moe" if name == "transposed" else name)
@@ -145,6 +149,24 @@ def test_what_the_base_leaves_over_may_be_left_over_and_nothing_else(tmp_path, m
     assert "another.weight" in str(refusal.value.given) and "nobody" not in str(refusal.value.given)
 
 
+def test_stretches_of_any_size_are_the_same(base, tmp_path, monkeypatch):
+    made = trained(base, (LORA, Part("lora", "language.*.{up,down}", METHODS["lora"].config(rank=2))))
+    outline = open_outline(str(base), processor=False, weights=True)
+    live = listened(str(base), [made], [made], None, (), Bar())
+    found, runs = set(), set()
+    for size, gap in ((1, 0), (9000, 5000), (1 << 22, 1 << 16)):
+        monkeypatch.setattr(streams, "STRETCH", size)
+        monkeypatch.setattr(streams, "_GAP", gap)
+        folding = Folding(units.Stored.of(outline.model, shards(base)), live.layers)
+        writer = Streams(folding)
+        runs.add(len(list(writer._stretches(base / "model.safetensors"))))
+        writer.same_size(base / "model.safetensors", tmp_path / "out")
+        folding.check_measured()
+        found.add((tmp_path / "out").read_bytes())
+    assert len(found) == 1 and len(runs) == 3 and max(runs) == len(made.patches)
+
+
+@pytest.mark.slow
 def test_adapters_over_one_another(base, tmp_path):
     one, other = trained(base, seed=1), trained(base, (LORA,), seed=2)
     folded = exact(fold(str(base), [one, other], tmp_path / "out"))
@@ -196,6 +218,7 @@ def test_a_truncated_shard(tmp_path, adapter):
         fold(str(base), adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_adapter_that_hardly_does_anything_proves_nothing(tmp_path):
     base = saved(tmp_path / "base", dtype=torch.bfloat16)
     made = trained(base, (LORA,), size=1e-3)
@@ -217,13 +240,22 @@ def one_site_less(self):
     self.by_key = {key: job for job in self.jobs for key in job.keys}
 
 
+def not_measured(source, target, begin, end, data, measures):
+    BETWEEN(source, target, begin, end, data, ())
+
+
 def not_copied(source, target, begin, end):
     os.pwrite(target, os.pread(source, end - begin, begin)[: (end - begin) // 2] + bytes((end - begin + 1) // 2), begin)
 
 
 @pytest.mark.parametrize(
     "where,name,bug",
-    [(LoRA, "fold_into", doubled), (Folding, "__post_init__", one_site_less), (streams, "copy_range", not_copied)],
+    [
+        (LoRA, "fold_into", doubled),
+        (Folding, "__post_init__", one_site_less),
+        (streams, "copy_range", not_copied),
+        (streams, "_between", not_measured),
+    ],
 )
 def test_planted_bugs_are_found_and_nothing_is_left(where, name, bug, base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(where, name, bug)
@@ -279,6 +311,7 @@ def dying(moment):
         setattr(os, name, counted(getattr(os, name)))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_is_there_whole_or_not_at_all(base, adapter, stubbed, tmp_path):
     if not sys.platform.startswith("linux"):
         pytest.skip("forks")

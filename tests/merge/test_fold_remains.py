@@ -68,7 +68,7 @@ def at_one_row(shape, row, dtype, size=0.5):
     a, b = torch.randn(1, shape[1], generator=draw), torch.zeros(shape[0], 1)
     b[row] = size
     fold, weight = At(), torch.randn(shape, generator=draw).to(dtype)
-    Folding.in_place(fold, fold, LoRA(a, b, 1.0), weight.clone())
+    Folding.in_place(fold, fold, LoRA(a, b, 1.0), weight.clone())()
     return fold.remains["weight"], float((b @ a).double().square().sum())
 
 

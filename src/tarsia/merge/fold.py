@@ -102,6 +102,7 @@ def fold(  # noqa: PLR0913 (the choices of one fold)
 
     def write(fresh: Path) -> None:
         write_files(outline, folding, fresh, show)
+        folding.check_measured()
         _check_kept(folding.remains, bar.keep, requantise)
         show("holding the folded model to the adapter")
         proof.append(_proved(fresh, outline.path, live, folding))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,9 @@ from tarsia.quant.tensor import Weight4
 
 Layers = Sequence[Mapping[Site, Patch]]
 """Patches by site, of one adapter after the other: the first is folded first."""
+
+Measure = Callable[[], None]
+"""Measures what remains of a change. Raises MergeError where what was written is not what was meant."""
 
 
 @dataclass(frozen=True)
@@ -116,21 +119,38 @@ class Folding:
         only = patches[0] if len(patches) == 1 else None
         return only if isinstance(only, LoRA) and name not in self.coarse | self.fine else None
 
-    def in_place(self, job: Job, patch: LoRA, weight: Tensor) -> Tensor:
-        """Fold a LoRA into ``weight`` itself; what remains of it is measured, of a large weight on a sample of rows."""
+    @torch.no_grad()
+    def in_place(self, job: Job, patch: LoRA, weight: Tensor) -> Measure:
+        """Fold a LoRA into ``weight`` itself. What is given back is to be called while ``weight`` is there.
+
+        It holds the result to the sum and measures what remains, of a large weight on a sample of rows; any thread may.
+        """
         a, b = (factor.detach().float() for factor in patch.factors())
         squares = torch.mm(b, a @ a.T).mul_(b).sum(1)  # of what each row changes by, but for the scale
         rows = sampled(weight.shape, squares)
         before = weight.to(torch.float32, copy=True) if rows is None else weight[rows].float()
-        exact = torch.addmm(before, b if rows is None else b[rows], a, alpha=patch.scale)
         patch.fold_into(weight, weight)
-        name, stored = job.units[0].names[0], weight if rows is None else weight[rows]
-        check_rounded(name, exact, stored)
-        found = Remains.of(before, exact, stored)
-        if rows is not None:
-            found = found.spread(len(weight), len(rows), patch.scale**2 * float(squares.sum(dtype=torch.float64)))
-        self.remains[name] = found
-        return weight
+
+        def measure() -> None:
+            exact = torch.addmm(before, b if rows is None else b[rows], a, alpha=patch.scale)
+            name, stored = job.units[0].names[0], weight if rows is None else weight[rows]
+            check_rounded(name, exact, stored)
+            found = Remains.of(before, exact, stored)
+            if rows is not None:
+                found = found.spread(len(weight), len(rows), patch.scale**2 * float(squares.sum(dtype=torch.float64)))
+            self.remains[name] = found
+
+        return measure
+
+    def check_measured(self) -> None:
+        """Raise MergeError where a parameter that the patches change was not measured: none says that it is there."""
+        missing = {name for site in self.sites.values() for name in self.names(site)} - self.remains.keys()
+        if missing:
+            raise MergeError(
+                "What remains of a change was not measured.",
+                given=f"{min(missing)} ({len(missing)} parameters)",
+                do="report this; nothing was left behind",
+            )
 
     @torch.no_grad()
     def made(self, job: Job) -> dict[str, Tensor | Quantised]:

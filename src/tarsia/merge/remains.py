@@ -42,19 +42,28 @@ class Remains:
     @classmethod
     def of(cls, before: Tensor, exact: Tensor, stored: Tensor, was: Tensor | None = None) -> Remains:
         """From the numbers before, those intended and those written, of one shape; without ``was`` those before."""
-        flat = [t.detach().reshape(-1) for t in (before, exact, stored, before if was is None else was)]
+        given = (before, exact, stored) if was is None else (before, exact, stored, was)
+        flat = [t.detach().reshape(-1) for t in given]
         found = NOTHING
         for first in range(0, flat[0].numel(), _AT_ONCE):
-            found += cls._piece(*(t[first : first + _AT_ONCE].to(torch.float64) for t in flat))
+            found += cls._piece(*(t[first : first + _AT_ONCE] for t in flat))
         return found
 
     @classmethod
-    def _piece(cls, before: Tensor, exact: Tensor, stored: Tensor, was: Tensor) -> Remains:
-        change, off, changed = exact - before, stored - exact, stored - was
-        along, weight = changed @ change, before @ before
-        astray = changed.sub_(change)
-        sums = (change @ change, along, astray @ astray, off @ off, weight)
-        return cls(before.numel(), *(float(one) for one in sums))
+    def _piece(cls, before: Tensor, exact: Tensor, stored: Tensor, was: Tensor | None = None) -> Remains:
+        """In float64; all products are one of matrices, for a few numbers' sake that is what takes time."""
+        held = torch.empty(4 if was is None else 6, before.numel(), dtype=torch.float64)
+        base, change, changed, off = held[:4]
+        base.copy_(before)
+        off.copy_(stored).sub_(change.copy_(exact))
+        change -= base
+        torch.add(change, off, out=changed)
+        if was is not None:
+            changed.copy_(stored).sub_(held[5].copy_(was))
+            torch.sub(changed, change, out=held[4])
+        sums = (held @ held.T).tolist()
+        astray = 3 if was is None else 4
+        return cls(before.numel(), sums[1][1], sums[1][2], sums[astray][astray], sums[3][3], sums[0][0])
 
     def spread(self, rows: int, sample: int, intended: float) -> Remains:
         """What ``sample`` of ``rows`` rows say of all of them, whose change is known: ``intended``.
@@ -128,11 +137,15 @@ def check_rounded(name: str, exact: Tensor, stored: Tensor) -> None:
     """
     form = torch.finfo(stored.dtype)
     exact, stored = exact.detach().reshape(-1), stored.detach().reshape(-1)
-    slack = 64 * EPSILON * float(exact.abs().max()) + form.smallest_normal * form.eps if exact.numel() else 0.0
+    slack: float | None = None
     for first in range(0, exact.numel(), _AT_ONCE):
         meant = exact[first : first + _AT_ONCE]
-        off = (stored[first : first + _AT_ONCE].to(meant.dtype) - meant).abs_()
-        if not bool((off <= 0.51 * form.eps * meant.abs() + slack).all()):
+        off = torch.sub(stored[first : first + _AT_ONCE], meant).abs_()
+        size = meant.abs()
+        if slack is None:
+            largest = size if len(size) == len(exact) else exact.abs()
+            slack = 64 * EPSILON * float(largest.max()) + form.smallest_normal * form.eps
+        if not bool((off <= size.mul_(0.51 * form.eps).add_(slack)).all()):
             raise MergeError(
                 f"What would be written of {name} is not what its fold is.",
                 given=f"a number is {float(off.max()):.4g} off",
@@ -161,6 +174,5 @@ def sampled(shape: Sequence[int], squares: Tensor) -> Tensor | None:
     rows = shape[0]
     if rows * shape[1] <= WHOLE or rows <= 2 * SAMPLED:
         return None
-    even = torch.linspace(0, rows - 1, SAMPLED).round().long()
-    found: Tensor = torch.cat([even, squares.topk(SAMPLED).indices]).unique()
-    return found
+    even = (round(place * (rows - 1) / (SAMPLED - 1)) for place in range(SAMPLED))
+    return torch.tensor(sorted({*even, *squares.topk(SAMPLED, sorted=False).indices.tolist()}))

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +18,18 @@ from torch import Tensor
 from tarsia.adapter.reading import AGAIN
 from tarsia.adapter.tensors import DTYPES, TensorFile
 from tarsia.core.errors import AdapterError
-from tarsia.merge.folding import Folding, Job
+from tarsia.merge.folding import Folding, Job, Measure
 from tarsia.merge.units import Stored
 from tarsia.quant.codec import Quantised
 from tarsia.quant.state import to_tensors
 
 INDEX: Final = "model.safetensors.index.json"
 _CHUNK: Final = 8 << 20
+STRETCH: Final = 4 << 20
+"""Bytes that are read, folded and written at once, where tensors are no larger."""
+_GAP: Final = 1 << 16
+"""Bytes between two touched tensors that are carried along: to copy them apart takes longer."""
+_ALIGNED: Final = 8
 _ELSEWHERE: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 """What the system says where it does not copy between these two files itself."""
 
@@ -40,23 +45,47 @@ class Streams:
     def same_size(self, source: Path, target: Path) -> None:
         """Copy ``source`` to ``target`` with the touched tensors folded: every header and offset is what it was.
 
-        One thread writes and copies while this one reads and folds: each tensor waits for at most one other.
+        One thread writes, copies and measures while this one reads and folds: each stretch waits for at most one other.
         """
-        places = self.folding.stored.places
-        touched = [key for key in self.folding.stored.tables[source] if key in self.folding.by_key]
-        with source.open("rb") as read, target.open("wb") as write, ThreadPoolExecutor(1) as writer, _one_thread():
+        pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        with source.open("rb") as read, target.open("wb") as write, _one_thread(), pool as writer:
             one, other, at = read.fileno(), write.fileno(), 0
             under_way: deque[Future[None]] = deque()
-            for key in sorted(touched, key=lambda key: places[key].begin):
+            for keys, first, last in self._stretches(source):
                 if len(under_way) > 1:
                     under_way.popleft().result()
                 self._arenas.reverse()
-                data = self._bytes(key, one)
-                under_way.append(writer.submit(_between, one, other, at, places[key].begin, data))
-                at = places[key].begin + places[key].bytes
+                data, measures = self._bytes(keys, first, last, one)
+                under_way.append(writer.submit(_between, one, other, at, first, data, measures))
+                at = last
             under_way.append(writer.submit(copy_range, one, other, at, source.stat().st_size))
             for done in under_way:
                 done.result()
+
+    def _stretches(self, source: Path) -> Iterator[tuple[list[str], int, int]]:
+        """Touched keys that are written at once, with the first and the last byte in the file; in the file's order.
+
+        Tensors that are folded in place go together where they lie together; what is made otherwise goes alone.
+        """
+        folding, places = self.folding, self.folding.stored.places
+        touched = [key for key in folding.stored.tables[source] if key in folding.by_key]
+        keys: list[str] = []
+        first = last = 0
+        for key in sorted(touched, key=lambda key: places[key].begin):
+            begin, end = places[key].begin, places[key].begin + places[key].bytes
+            near = begin - last <= _GAP and end - first <= STRETCH and not (begin - first) % _ALIGNED
+            if keys and near and self._quick(key) and self._quick(keys[-1]):
+                keys.append(key)
+            else:
+                if keys:
+                    yield keys, first, last
+                keys, first = [key], begin
+            last = end
+        if keys:
+            yield keys, first, last
+
+    def _quick(self, key: str) -> bool:
+        return self.folding.quick(self.folding.by_key[key]) is not None
 
     def other_size(self, source: Path, target: Path) -> dict[str, str]:
         """Write ``target`` anew, tensor by tensor; returns the file of each of its keys."""
@@ -76,28 +105,32 @@ class Streams:
                         index[name] = target.name
         return index
 
-    def _bytes(self, key: str, source: int) -> memoryview:
-        """The bytes of one folded tensor."""
-        job = self.folding.by_key[key]
-        patch = self.folding.quick(job)
-        if patch is None:
-            value = self._value(key)
+    def _bytes(self, keys: Sequence[str], first: int, last: int, source: int) -> tuple[memoryview, Sequence[Measure]]:
+        """The bytes of a stretch, folded, and what measures them."""
+        if not self._quick(keys[0]):
+            value = self._value(keys[0])
             assert isinstance(value, Tensor)
-            return _raw(value)
-        weight = self._read(key, source)
-        return _raw(self.folding.in_place(job, patch, weight))
+            return _raw(value), ()
+        held = self._read(first, last, source, self.folding.stored.places[keys[0]].path)
+        measures = []
+        for key in keys:
+            job, place = self.folding.by_key[key], self.folding.stored.places[key]
+            patch = self.folding.quick(job)
+            assert patch is not None
+            part = held[place.begin - first : place.begin - first + place.bytes]
+            measures.append(self.folding.in_place(job, patch, part.view(DTYPES[place.dtype]).view(place.shape)))
+        return _raw(held), measures
 
-    def _read(self, key: str, source: int) -> Tensor:
-        """A tensor of the files in memory that is used again: fresh memory costs more than the arithmetic does.
+    def _read(self, first: int, last: int, source: int, path: Path) -> Tensor:
+        """Bytes of a file in memory that is used again: fresh memory costs more than the arithmetic does.
 
-        There are two such stretches in turn, so what was read before the last one has been written by now.
+        There are two such arenas in turn, so what was read before the last one has been written by now.
         """
-        place = self.folding.stored.places[key]
-        if len(self._arenas[0]) < place.bytes:
-            self._arenas[0] = torch.empty(place.bytes, dtype=torch.uint8)
-        held = self._arenas[0][: place.bytes]
-        read_all(source, _raw(held), place.begin, place.path)
-        return held.view(DTYPES[place.dtype]).view(place.shape)
+        if len(self._arenas[0]) < last - first:
+            self._arenas[0] = torch.empty(last - first, dtype=torch.uint8)
+        held = self._arenas[0][: last - first]
+        read_all(source, _raw(held), first, path)
+        return held
 
     def _value(self, key: str) -> Tensor | Quantised:
         if key not in self.waiting:
@@ -173,10 +206,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _between(source: int, target: int, begin: int, end: int, data: memoryview) -> None:
-    """Copy what lies before a tensor, and write the tensor after it."""
+def _between(source: int, target: int, begin: int, end: int, data: memoryview, measures: Sequence[Measure]) -> None:
+    """Copy what lies before a stretch, write the stretch after it, and measure it."""
     copy_range(source, target, begin, end)
     write_all(target, data, end)
+    for measure in measures:
+        measure()
 
 
 def _by_hand(source: int, target: int, begin: int, end: int) -> int:
