@@ -81,9 +81,11 @@ def test_tasks_are_measured_with_base_parent_and_result(
     parents: list[str], task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    arguments = [*parents, "--out", tmp_path / "out", "--rows", f"a={task}", "--rows", f"talk={task}", "--limit", 3]
+    arguments = [*parents, "--out", tmp_path / "out", "--rows", f"a={task}", "--rows", task, "--limit", 3]
     assert merge(*arguments, "--max-new-tokens", 4, "--metric", "contains", "--report", page, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert "no rows for b" in said.err
+    told = json.loads(said.out)
     first, second = told["tasks"]
     assert first["task"] == "a"
     assert first["rows"] == 3
@@ -109,6 +111,24 @@ def test_what_is_kept_can_fail_it(
     assert merge(*arguments, "--out", tmp_path / "one", "--min-kept", 0.6) == 1
     assert "a keeps 50.0%" in capsys.readouterr().err
     assert merge(*arguments, "--out", tmp_path / "two", "--min-kept", 0.5) == 0
+    capsys.readouterr()
+    for number, parent in enumerate((None, 0.0)):
+        unknown = (merging.Task("a", 4, 0.1, parent, 0.4),)
+        monkeypatch.setattr(merging, "_tasks", lambda job, unknown=unknown: unknown)
+        assert merge(*arguments, "--out", tmp_path / f"un{number}", "--min-kept", 0.1) == 1
+        assert ("nothing kept was measured", "has nothing right")[number] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["aa={}", "{}"], ids=["misspelt", "no name"])
+def test_a_share_of_nobody_s_task_is_refused(
+    named: str, parents: list[str], task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = named.format(task)
+    assert merge(*parents, "--out", tmp_path / "out", "--rows", rows, "--min-kept", 0.9) == 2
+    told = capsys.readouterr().err
+    assert "allowed: a, b" in told
+    assert ("did you mean a" in told) == (named != "{}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_scale_is_the_best_of_the_grid(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,7 @@ from tarsia.cli.export import named, where
 from tarsia.cli.shelf import size
 from tarsia.core.attach import activate, detach
 from tarsia.core.errors import ConfigError, MergeError
+from tarsia.core.select import near
 from tarsia.core.site import Component
 from tarsia.data import Rows
 from tarsia.data.encode import Encoder
@@ -149,8 +150,10 @@ def prepared(args: argparse.Namespace) -> Job:
             "There must be one weight for each adapter.", given=f"{len(weights)} weights, {len(folders)} adapters"
         )
     _check_measures(args)
+    _check_names(args.rows, names)
     sources = rows.named(args.rows, args.limit, "--rows")
     validation = rows.named(args.tune, args.limit, "--tune")
+    _check_owned(args, sources, names)
     seen = adapted.resolution(dict(zip(args.adapters, folders, strict=True)), args.resolution)
     host, parents = _opened(folders, args.base, resolution=seen, processor=bool(sources or validation))
     job = Job(
@@ -198,14 +201,22 @@ def _check_read_again(job: Job, fresh: Path, probed: Probe | None) -> None:
 
 
 def judged(job: Job, outcome: Outcome) -> int:
-    """The exit code: 1 where a task keeps less than was asked, which is said."""
+    """The exit code: 1 where a task keeps less than was asked, or nobody can tell, which is said."""
     least = job.args.min_kept
-    poor = [task for task in outcome.tasks if least is not None and task.kept is not None and task.kept < least]
+    if least is None:
+        return 0
+    owned = [task for task in outcome.tasks if task.parent is not None]
+    poor = [task for task in owned if task.kept is None or task.kept < least]
     for task in poor:
-        print(
-            f"tarsia: {task.name} keeps {task.kept:.1%} of its parent, at least {least:.1%} is asked", file=sys.stderr
+        told = (
+            f"{task.name}: its parent alone has nothing right, so what is kept of it can not be told"
+            if task.kept is None
+            else f"{task.name} keeps {task.kept:.1%} of its parent"
         )
-    return 1 if poor else 0
+        print(f"tarsia: {told}, at least {least:.1%} is asked", file=sys.stderr)
+    if not owned:
+        print(f"tarsia: nothing kept was measured, at least {least:.1%} is asked", file=sys.stderr)
+    return 1 if poor or not owned else 0
 
 
 def values(job: Job, outcome: Outcome) -> dict[str, Any]:
@@ -320,6 +331,35 @@ def _check_measures(args: argparse.Namespace) -> None:
     if args.min_kept is not None and not args.rows:
         raise ConfigError(
             "What is kept is told on rows.", given=f"--min-kept {args.min_kept:g}", do="add --rows SOURCE"
+        )
+
+
+def _check_names(given: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ConfigError where rows are said to be the task of an adapter that is not there."""
+    unknown = [name for text in given if (name := rows.name_in(text)) is not None and name not in names]
+    if unknown:
+        raise ConfigError(
+            "Rows are named for the adapter whose task they are, and no adapter has this name.",
+            given=f"--rows {unknown[0]}=...",
+            allowed=", ".join(names),
+            do=f"{near(unknown[0], names)}; rows of no adapter's task are given without a name",
+        )
+
+
+def _check_owned(args: argparse.Namespace, sources: Mapping[str, Rows], names: Sequence[str]) -> None:
+    """Say on stderr which adapter's task is not measured. Raises ConfigError where none is and a share is asked."""
+    owned = set(_owners(sources, names).values())
+    if args.min_kept is not None and not owned:
+        raise ConfigError(
+            "None of these rows is an adapter's task, so what is kept of one can not be told.",
+            given=f"--min-kept {args.min_kept:g}, rows {', '.join(sources)}",
+            allowed=", ".join(names),
+            do=f"name the rows for their adapter: --rows {names[0]}=SOURCE",
+        )
+    if sources and (left := [name for name in names if name not in owned]):
+        print(
+            f"tarsia: note: no rows for {', '.join(left)} (--rows NAME=SOURCE): what is left of that is not measured",
+            file=sys.stderr,
         )
 
 
@@ -464,7 +504,7 @@ def _tasks(job: Job) -> tuple[Task, ...]:
     activate(job.host.model)
     before = _by_source(job.measured(job.rows))
     alone = {}
-    for source, parent in _owners(job).items():
+    for source, parent in _owners(job.rows, job.names).items():
         put(job.host, job.parents[parent], parent)
         activate(job.host.model, parent)
         alone[source] = _by_source(job.measured({source: job.rows[source]}))[source]
@@ -485,9 +525,9 @@ def _by_source(report: Report) -> dict[str, Result]:
     return {result.source: result for result in report.results}
 
 
-def _owners(job: Job) -> dict[str, str]:
+def _owners(sources: Collection[str], names: Sequence[str]) -> dict[str, str]:
     """The parent of each source: of the same name; or, where no name fits and there are as many, in their order."""
-    same = {source: source for source in job.rows if source in job.parents}
-    if not same and len(job.rows) == len(job.parents):
-        return dict(zip(job.rows, job.names, strict=True))
+    same = {source: source for source in sources if source in names}
+    if not same and len(sources) == len(names):
+        return dict(zip(sources, names, strict=True))
     return same

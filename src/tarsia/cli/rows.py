@@ -32,13 +32,19 @@ def named(given: Sequence[str], limit: int | None, option: str) -> dict[str, Row
 
     found: dict[str, Rows] = {}
     for text in given:
-        name, equals, path = text.partition("=")
-        is_named = equals and path and not Path(text).exists()
-        source = Source(path=path, name=name, limit=limit) if is_named else Source(path=text, limit=limit)
+        name = name_in(text)
+        path = text if name is None else text.partition("=")[2]
+        source = Source(path=path, limit=limit) if name is None else Source(path=path, name=name, limit=limit)
         if source.title in found:
             raise ConfigError("Two sources have one name.", given=source.title, do=f"name them: {option} NAME=SOURCE")
         found[source.title] = read(source)
     return found
+
+
+def name_in(text: str) -> str | None:
+    """The NAME of [NAME=]SOURCE, where there is one."""
+    name, equals, path = text.partition("=")
+    return name if equals and path and not Path(text).exists() else None
 
 
 def general(given: Sequence[str], model: str, limit: int | None) -> dict[str, Sequence[Sample]]:
