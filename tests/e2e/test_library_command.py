@@ -13,6 +13,9 @@ import pytest
 
 import tarsia.cli
 from bench.made import PATHS, adapter
+from tarsia.cli import shelved
+from tarsia.cli.export import where
+from tarsia.core.errors import AdapterError
 from tarsia.library import Library, content
 
 
@@ -49,7 +52,8 @@ def test_list(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert library("list", *options, "--json") == 0
         assert len(lines(capsys)) == wanted
     assert library("list", "birds") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert "nothing there" in capsys.readouterr().out
+    assert library("list", "birds", "--json") == 0 and capsys.readouterr().out == ""
 
 
 def test_show(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,3 +156,70 @@ def test_nothing_heavy_is_imported(shelf: Path) -> None:
 
 def test_what_is_printed_is_there(shelf: Path, tmp_path: Path) -> None:
     assert {v.reference for v in Library.open(shelf).search(every=True)} == {"cats@1", "cats@2", "dogs@1"}
+
+
+def test_paths_are_never_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / ("a-long-name-" * 10) / ("and another " * 10).strip() / "library"
+    assert library("add", adapter(tmp_path / "made", 1), "cats", "--why", "x" * 300, "--library", root) == 0
+    assert library("show", "cats", "--library", root) == 0
+    out = capsys.readouterr().out
+    (folder,) = (root / "objects").glob("*/*")
+    assert str(folder) in out
+    assert "x" * 300 not in out and "…" in out, "what is no path still is"
+
+
+@pytest.mark.parametrize("given, meant", [("cats@1", True), ("cats", True), ("dog#1a2b", True), ("birds", False)])
+def test_a_reference_without_its_prefix_is_told(shelf: Path, given: str, meant: bool) -> None:
+    for act in (where, shelved.folder):
+        if not meant and act is shelved.folder:
+            assert act(given) == Path(given)
+            continue
+        with pytest.raises(AdapterError, match="no such adapter") as refused:
+            act(given)
+        assert (f"library:{given}" in str(refused.value)) is meant
+
+
+def test_a_runs_folder_is_added(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter(tmp_path / "run" / "adapter", 7)
+    (tmp_path / "run" / "log.jsonl").write_text("{}")
+    assert library("add", tmp_path / "run", "birds") == 0
+    assert capsys.readouterr().out.startswith("birds@1  "), "and nothing of the run is said to be left out"
+    assert library("add", "library:birds", "owls") == 0
+    held = Library.open(shelf)
+    assert held.version("birds").hash == held.version("owls").hash
+
+
+def test_what_is_put_right_by_adding_again_is_said(
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert library("add", tmp_path / "made-1", "cats") == 0
+    out = capsys.readouterr().out
+    assert "damaged" not in out and "current is cats@2" in out and "rollback cats --to 1" in out
+    assert library("add", tmp_path / "made-2", "cats") == 0
+    assert "current is" not in capsys.readouterr().out
+    held = Library.open(shelf)
+    path = held.folder(held.version("cats@1")) / content.TENSORS
+    for options in ([], ["--json"]):
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-1])
+        for asked in ([], ["--repair"]):
+            assert library("verify", *asked) == 1
+            out = capsys.readouterr().out
+            assert "add the same adapter again" in out and held.version("cats@1").hash[:12] in out.splitlines()[-1]
+        assert library("add", tmp_path / "made-1", "cats", *options) == 0
+        out = capsys.readouterr().out
+        assert '"mended": true' in out if options else "damaged files were put right" in out
+        assert library("verify") == 0
+        assert "add the same" not in capsys.readouterr().out
+
+
+def test_what_a_tag_points_at_is_given_up_as_the_refusal_says(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert library("tag", "cats@2", "trial") == 0 and library("tag", "cats@2", "current") == 2
+    assert library("gc", "--retire", "cats@2") == 2
+    told = capsys.readouterr().err
+    for words in ("rollback cats --to 1", "tag cats trial --remove"):
+        assert f"tarsia library {words}" in told
+        assert library(*words.split()) == 0
+    assert library("gc", "--retire", "cats@2") == 0
+    assert library("gc", "--retire", "dogs@1") == 2
+    assert "--to" not in capsys.readouterr().err, "there is no other"

@@ -42,6 +42,13 @@ def test_there_and_back(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert any((root / "cache/remotes/contents").iterdir())
 
 
+def test_an_empty_remote_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "far").mkdir()
+    assert said(capsys, "pull", root / "far") == f"nothing there: {root / 'far'}\n"
+    assert said(capsys, "pull", root / "far", "--json") == ""
+    assert "nothing there" in said(capsys, "pull", root / "nowhere", code=2)
+
+
 @pytest.mark.parametrize(
     "words, match",
     [

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarsia.cli import output, shelf, shelf_remote
+from tarsia.cli import output, shelf, shelf_remote, shelved
+from tarsia.cli.adapted import OF_A_RUN
 from tarsia.core.visible import visible
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def _why(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="ADAPTER", help="the folder of an adapter")
+    parser.add_argument("folder", metavar="ADAPTER", help=f"an adapter's folder, that of a run, {shelved.FORMS}")
     parser.add_argument("name", metavar="NAME", help="what to call it; a name that is there gets its next version")
     parser.add_argument(
         "--tag", metavar="TAG", action="append", default=[], help="let this tag point at it; again: more"
@@ -62,17 +64,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def add(args: argparse.Namespace) -> int:
     """Publish an adapter's folder as the next version of a name, which becomes the current one."""
-    made = _library(args, make=True).publish(
-        args.folder, args.name, tags=args.tag, note=args.why, who=args.who, new_base=args.new_base
-    )
-    if args.json:
-        output.line({**shelf.plain(made.version), "fresh": made.fresh, "left": list(made.left)})
-        return 0
-    said = "" if made.fresh else " is there already, with the same content; nothing is added"
-    print(f"{made.version.reference}{said}  {made.version.hash[:12]}  {shelf.size(made.version.bytes)}")
-    if made.left:
-        print(f"not part of an adapter, and left out: {visible(', '.join(made.left))}")
+    folder, library = _of_adapter(args.folder), _library(args, make=True)
+    how = {"tags": args.tag, "note": args.why, "who": args.who, "new_base": args.new_base}
+    shelf.published(library, library.publish(folder, args.name, **how), as_json=args.json)
     return 0
+
+
+def _of_adapter(given: str) -> Path:
+    """The adapter's own folder, where that of its run, or a version of the library, was given."""
+    from tarsia.library.content import FILES
+
+    folder = shelved.folder(given)
+    inside = folder / OF_A_RUN
+    alone = not any((folder / name).exists() for name in FILES)
+    return inside if alone and inside.is_dir() else folder
 
 
 def _list_options(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +90,15 @@ def _list_options(parser: argparse.ArgumentParser) -> None:
 
 def list_(args: argparse.Namespace) -> int:
     """What there is: each name's current version, or every version that the options choose."""
-    found = _library(args).search(args.pattern, tag=args.tag, base=args.base, digest=args.hash, every=args.all)
+    library = _library(args)
+    found = library.search(args.pattern, tag=args.tag, base=args.base, digest=args.hash, every=args.all)
     if args.json:
         shelf.lines(found)
+        return 0
+    if not found:
+        chosen = any((args.pattern, args.tag, args.base, args.hash))
+        said = "no version fits; tarsia library list says what there is" if chosen else "the library is empty"
+        print(f"nothing there: {said} ({visible(str(library.places.root))})")
         return 0
     rows = []
     for v in found:
@@ -144,8 +155,6 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Hash every file of every content, and hold index, records, tags and journal to one another; 1 where one fails."""
-    from pathlib import Path
-
     from tarsia.library import default_root
     from tarsia.library.places import Places
     from tarsia.library.repair import repair
@@ -156,7 +165,8 @@ def verify(args: argparse.Namespace) -> int:
         for kind, texts in (("repaired", mended.done), ("lost", mended.lost)):
             for text in texts:
                 output.line({kind: text}) if args.json else print(f"{kind}: {visible(text)}")
-    found = look(_library(args).places, args.references)
+    library = _library(args)
+    found = look(library.places, args.references)
     for fault in found.faults:
         values = {"file": str(fault.file), "fault": fault.what}
         output.line(values) if args.json else print(f"FAULT {visible(str(fault))}")
@@ -168,6 +178,7 @@ def verify(args: argparse.Namespace) -> int:
         print(f"{looked}: {len(found.faults) or 'no'} fault{'s' if len(found.faults) != 1 else ''}")
         if found.garbage:
             print(f"{len(found.garbage)} things belong to no version: tarsia library gc removes them")
+        shelf.remedy(library.places, found.faults)
     return int(bool(found.faults))
 
 

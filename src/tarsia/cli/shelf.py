@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
@@ -13,12 +14,14 @@ from tarsia.cli import output
 from tarsia.core.visible import visible
 
 if TYPE_CHECKING:
-    from tarsia.library import Version
+    from tarsia.library import Library, Published, Version
     from tarsia.library.card import Card
     from tarsia.library.differ import Difference
+    from tarsia.library.places import Places
+    from tarsia.library.verify import Fault
 
 _LONGEST = 100
-"""Characters of a value that are shown; --json has all."""
+"""Characters of a value that are shown, unless it is a path; --json has all."""
 
 
 def plain(version: Version) -> dict[str, object]:
@@ -39,6 +42,33 @@ def size(number: float) -> str:
             break
         number /= 1024
     return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def published(library: Library, made: Published, *, as_json: bool) -> None:
+    """What came of a publish: the version, what of it was put right, and which one is current where it is not."""
+    from tarsia.library.places import CURRENT
+
+    version = made.version
+    if as_json:
+        output.line({**plain(version), "fresh": made.fresh, "mended": made.mended, "left": list(made.left)})
+        return
+    said = "" if made.fresh else " is there already, with the same content; nothing is added"
+    if made.mended:
+        said += "; its damaged files were put right"
+    print(f"{version.reference}{said}  {version.hash[:12]}  {size(version.bytes)}")
+    if CURRENT not in version.tags:
+        current, name = library.version(version.name).reference, version.name
+        print(f"current is {current}: tarsia library rollback {name} --to {version.number} moves it")
+    if made.left:
+        print(f"not part of an adapter, and left out: {visible(', '.join(made.left))}")
+
+
+def remedy(places: Places, faults: Iterable[Fault]) -> None:
+    """What puts damaged contents right: no repair makes their files anew."""
+    under = [fault.file.relative_to(places.objects) for fault in faults if fault.file.is_relative_to(places.objects)]
+    for digest in dict.fromkeys(path.parts[1] for path in under if len(path.parts) > 1):
+        who = f"tarsia library list --all --hash {digest[:12]}"
+        print(f"damaged: to put it right, add the same adapter again (tarsia library add); which one says {who}")
 
 
 def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
@@ -105,7 +135,8 @@ def difference(found: Difference) -> None:
 
 def _text(value: object) -> str:
     text = visible(value if isinstance(value, str) else "-" if value is None else json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    whole = len(text) <= _LONGEST or os.sep in text  # half a path is none
+    return text if whole else f"{text[: _LONGEST - 1]}…"
 
 
 def _number(value: float | None) -> str:

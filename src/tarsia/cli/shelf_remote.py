@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from tarsia.cli import output, shelf
 
 if TYPE_CHECKING:
-    from tarsia.library import Published
     from tarsia.library.remote import Remote
 
 
@@ -44,7 +43,8 @@ def import_(args: argparse.Namespace) -> int:
     library = Library.make(args.library or default_root())
     how = {"tags": args.tag, "new_base": args.new_base, "who": args.who}
     made = arrive(library, args.source, args.name, base=args.base, revision=args.revision, allow=args.allow, **how)
-    return _told(args, made)
+    shelf.published(library, made, as_json=args.json)
+    return 0
 
 
 def _push_options(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,10 @@ def pull(args: argparse.Namespace) -> int:
 
     remote = _remote(args)
     if not args.references:
-        for one in remote.list():
+        found = remote.list()
+        if not found and not args.json:
+            print(f"nothing there: {remote.said}")
+        for one in found:
             values = {"name": one.name, "number": one.number, "hash": one.hash}
             output.line(values) if args.json else print(f"{one.reference}  {one.hash[:12]}")
         return 0
@@ -97,7 +100,7 @@ def pull(args: argparse.Namespace) -> int:
     library = Library.make(args.library or default_root())
     how = {"tags": args.tag, "new_base": args.new_base, "who": args.who}
     for reference in args.references:
-        _told(args, remote.pull(library, reference, args.name, **how))
+        shelf.published(library, remote.pull(library, reference, args.name, **how), as_json=args.json)
     return 0
 
 
@@ -110,15 +113,6 @@ def _remote(args: argparse.Namespace) -> Remote:
     folder = getattr(args, "cache", None)
     limit = limit_of(getattr(args, "cache_limit", "10GiB"))
     return Remote(args.remote, Cache(Path(folder) if folder else default_cache(), limit))
-
-
-def _told(args: argparse.Namespace, made: Published) -> int:
-    if args.json:
-        output.line({**shelf.plain(made.version), "fresh": made.fresh, "left": list(made.left)})
-    else:
-        said = "" if made.fresh else " is there already, with the same content; nothing is added"
-        print(f"{made.version.reference}{said}  {made.version.hash[:12]}  {shelf.size(made.version.bytes)}")
-    return 0
 
 
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]

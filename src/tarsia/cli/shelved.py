@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from tarsia.core.errors import AdapterError, LibraryError
+
 PREFIX: Final = "library:"
 FORMS: Final = "or library:REFERENCE, a version of the library (library:signs@stable)"
 """What the help of every such argument says."""
@@ -13,14 +15,31 @@ FORMS: Final = "or library:REFERENCE, a version of the library (library:signs@st
 def folder(given: Path | str) -> Path:
     """The folder that was given; of a reference the library's own, every byte of which was hashed for this.
 
-    Raises LibraryError where there is no such version, or its files are not what was published.
+    Raises LibraryError where there is no such version, or its files are not what was published; AdapterError where
+    there is no such folder, and a reference without its prefix seems to be meant.
     """
     text = str(given)
     if not text.startswith(PREFIX):
+        if not Path(given).exists() and _meant(text):
+            do = f"write {PREFIX}{text}, if a version of the library is meant"
+            raise AdapterError("There is no such adapter.", given=text, do=do)
         return Path(given)
     from tarsia.library import Library, default_root
 
     return Library.open(default_root()).whole(text.removeprefix(PREFIX))[1]
+
+
+def _meant(text: str) -> bool:
+    """Whether what is no folder looks like a version's reference, or is the name of one that is there."""
+    from tarsia.library import Library, Reference, default_root
+
+    try:
+        asked = Reference.parse(text)
+        if str(asked) == asked.name:
+            Library.open(default_root()).version(asked)
+    except LibraryError:  # the folder that was given is what is told of then
+        return False
+    return True
 
 
 def names(given: str) -> list[str] | None:

@@ -53,11 +53,13 @@ from tarsia.library.record import Version
 class Published:
     """What came of a publish: ``fresh`` is False where the name had this content already, as ``version``.
 
-    ``left`` names what lay in the source and is no part of an adapter.
+    ``mended`` is True where the library held this content damaged, and now holds it whole. ``left`` names what lay in
+    the source and is no part of an adapter.
     """
 
     version: Version
     fresh: bool
+    mended: bool
     left: tuple[str, ...]
 
 
@@ -123,7 +125,7 @@ class Library:
                 for tag in tags:
                     move(work, version, tag, by, note, "tag")
                 version = find(work.db, Reference(name, number=version.number))
-            return Published(version, same is None, left)
+            return Published(version, same is None, spoilt, left)
 
     def _install(self, fresh: Path, digest: str, spoilt: bool) -> None:
         """Put a content where it belongs, in place of one that is spoilt; one that is there and sound is left."""
@@ -221,11 +223,9 @@ class Library:
             if (not held and not once) or (name, number) in record.retired(work.db):
                 raise _unknown(work.db, Reference(name, number=number))
             if held and held[0].tags:
-                raise LibraryError(
-                    "A version that a tag points at is not given up.",
-                    given=", ".join(f"{name}@{tag}" for tag in held[0].tags),
-                    do="let the tags point at other versions first",
-                )
+                given = ", ".join(f"{name}@{tag}" for tag in held[0].tags)
+                do = _freed(work.db, held[0])
+                raise LibraryError("A version that a tag points at is not given up.", given=given, do=do)
             record.delete(work.db, name, number)
             check_text(who or "", why)
             entry = Entry(now(), who or whoever(), "retire", name, None, number, None, why)
@@ -352,10 +352,20 @@ def whoever() -> str:
         return f"uid {os.getuid()}"
 
 
+def _freed(db: sqlite3.Connection, version: Version) -> str:
+    """What lets every tag of a version go elsewhere, as it is typed."""
+    others = record.select(db, "versions.name = :n AND number != :v", {"n": version.name, "v": version.number})
+    steps = [f"tarsia library tag {version.name} {tag} --remove" for tag in version.tags if tag != CURRENT]
+    if CURRENT in version.tags:
+        moved = f"tarsia library rollback {version.name} --to {others[-1].number}" if others else "add another version"
+        steps.insert(0, moved)
+    return f"first {'; '.join(steps)}"
+
+
 def _check_tag(tag: str) -> str:
     if tag == CURRENT:
         raise LibraryError(
-            "This tag moves by itself, to what is published.", given=tag, do="tarsia library rollback moves it back"
+            "This tag moves by itself, to what is published.", given=tag, do="tarsia library rollback NAME --to N"
         )
     return check_name(tag, "tag")
 
