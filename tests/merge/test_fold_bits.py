@@ -22,7 +22,6 @@ NF4 = FourBits()
 LARGE = Part("lora", "language.*.v", METHODS["lora"].config(rank=8, alpha=8.0))
 """With tensors of this size the change is as large as the weight."""
 SIZE = 0.3
-QUICK = {"llava"}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +61,8 @@ def test_a_choice_where_there_is_none(base, packed, over_packed, tmp_path):
         fold(str(packed), over_packed, tmp_path / "out", onto="original")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_onto_the_dequantised_numbers_it_is_what_it_was_trained_over(name, tmp_path):
     base = saved(tmp_path / "base", name)
     folded = fold(str(base), trained(base, name=name, form=NF4), tmp_path / "out", onto="dequantised")
