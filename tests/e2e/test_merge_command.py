@@ -214,6 +214,9 @@ def test_the_ways_are_listed_with_their_sources(capsys: pytest.CaptureFixture[st
         (("{a}", "--out", "{out}", "--report", "{out}.html"), "nothing between"),
         (("{a}", "{out}", "--out", "{out}"), "no such adapter"),
         (("{a}", "{b}", "--out", "{out}", "--scale", "0"), "Nothing would be left"),
+        (("{a}", "{b}", "--out", "{out}", "--weights=-1,1"), "--method task_arithmetic"),
+        (("{a}", "{b}", "--out", "{out}", "--weights", "-1,1"), "--method task_arithmetic"),
+        (("{a}", "{b}", "--out", "{out}", "--weights", "-.5,1e0", "--method", "ties"), "vote for itself"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -337,6 +337,12 @@ class TestTable:
         with pytest.raises(MergeError, match="no such combine"):
             Way("mine", combine="median")
 
+    @pytest.mark.parametrize("weights", [[-1.0, 1.0], [-2.0, 1.0], [-1.0, 3.0]])
+    def test_shares_of_a_mean_are_none_where_a_weight_is_below_0(self, weights):
+        with pytest.raises(MergeError, match="task_arithmetic"):
+            WAYS["linear"].shares(weights)
+        assert WAYS["cat"].shares(weights) == weights
+
     def test_weights_below_nothing_are_refused_where_they_mean_nothing(self):
         for name in ("linear", "ties", "knots_ties", "dare_ties"):
             with pytest.raises(MergeError, match=r"below 0|vote for itself"):

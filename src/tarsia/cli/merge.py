@@ -7,6 +7,7 @@ are given. Arithmetic is exact or refused: weights below 0 take away, and one ad
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the ways to merge, with their sources")
     parser.add_argument("--recipe", metavar="FILE.yaml", type=Path, help="these options from a file; those given win")
     parser.add_argument("--method", metavar="WAY", help="see --list (default: linear, the weighted mean)")
+    # argparse takes -1,0.5 for an option; a number is one, and so are several
+    parser._negative_number_matcher = re.compile(r"^-\d*\.?\d+(e[+-]?\d+)?(,.*)?$", re.IGNORECASE)
     parser.add_argument("--weights", metavar="W,W", help="one number an adapter (default: 1 each)")
     parser.add_argument("--scale", type=float, metavar="S", help="what the result is multiplied with (default: 1)")
     parser.add_argument("--density", type=float, metavar="D", help="share of the numbers that ways with a trim keep")

@@ -149,6 +149,7 @@ def prepared(args: argparse.Namespace) -> Job:
         raise ConfigError(
             "There must be one weight for each adapter.", given=f"{len(weights)} weights, {len(folders)} adapters"
         )
+    way.check(weights)
     _check_measures(args)
     _check_names(args.rows, names)
     sources = rows.named(args.rows, args.limit, "--rows")

@@ -292,12 +292,12 @@ def check_weights(name: str, weights: Tensor, options: Mapping[str, Any]) -> Non
             "Signs are elected before weights are applied, so what is to be unlearnt would vote for itself.",
             given=weights.tolist(),
             allowed="weights above 0",
-            do='weigh="before", or task_arithmetic',
+            do="choose the option weigh=before (--option weigh=before), or task_arithmetic (--method task_arithmetic)",
         )
     if not COMBINE[name].negative:
         raise MergeError(
             "A mean with a weight below 0 is none.",
             given=weights.tolist(),
             allowed="weights above 0",
-            do="use task_arithmetic: there a negative weight unlearns",
+            do="use task_arithmetic (--method task_arithmetic): there a negative weight unlearns",
         )

@@ -102,8 +102,13 @@ class Way:
         """The same way with these options. Raises MergeError for one that it does not have, or a value that is none."""
         return replace(self, options={**self.options, **options})
 
+    def check(self, weights: Sequence[float]) -> None:
+        """Raise MergeError for weights that mean nothing here: in a mean, and in a vote, those below 0."""
+        check_weights(self.combine, torch.tensor([float(w) for w in weights], dtype=torch.float64), self.options)
+
     def shares(self, weights: Sequence[float]) -> list[float]:
-        """What each adapter is multiplied with where the way is linear."""
+        """What each adapter is multiplied with where the way is linear. Raises MergeError as ``check`` does."""
+        self.check(weights)
         if self.combine == "mean":
             return [weight / sum(weights) for weight in weights]
         return [float(weight) for weight in weights]
