@@ -17,7 +17,7 @@ from PIL import Image
 from train import small
 
 import tarsia.cli
-from tarsia.adapter import Host, load, open_base, resolution_of, save
+from tarsia.adapter import FourBits, Host, load, open_base, resolution_of, save
 from tarsia.cli import merge as verb
 from tarsia.cli import merging
 from tarsia.merge.delta import deltas
@@ -241,6 +241,33 @@ def test_a_result_that_is_not_what_was_merged_fails(
     assert merge(*parents, "--out", tmp_path / "out", "--method", "task_arithmetic") == 2
     assert "not those of the day" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mean_of_adapters_that_share_nothing_says_what_each_counts(
+    host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = saved(host, tmp_path / "one", [("lora", "language.*.q", {"rank": 2})])
+    two = saved(host, tmp_path / "two", [("lora", "vision.*.q", {"rank": 2})])
+    assert merge(one, two, "--out", tmp_path / "mean") == 0
+    told = capsys.readouterr().err
+    assert "one 0.5, two 0.5" in told
+    assert "--method task_arithmetic keeps them whole" in told
+    assert merge(one, two, "--out", tmp_path / "sum", "--method", "task_arithmetic") == 0
+    assert "counts as its share" not in capsys.readouterr().err
+
+
+def test_adapters_of_two_forms_of_a_base_are_refused_by_name(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = load(parents[0])
+    assert one.fingerprint is not None
+    mark = replace(one.fingerprint, quantisation=FourBits("nf4").mark({"language.0.q"}))
+    save(replace(one, fingerprint=mark, probe=None), tmp_path / "coarse")
+    assert merge(tmp_path / "coarse", parents[1], "--out", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "different forms" in told
+    assert "the files' own numbers" in told
+    assert "allow" not in told.replace("allowed:", "")
 
 
 def test_the_resolution_of_training_is_kept_and_two_are_refused(

@@ -371,6 +371,19 @@ def _opened(
     own = [load(folder) if (folder / OURSELVES).is_file() else None for folder in folders]
     marks = [one.fingerprint for one in own if one is not None and one.fingerprint is not None]
     forms = {FourBits.of(mark.quantisation) for mark in marks}
+    if len(forms) > 1:
+        told = (
+            f"{folder}: " + ("the files' own numbers" if form is None else form.text)
+            for folder, one in zip(folders, own, strict=True)
+            if one is not None and one.fingerprint is not None
+            for form in [FourBits.of(one.fingerprint.quantisation)]
+        )
+        raise ConfigError(
+            "The adapters were trained over bases in different forms, and a sum of both is right over neither.",
+            given="; ".join(told),
+            allowed="adapters of one form",
+            do="leave one out, or train it over the other's form",
+        )
     form = forms.pop() if len(forms) == 1 else None
     dtypes = {one.probe.dtype for one in own if one is not None and one.probe is not None}
     place: dict[str, Any] = {
@@ -415,6 +428,14 @@ def _between(job: Job) -> Interference | None:
         return interference({name: job.parents[name] for name, _ in held}, job.host, [weight for _, weight in held])
     except MergeError as error:
         print(f"tarsia: note: {error.what}", file=sys.stderr)
+        if job.way.combine == "mean":
+            shares = job.way.shares([weight for _, weight in held])
+            each = ", ".join(f"{name} {share:.3g}" for (name, _), share in zip(held, shares, strict=True))
+            print(
+                f"tarsia: warning: {job.way.name} is a mean, in which each counts as its share alone ({each}): "
+                "--method task_arithmetic keeps them whole",
+                file=sys.stderr,
+            )
         return None
 
 

@@ -185,7 +185,9 @@ def _asked(
         raise MergeError("There is no such component.", given=", ".join(unknown), allowed=", ".join(Component))
     if scale == 0 or not any(weights):
         raise MergeError(
-            "Nothing would be left.", given=f"weights {list(weights)}, scale {scale}", do="leave it at that"
+            "Nothing would be left.",
+            given=f"weights {list(weights)}, scale {scale}",
+            do="choose a scale and a weight that are not 0",
         )
     taking = [(adapter, float(weight)) for adapter, weight in zip(adapters, weights, strict=True) if weight != 0]
     fingerprint = common({f"adapter {number}": adapter for number, (adapter, _) in enumerate(taking, 1)}, base)
@@ -274,13 +276,17 @@ def _joined(held: Sequence[Patched | None], shares: Sequence[float], path: str, 
 def _refuse_unfolding(held: Sequence[Patched | None], way: Way, path: str) -> None:
     methods = sorted({one.method for one in held if one is not None})
     joins = all(hasattr(method_of(name).patch, "joined") for name in methods)
+    sums = not way.linear or way.combine == "mean"
+    alone = sum(one is not None for one in held) == 1
     raise MergeError(
         f"{' and '.join(methods)} at {path} can not be merged by {way.name}.",
         given=", ".join(methods),
         allowed="patches that are a change of a weight; bottlenecks of one kind, by a plain sum"
         if joins
-        else "such a patch of one adapter alone, at weight 1, by a plain sum",
-        do="use task_arithmetic" if joins and not way.linear else "let the adapters act side by side, or leave one out",
+        else "such a patch of one adapter alone, at weight 1 and scale 1, by a plain sum",
+        do="use task_arithmetic (--method task_arithmetic)"
+        if sums and (joins or alone)
+        else "let the adapters act side by side, or leave one out",
     )
 
 

@@ -177,7 +177,7 @@ def delta_of(patched: Patched, grounds: Grounds, path: str) -> Delta:
             f"{patched.method} at {path} is no change of a weight, so it has no part in this arithmetic.",
             given=patched.method,
             allowed="methods that fold",
-            do="merge by a plain sum (task_arithmetic), which joins bottlenecks exactly, or leave this adapter out",
+            do="merge by a plain sum (--method task_arithmetic), which joins bottlenecks exactly, or leave it out",
         )
     patch = patch_of(patched, grounds, path)
     with torch.no_grad():

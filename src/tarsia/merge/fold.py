@@ -186,7 +186,7 @@ def _check_kept(remains: Mapping[str, Remains], keep: float, requantise: FourBit
             f"Rounding to {requantise.numbers} moves the weights by {whole.stray:.3g} times what the adapter changes.",
             given=f"|d|/|W| {whole.size:.2e} in all; {whole.clean:.1%} of what differs would be the adapter's",
             allowed=f"at least {keep:.0%}",
-            do="keep it as an adapter over the base in 4 bits, leave --requantise out, or lower `keep` on purpose",
+            do="keep it as an adapter over the base in 4 bits, leave --requantise out, or lower --keep on purpose",
         )
     if whole.share >= keep:
         return
@@ -196,7 +196,7 @@ def _check_kept(remains: Mapping[str, Remains], keep: float, requantise: FourBit
         f"Of what the adapter changes {whole.share:.1%} would be left: {how} takes the rest away.",
         given=f"|d|/|W| {whole.size:.2e} in all; least is left of {lines}",
         allowed=f"at least {keep:.0%}",
-        do="keep it as an adapter over this base, fold into files of a finer form, or lower `keep` on purpose",
+        do="keep it as an adapter over this base, fold into files of a finer form, or lower --keep on purpose",
     )
 
 

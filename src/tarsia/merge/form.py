@@ -67,8 +67,8 @@ def _check_choice(
             "What the adapter was trained over is not known: PEFT does not write it."
             if unknown
             else "There is nothing to choose: the adapter was trained over the files' own numbers.",
-            given=f"onto {onto}",
-            do="if it was trained over 4 bits say which (over nf4, --over nf4); if not, leave onto out"
+            given=f"--onto {onto}",
+            do="if it was trained over 4 bits say which (--over nf4); if not, leave --onto out"
             if unknown
             else "leave it out",
         )
@@ -77,14 +77,14 @@ def _check_choice(
             f"The adapter was trained over 4 bits ({coarse.numbers}): into which numbers is it folded?",
             allowed="dequantised: those that the 4 bits stand for, which it learnt to make up for; original: those of "
             "the 16-bit files, which it has never seen",
-            do="say onto dequantised (what it was trained over), or onto original, on purpose",
+            do="choose on purpose: --onto dequantised (what it was trained over), or --onto original",
         )
     if held is not None and onto == "original":
         raise ConfigError(
             "The base's files hold the 4 bits alone: there are no original numbers.",
             given=f"{folder}: {held.numbers}",
             allowed="dequantised",
-            do="fold onto dequantised",
+            do="fold it --onto dequantised",
         )
 
 
@@ -103,7 +103,7 @@ def _stated(over: FourBits, held: FourBits | None, asked: FourBits | None, silen
     if (said is not None and said.scheme != over.scheme) or (said is None and not all(silent)):
         raise ConfigError(
             "What the adapter was trained over is known, and is not that.",
-            given=f"over {over.numbers}",
+            given=f"--over {over.numbers}",
             allowed="the files' own numbers" if said is None else said.numbers,
             do="leave it out",
         )

@@ -138,6 +138,6 @@ def check_starts(live: Live, onto: str | None) -> None:
     if onto == "original" and (stuck := sorted(name for name in methods if find(name).corrects)):
         raise MergeError(
             f"What {', '.join(stuck)} learnt starts from the rounding's error, and means nothing over the original.",
-            given="onto original",
-            do="fold onto dequantised",
+            given="--onto original",
+            do="fold it --onto dequantised",
         )
