@@ -122,6 +122,8 @@ def test_what_was_learnt_over_4_bits_is_held_to_them(
     assert export(one, "--to", "vllm", "--out", out, *options) == 0
     told = capsys.readouterr().out
     assert "in 4 bits" in told
+    assert f"tarsia quantise {host.name} --out BASE-IN-4-BITS --kind nf4" in told
+    assert "vllm serve BASE-IN-4-BITS" in told
     assert ("exact" in told or "keep their tensors" in told) == (method == "lora")
     found = float(re.search(r"at most ([\d.e-]+) of the largest", told)[1])  # type: ignore[index]
     assert found < (1e-5 if method == "lora" else 0.1)

@@ -56,6 +56,7 @@ def test_it_is_written_proved_and_told_of(
 ) -> None:
     out = tmp_path / "out"
     assert merge(*parents, "--out", out, "--method", "task_arithmetic", "--weights", "1,-0.5", "--scale", 0.5) == 0
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {out.stat().st_mode & 0o666}
     told = capsys.readouterr().out
     assert "lost to signs" in told
     assert "proved on a parent's probe" in told

@@ -35,6 +35,9 @@ def write_folder(
         with _temporary(folder) as fresh:
             write(fresh)
             for path in fresh.iterdir():
+                if path.is_file() and not path.is_symlink():
+                    # what writes tensors keeps them to its user; the folder has what this process gives
+                    path.chmod(fresh.stat().st_mode & 0o666)
                 _sync(path)
             _sync(fresh)
             if folder.exists():

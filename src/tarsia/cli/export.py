@@ -8,6 +8,7 @@ LoRA has no place for (biases, norms, tables, bottlenecks) is refused by site: f
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     folder = where(args.adapter)
     adapter, base = opened(folder, args.base)
     exported, proof = _exported(args, folder, adapter, base)
-    _show(args, adapter, exported, proof)
+    _show(args, adapter, base, exported, proof)
     return 0
 
 
@@ -173,7 +174,9 @@ def _unproved(args: argparse.Namespace, adapter: Adapter, base: Host | Outline) 
     return found
 
 
-def _show(args: argparse.Namespace, adapter: Adapter, exported: Exported, proof: dict[str, Any] | None) -> None:
+def _show(
+    args: argparse.Namespace, adapter: Adapter, base: Host | Outline, exported: Exported, proof: dict[str, Any] | None
+) -> None:
     made = exported.thinned
     told: dict[str, Any] = {"out": str(exported.folder), "to": args.to, "copied": made is None}
     if made is not None:
@@ -193,12 +196,30 @@ def _show(args: argparse.Namespace, adapter: Adapter, exported: Exported, proof:
             f"{proof['difference']:.2g} of the largest (the adapter moves it by {proof['moved']:.2g}); "
             f"{proof['agreement']:.1%} have the same likeliest token"
         )
-    mark = adapter.fingerprint
-    if mark is not None and mark.quantisation != "none":
-        print(f"it was learnt over a base in 4 bits, {mark.quantisation[:80]}: serve it over the same numbers")
+    served = _served(adapter, base)
     if exported.options:
-        print(f"serve it with: vllm serve {adapter.base or 'MODEL'} {' '.join(exported.options)} \\")
+        print(f"serve it with: vllm serve {served} {' '.join(exported.options)} \\")
         print(f"    --lora-modules {exported.folder.name}={exported.folder}")
+
+
+def _served(adapter: Adapter, base: Host | Outline) -> str:
+    """The base as vLLM is to be given it: a folder, or the hub's id. Of a base in 4 bits it is said which that is."""
+    from tarsia.adapter import FourBits
+    from tarsia.base import NAMES
+
+    embedded = base.name in NAMES and base.path is not None
+    name = shlex.quote(str(base.path) if embedded else base.name)
+    form = None if adapter.fingerprint is None else FourBits.of(adapter.fingerprint.quantisation)
+    if form is None:  # over the files' own numbers
+        return name
+    print(
+        f"it was learnt over a base in 4 bits ({form.text}), and {name} holds other numbers. "
+        "Write those down and take that folder,\n"
+        f"    tarsia quantise {name} --out BASE-IN-4-BITS --kind {form.kind}{'' if form.nested else ' --no-nested'}"
+        f"{'' if form.select is None else f' --select {shlex.quote(form.select)}'}\n"
+        "or make one model of both: tarsia fold --onto dequantised"
+    )
+    return "BASE-IN-4-BITS"
 
 
 def _table(adapter: Adapter, exported: Exported) -> None:
