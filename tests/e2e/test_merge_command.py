@@ -97,6 +97,7 @@ def test_tasks_are_measured_with_base_parent_and_result(
     assert "proved on the rows" in told["proof"]
     text = page.read_text()
     assert "Tasks" in text
+    assert "weight of b" in text
     assert "<script" not in text
     with Image.open(page.with_suffix(".png")) as shown:
         assert shown.width > 800
@@ -183,6 +184,9 @@ def test_a_recipe_says_the_same_and_what_is_given_wins(
     assert load(tmp_path / "out").card["merged"]["components"] == {"vision": 0.5}
     recipe.write_text(yaml.safe_dump({**values, "ways": 1}))
     assert merge("--recipe", recipe) == 2
+    told = capsys.readouterr().err
+    assert str(recipe) in told
+    assert "did you mean" in told
     recipe.write_text(yaml.safe_dump({**values, "rank": "high"}))
     assert merge("--recipe", recipe) == 2
     assert "rank" in capsys.readouterr().err
@@ -192,6 +196,7 @@ def test_the_ways_are_listed_with_their_sources(capsys: pytest.CaptureFixture[st
     assert merge("--list") == 0
     told = capsys.readouterr().out
     assert "arXiv:2306.01708" in told
+    assert "Which one?" in told
     assert "knots_ties" in told
     assert merge("--list", "--json") == 0
     assert json.loads(capsys.readouterr().out)["ties"]["combine"] == "ties"

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 NAME = "merge"
 HELP = "make one adapter of several"
+WHICH = """Which one?
+  the adapters share no site, or are to be added as they are    task_arithmetic
+  each was saved with a probe (training does)                   regmean, of which most is left in the lab
+  no probes, but validation rows                                wudi_both or tsv, with --tune
+  one is to be unlearnt                                         task_arithmetic and a weight below 0"""
+"""What --list ends with."""
 SHOWN = 8
 """Sites whose errors are told of by name, the largest first."""
 
@@ -98,7 +104,12 @@ def _list(*, as_json: bool) -> int:
         chosen = ", ".join(f"{key} {value}" for key, value in way.options.items()) or "-"
         lines.append([name, way.sparsify, way.align, way.combine, chosen, way.source])
     output.table("Ways to merge", ("way", "sparsify", "align", "combine", "options", "source"), lines)
+    print(WHICH)
     return 0
+
+
+def _counted(number: int, what: str, many: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else many}"
 
 
 def _way(way: Any) -> dict[str, Any]:
@@ -128,15 +139,20 @@ def _show(job: Job, outcome: Outcome) -> None:
         lines = [[f"{scale:g}", f"{share:.1%}", f"{loss:.3f}"] for scale, share, loss in outcome.tried]
         title = f"Scales on the validation rows; {outcome.scale:g} is taken"
         output.table(title, ("scale", "right", "loss"), lines, right=("right", "loss"))
-    off = {path: error for path, error in outcome.merged.errors.items() if error}
-    if off:
-        lines = [[path, f"{off[path]:.3g}"] for path in sorted(off, key=lambda path: -off[path])[:SHOWN]]
-        output.table(f"Re-factored with an error: {len(off)} sites", ("site", "error"), lines, right=("error",))
+    if off := outcome.off:
+        lines = [[path, f"{error:.3g}"] for path, error in off[:SHOWN]]
+        output.table(
+            f"Re-factored with an error: {_counted(len(off), 'site')}", ("site", "error"), lines, right=("error",)
+        )
+        if len(off) > SHOWN:
+            print(
+                f"and {len(off) - SHOWN} more with an error of at most {off[SHOWN][1]:.3g} (all in --report and --json)"
+            )
     if outcome.tasks:
         lines = [list(task.cells) for task in outcome.tasks]
         columns = ("task", "rows", "base", "its parent", "merged", "kept")
         output.table("Tasks: free answers right", columns, lines, right=columns[1:])
     print(
-        f"{job.out}: {job.way.name} of {len(job.names)} adapters at scale {outcome.scale:g}, "
-        f"{len(outcome.merged.adapter.patches)} patches; {outcome.proof}"
+        f"{job.out}: {job.way.name} of {_counted(len(job.names), 'adapter')} at scale {outcome.scale:g}, "
+        f"{_counted(len(outcome.merged.adapter.patches), 'patch', 'es')}; {outcome.proof}"
     )

@@ -130,6 +130,12 @@ class Outcome:
     tasks: tuple[Task, ...]
     proof: str
 
+    @property
+    def off(self) -> list[tuple[str, float]]:
+        """Sites whose re-factoring has an error, the largest first."""
+        found = [(path, error) for path, error in self.merged.errors.items() if error]
+        return sorted(found, key=lambda one: -one[1])
+
 
 def prepared(args: argparse.Namespace) -> Job:
     """Read what was asked for, the parents and their base. Raises as they do, before anything is computed."""
@@ -249,7 +255,7 @@ def write_report(job: Job, outcome: Outcome, path: Path) -> None:
         raise ConfigError(
             "There is nothing between these adapters to show on a page.", given="--report", do="leave it out"
         )
-    tables = []
+    tables = [_asked(job, outcome)]
     if outcome.tasks:
         columns = ("task", "rows", "base", "its parent", "merged", "kept")
         note = "free answers right; kept is the merged adapter's share of what the parent alone has right"
@@ -259,8 +265,20 @@ def write_report(job: Job, outcome: Outcome, path: Path) -> None:
         tables.append(
             Table("Scales", f"on the validation rows; {outcome.scale:g} is taken", ("scale", "right", "loss"), lines)
         )
+    if lines := [(site, f"{error:.3g}") for site, error in outcome.off]:
+        note = "how far a site is from the whole result (Frobenius, relative), the largest first"
+        tables.append(Table(f"Re-factored with an error: {len(lines)} sites", note, ("site", "error"), tuple(lines)))
     title = f"{job.way.name} at scale {outcome.scale:g}, base {job.host.name}: {outcome.proof}"
     write_page(outcome.interference, path, title, tables)
+
+
+def _asked(job: Job, outcome: Outcome) -> Table:
+    """What was merged, and how."""
+    lines = [("way", job.way.name), *((name, str(value)) for name, value in job.way.options.items())]
+    lines += [(f"weight of {name}", f"{weight:g}") for name, weight in zip(job.names, job.weights, strict=True)]
+    lines += [("scale", f"{outcome.scale:g}"), ("rank", "as it comes" if job.rank is None else str(job.rank))]
+    lines += [(f"factor of {name}", f"{value:g}") for name, value in job.components.items()]
+    return Table("The merge", "what was asked for", ("what", "value"), tuple(lines))
 
 
 def _take_recipe(args: argparse.Namespace) -> None:
@@ -272,8 +290,9 @@ def _take_recipe(args: argparse.Namespace) -> None:
     if not isinstance(held, dict) or (unknown := sorted(set(map(str, held)) - set(_KEYS))):
         raise ConfigError(
             "This is no recipe of a merge.",
-            given=", ".join(unknown) if isinstance(held, dict) else type(held).__name__,
+            given=f"{args.recipe}: {', '.join(unknown) if isinstance(held, dict) else type(held).__name__}",
             allowed=", ".join(_KEYS),
+            do=near(unknown[0], _KEYS) if isinstance(held, dict) else "write option: value, one a line",
         )
     for key, value in held.items():
         kind = _KEYS[key]

@@ -13,7 +13,7 @@ import jinja2
 
 from tarsia.core.errors import ConfigError
 from tarsia.merge.interference import Interference, Place
-from tarsia.merge.interference_plot import CHANCE, picture
+from tarsia.merge.interference_plot import chance, picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def page(report: Interference, plot: bytes, title: str = "", tables: Sequence[Ta
         plot=base64.b64encode(plot).decode(),
         shared=sum(bool(place.pairs) for place in report.sites),
         tables=[*tables, pairs(report), norms(report)],
-        chance=CHANCE,
+        chance=[chance(2), chance(len(report.adapters))],
     )
 
 

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 COLOURS: Final = ("#4a6fa5", "#c4553b", "#2f6f5e", "#b58a2e", "#7d5ba6", "#9aa0a6", "#3f8f9b", "#8a6414")
 COMPONENTS: Final = {"vision": "#4a6fa5", "projector": "#b58a2e", "language": "#2f6f5e"}
-CHANCE: Final = (2**0.5 - 1) / (2 * 2**0.5)
-"""What two changes of one size that have nothing to do with each other lose."""
 _INK: Final = "#23201c"
 _SCALES: Final = {"conflict": (0.0, 30.0, "OrRd"), "cosine": (-1.0, 1.0, "RdBu"), "rows": (0.0, 1.0, "Greens")}
 """The same colour for the same number on every page: two that have nothing to do with each other lose about 15 %."""
+
+
+def chance(adapters: int) -> float:
+    """What so many changes of one size that have nothing to do with each other lose: (1 - n^(-1/2)) / 2."""
+    return (1 - adapters**-0.5) / 2
 
 
 def picture(report: Interference) -> bytes:
@@ -37,9 +40,10 @@ def picture(report: Interference) -> bytes:
     lost, shared = below.subplots(2, 1, sharex=True)
     places = _ordered(report)
     _layers(lost, places, [100 * place.conflict for place in places], "lost by all, %")
-    if len(report.adapters) == 2:
-        lost.axhline(100 * CHANCE, color=_INK, lw=0.8, ls=":")
-        lost.annotate("chance, at one size", (0, 100 * CHANCE), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    height = 100 * chance(len(report.adapters))
+    lost.set_ylim(0, max(lost.get_ylim()[1], 1.22 * height))
+    lost.axhline(height, color=_INK, lw=0.8, ls=":")
+    lost.annotate("chance, at one size", (0, height), xytext=(0, 3), textcoords="offset points", fontsize=8)
     _overlaps(shared, places)
     held = io.BytesIO()
     figure.savefig(held, format="png", metadata={"Software": None})
@@ -85,7 +89,7 @@ def _layers(axes: Axes, places: Sequence[Place], heights: Sequence[float], title
     colours = [COMPONENTS[str(place.component)] for place in places]
     axes.bar(range(len(places)), heights, 0.8, color=colours)
     axes.set_ylabel(title, fontsize=9)
-    axes.set_ylim(0, 1.22 * max([100 * CHANCE, *heights]))
+    axes.set_ylim(0, 1.22 * max([100 * chance(2), *heights]))
     _plain(axes)
     for component in dict.fromkeys(str(place.component) for place in places):
         at = next(i for i, place in enumerate(places) if place.component == component)
@@ -101,8 +105,8 @@ def _overlaps(axes: Axes, places: Sequence[Place]) -> None:
     for field, mark, label in lines:
         axes.plot(range(len(places)), [_mean(p, field) for p in places], mark, ms=5, color=_INK, alpha=0.8, label=label,
                   mfc=_INK if field == "rows" else "white")  # fmt: skip
-    chance = [max(_mean(p, "rows_chance"), _mean(p, "columns_chance")) for p in places]
-    axes.step(range(len(places)), chance, where="mid", color="#c4553b", lw=1, label="chance, at most")
+    least = [max(_mean(p, "rows_chance"), _mean(p, "columns_chance")) for p in places]
+    axes.step(range(len(places)), least, where="mid", color="#c4553b", lw=1, label="chance, at most")
     axes.set_ylabel("overlap, mean of pairs", fontsize=9)
     axes.set_ylim(0, 1.03)
     axes.set_xticks(range(len(places)), ["" if p.layer is None else str(p.layer) for p in places], fontsize=8)
