@@ -50,7 +50,7 @@ def test_a_run_is_folded_and_loads_with_plain_transformers(world, tmp_path, caps
 
 
 def test_in_words(world, tmp_path, capsys):
-    assert fold(world / "adapter", "--base", "mini-1", "--out", tmp_path / "out") == 0
+    assert fold(world / "adapter", "--out", tmp_path / "out") == 0
     out = capsys.readouterr()
     assert "of the change is there" in out.out and "same likeliest token" in out.out and "pictures among" in out.out
     assert "tarsia: writing model.safetensors" in out.err

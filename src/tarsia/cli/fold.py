@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tarsia.cli import output
+from tarsia.cli.export import named as base_named
 from tarsia.cli.export import where
 from tarsia.cli.rows import KINDS, named
 from tarsia.cli.shelved import FORMS
@@ -31,7 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help=f"a folder, that of a run, {FORMS}; of several each is folded over those before it",
     )
-    parser.add_argument("--base", metavar="MODEL", required=True, help="a folder, a hub id, or mini-1")
+    parser.add_argument("--base", metavar="MODEL", help="the base (default: the one that the first adapter names)")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where to write it: not there yet")
     parser.add_argument(
         "--onto",
@@ -74,10 +75,13 @@ def run(args: argparse.Namespace) -> int:
 
     output.no_bars()
     if not 0 <= args.keep <= 1:
-        raise ConfigError("A share is between 0 and 1.", given=f"--keep {args.keep}")
+        raise ConfigError(
+            "A share is between 0 and 1.", given=f"--keep {args.keep}", do="write --keep 0.9, or leave it out"
+        )
+    folders = [where(given) for given in args.adapter]
     folded = fold(
-        args.base,
-        [where(given) for given in args.adapter],
+        base_named(folders[0], args.base),
+        folders,
         args.out,
         onto=args.onto,
         over=None if args.over is None else FourBits(args.over),
@@ -101,7 +105,8 @@ def _show(folded: Folded) -> None:
     proof, remains = folded.proof, folded.record["remains"]
     seen = "pictures among them" if proof.pictures else "no picture among them"
     print(
-        f"{folded.out}: {remains['share']:.2%} of the change is there, of |d|/|W| {remains['size']:.2e}; "
+        f"{folded.out}: {remains['share']:.2%} of the change is there, which is {remains['size']:.2e} of the weights' "
+        "own size (|d|/|W|, Frobenius); "
         f"rounding adds {remains['stray']:.2g} times as much beside it\n"
         f"proved on {proof.rows} rows, {seen}, {proof.positions} positions, in {proof.precision}: "
         f"a logit differs by at most {proof.difference:.3g} of {proof.peak:.3g} (allowed {proof.allowed:.3g}; "

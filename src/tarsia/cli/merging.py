@@ -144,6 +144,7 @@ def prepared(args: argparse.Namespace) -> Job:
     if len(args.adapters) < 1 or args.out is None:
         missing = "adapters" if not args.adapters else "--out FOLDER"
         raise ConfigError(f"A merge needs {missing}.", do="tarsia merge A B --out FOLDER, or see tarsia merge --list")
+    _check_measures(args)
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("Something is there already.", given=str(out), do="choose another folder, or remove it first")
@@ -153,10 +154,11 @@ def prepared(args: argparse.Namespace) -> Job:
     weights = _numbers(args.weights, "--weights") if args.weights is not None else [1.0] * len(folders)
     if len(weights) != len(folders):
         raise ConfigError(
-            "There must be one weight for each adapter.", given=f"{len(weights)} weights, {len(folders)} adapters"
+            "There must be one weight for each adapter.",
+            given=f"{len(weights)} weights, {len(folders)} adapters",
+            do="write " + "--weights=" + ",".join(["1"] * len(folders)) + ", say",
         )
     way.check(weights)
-    _check_measures(args)
     _check_names(args.rows, names)
     sources = rows.named(args.rows, args.limit, "--rows")
     validation = rows.named(args.tune, args.limit, "--tune")
@@ -344,6 +346,12 @@ def _check_measures(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ConfigError("This must be at least 1.", given=f"--{option.replace('_', '-')} {value}")
     find(args.metric)
+    if args.rank is not None and args.rank < 1:
+        raise ConfigError(
+            "This must be at least 1.", given=f"--rank {args.rank}", do="write --rank 16, or leave it out"
+        )
+    if args.grid is not None and 0 in _numbers(args.grid, "--grid"):
+        raise ConfigError("At scale 0 nothing is left.", given=f"--grid {args.grid}", do="leave the 0 out")
     if args.scale is not None and args.tune:
         raise ConfigError("The scale is given and is to be tuned.", given="--scale, --tune", do="leave one of them out")
     if args.grid is not None and not args.tune:

@@ -34,7 +34,10 @@ def check_density(density: float) -> None:
     """Raise MergeError for a share that is none, or that leaves nothing."""
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         raise MergeError(
-            "A density is the share of numbers that are kept.", given=repr(density), allowed="above 0, at most 1"
+            "A density is the share of numbers that are kept.",
+            given=repr(density),
+            allowed="above 0, at most 1",
+            do="write 0.2 for a fifth, say",
         )
 
 
