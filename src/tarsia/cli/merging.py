@@ -267,9 +267,9 @@ def write_report(job: Job, outcome: Outcome, path: Path) -> None:
         tables.append(
             Table("Scales", f"on the validation rows; {outcome.scale:g} is taken", ("scale", "right", "loss"), lines)
         )
-    if lines := [(site, f"{error:.3g}") for site, error in outcome.off]:
+    if errors := tuple((site, f"{error:.3g}") for site, error in outcome.off):
         note = "how far a site is from the whole result (Frobenius, relative), the largest first"
-        tables.append(Table(f"Re-factored with an error: {len(lines)} sites", note, ("site", "error"), tuple(lines)))
+        tables.append(Table(f"Re-factored with an error: {len(errors)} sites", note, ("site", "error"), errors))
     title = f"{job.way.name} at scale {outcome.scale:g}, base {job.host.name}: {outcome.proof}"
     write_page(outcome.interference, path, title, tables)
 

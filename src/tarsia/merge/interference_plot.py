@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +21,7 @@ _SCALES: Final = {"conflict": (0.0, 30.0, "OrRd"), "cosine": (-1.0, 1.0, "RdBu")
 
 def chance(adapters: int) -> float:
     """What so many changes of one size that have nothing to do with each other lose: (1 - n^(-1/2)) / 2."""
-    return (1 - adapters**-0.5) / 2
+    return (1 - 1 / math.sqrt(adapters)) / 2
 
 
 def picture(report: Interference) -> bytes:
