@@ -248,7 +248,11 @@ def _folded(args: argparse.Namespace) -> int:
     if args.no_proof:
         print("tarsia: note: a fold is always proved; --no-proof is for --to peft and vllm", file=sys.stderr)
     found = fold(
-        named(folder, args.base), folder, args.out, onto=args.onto, show=lambda line: print(line, file=sys.stderr)
+        named(folder, args.base),
+        folder,
+        args.out,
+        onto=args.onto,
+        show=lambda line: print(f"tarsia: {line}", file=sys.stderr),
     )
     proof = found.proof.values
     if args.json:
