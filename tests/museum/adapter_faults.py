@@ -222,7 +222,8 @@ def _(folder: Path) -> str:
        verdict=AdapterError, says="do not agree on the scale")  # fmt: skip
 def other_scale(folder: Path, planted: bool) -> Told:
     adapter = worlds.ours(folder)
-    worlds.edit(adapter / CONFIG, lambda fields: fields.update(use_rslora=planted))
+    if planted:
+        worlds.edit(adapter / CONFIG, lambda fields: fields.update(use_rslora=True))
     worlds.here(adapter)
     return ()
 

@@ -125,7 +125,7 @@ def test_a_gpus_optimiser_holds_the_roots_of_all_second_moments(plans):
     assert roots(plans["cpu", "float32"]) == []
     there = plans["cuda", "float32"]
     patches = sum(b.size for b in there.rehearsal.blocks if b.category is Category.PATCHES)
-    assert sum(roots(there)) == 2 * patches  # of two steps
+    assert sum(roots(there)) == patches
 
 
 def test_a_plan_for_a_gpu_says_what_torch_would(plans):
