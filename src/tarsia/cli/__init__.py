@@ -24,7 +24,8 @@ class Terminated(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. ``argv`` leaves out the program's name."""
     try:
-        args = parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        args = parser(next(iter(words), None)).parse_args(words)
         with _log_on_stderr():
             code: int = args.run(args)
         sys.stdout.flush()

@@ -11,7 +11,6 @@ from tarsia.cli import output
 if TYPE_CHECKING:
     from tarsia.train.guidance import Advice
 
-NAME = "advise"
 HELP = "what to begin a training with, and why"
 
 

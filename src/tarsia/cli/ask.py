@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tarsia.cli import adapted, output
 
-NAME = "ask"
 HELP = "ask a model a question"
 
 

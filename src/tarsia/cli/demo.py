@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-NAME = "demo"
 HELP = "the main job in a few minutes"
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 from tarsia.cli import output
 
-NAME = "doctor"
 HELP = "what this machine can do"
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tarsia.data import Rows
     from tarsia.evaluate import Report
 
-NAME = "eval"
 HELP = "measure answers, with bootstrap intervals"
 PROBED = 8  # rows of a source on which an adapter must show an effect
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tarsia.adapter import Adapter, Host, Outline
     from tarsia.merge.export import Exported
 
-NAME = "export"
 HELP = "write an adapter as PEFT, vLLM or Transformers takes it"
 SHOWN = 12
 """Sites that are told of by name, those with the largest errors first."""

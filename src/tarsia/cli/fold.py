@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tarsia.data import Sample
     from tarsia.merge.fold import Folded
 
-NAME = "fold"
 HELP = "make an adapter part of its base"
 ROWS = 8
 """Rows of each source that the fold is proved on, at most."""

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tarsia.adapter import Host
     from tarsia.evaluate import ForgettingReport
 
-NAME = "forgetting"
 HELP = "measure what an adapter cost"
 
 

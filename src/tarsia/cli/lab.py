@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tarsia.labs.frame.chapter import Chapter, Show, Verdict
     from tarsia.labs.frame.result import Result
 
-NAME = "lab"
 HELP = "claims of the field as experiments that can fail"
 ALL = "all"
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tarsia.library import Library
     from tarsia.library.journal import Entry
 
-NAME = "library"
 HELP = "adapters kept with versions, tags and hashes"
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tarsia.data.lint.survey import Progress
     from tarsia.train.recipe import Recipe
 
-NAME = "lint"
 HELP = "look at a recipe's rows before training on them"
 ROWS: Final = 5000
 SHOWN: Final = 400

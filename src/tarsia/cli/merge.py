@@ -17,7 +17,6 @@ from tarsia.cli.shelved import FORMS
 if TYPE_CHECKING:
     from tarsia.cli.merging import Job, Outcome
 
-NAME = "merge"
 HELP = "make one adapter of several"
 WHICH = """Which one?
   the adapters share no site, or are to be added as they are    task_arithmetic

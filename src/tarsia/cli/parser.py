@@ -5,46 +5,31 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, NoReturn
 
 import tarsia
-from tarsia.cli import (
-    advise,
-    ask,
-    demo,
-    doctor,
-    evaluate,
-    export,
-    fold,
-    forgetting,
-    lab,
-    library,
-    lint,
-    merge,
-    plan,
-    quantise,
-    sites,
-    train,
-)
 
-VERBS = (
-    demo,
-    sites,
-    advise,
-    lint,
-    plan,
-    quantise,
-    train,
-    evaluate,
-    forgetting,
-    merge,
-    fold,
-    export,
-    library,
-    ask,
-    lab,
-    doctor,
-)
+VERBS: Mapping[str, str] = {
+    "demo": "demo",
+    "sites": "sites",
+    "advise": "advise",
+    "lint": "lint",
+    "plan": "plan",
+    "quantise": "quantise",
+    "train": "train",
+    "eval": "evaluate",
+    "forgetting": "forgetting",
+    "merge": "merge",
+    "fold": "fold",
+    "export": "export",
+    "library": "library",
+    "ask": "ask",
+    "lab": "lab",
+    "doctor": "doctor",
+}
+"""The file of each verb, in the order of the help."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,13 +56,15 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def parser() -> Parser:
-    """The whole command line."""
+def parser(verb: str | None = None) -> Parser:
+    """The whole command line; of the verbs only ``verb`` where that is one, and no other's file is read."""
     top = Parser(prog="tarsia", description=tarsia.__doc__)
     top.add_argument("--version", action="version", version=f"tarsia {tarsia.__version__}")
     verbs = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
-    for verb in VERBS:
-        sub = verbs.add_parser(verb.NAME, help=verb.HELP, description=verb.__doc__)
-        verb.options(sub)
-        sub.set_defaults(run=verb.run)
+    asked = {name: file for name, file in VERBS.items() if name == verb}
+    for name, file in (asked or VERBS).items():
+        module = import_module(f"tarsia.cli.{file}")
+        sub = verbs.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.options(sub)
+        sub.set_defaults(run=module.run)
     return top

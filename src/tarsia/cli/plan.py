@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tarsia.plan.time import Speeds
     from tarsia.train.recipe import Recipe
 
-NAME = "plan"
 WORKS = ("evaluate", "generate", "fold")
 HELP = "what a recipe takes of memory and time, before anything is loaded"
 

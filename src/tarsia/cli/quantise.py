@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tarsia.cli import output
 
-NAME = "quantise"
 HELP = "write a base in 4 bits"
 
 

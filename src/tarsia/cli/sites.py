@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from tarsia.adapter import Outline
     from tarsia.core.site import Site
 
-NAME = "sites"
 HELP = "what a model is made of"
 COLUMNS = ("component", "role", "kind", "layers", "sites", "shape", "parameters", "share", "dead")
 

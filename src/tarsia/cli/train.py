@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tarsia.train.loop import Evaluator
     from tarsia.train.recipe import Recipe
 
-NAME = "train"
 HELP = "train an adapter by a recipe"
 
 
