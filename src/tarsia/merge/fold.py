@@ -77,10 +77,7 @@ def fold(  # noqa: PLR0913 (the choices of one fold)
     """
     given = [adapters] if isinstance(adapters, Adapter | Path | str) else list(adapters)
     out = Path(out)
-    if not given:
-        raise ConfigError("There is no adapter to fold.", do="name at least one")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("Something is there already.", given=str(out), do="choose another folder, or remove it first")
+    _check_asked(given, out)
     known = [one if isinstance(one, Adapter) else own(Path(one)) for one in given]
     for adapter in known:
         if adapter is not None:
@@ -112,6 +109,13 @@ def fold(  # noqa: PLR0913 (the choices of one fold)
 
     write_folder(out, write, lambda there: False, what="folded base")
     return Folded(out, record, proof[0], dict(folding.remains))
+
+
+def _check_asked(given: Sequence[Adapter | Path | str], out: Path) -> None:
+    if not given:
+        raise ConfigError("There is no adapter to fold.", do="name at least one")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("Something is there already.", given=str(out), do="choose another folder, or remove it first")
 
 
 def _planned(outline: Outline, live: Live, form: Form, onto: Onto | None, requantise: FourBits | None) -> Folding:
