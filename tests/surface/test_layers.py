@@ -21,13 +21,16 @@ BELOW = {
     "merge": {"core", "methods", "quant", "data", "adapter"},
     "library": {"core", "adapter"},
     "plan": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train"},
+    "serve": {"core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "merge", "library"},
     "labs": {
         *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "merge", "library", "plan"),
         "base",
+        "serve",
     },
     "cli": {
         *("core", "anatomy", "methods", "quant", "data", "adapter", "evaluate", "train", "merge", "library", "plan"),
         "base",
+        "serve",
         *("labs.demo", "labs.sources", "labs.chapters", "labs.frame"),
     },
 }

@@ -35,6 +35,11 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     "PyYAML": ("0", "6.0.3"),
     "rich": ("0", "15.0.0"),
     "matplotlib": ("0", "3.11.2"),
+    "fastapi": ("0", "0.165.0"),
+    "uvicorn": ("0", "0.54.0"),
+    "httpx": ("0", "0.28.1"),
+    "prometheus-client": ("0", "0.26.0"),
+    "llguidance": ("0", "1.9.1"),
 }
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx512_vnni", "asimd", "bf16", "sve")
 OPENMP = re.compile(r"\S*/lib(?:gomp|iomp5|omp)(?:-\w+)?\.(?:so|dylib)\S*")

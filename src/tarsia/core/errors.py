@@ -11,6 +11,10 @@ TarsiaError
  +-- AdapterError       an adapter's files that are broken, foreign or incomplete
  |    +-- BaseMismatch  an adapter that belongs to another base
  +-- TrainingError      a run that can not go on: no gradient, not a number, no space
+ +-- PlanError          a memory that can not be foreseen
+ +-- MergeError         adapters that can not be combined, or a fold that would lose
+ +-- LibraryError       a library of adapters, or what is to go into it
+ +-- ServeError         a request that can not be served
 """
 
 from __future__ import annotations
@@ -87,3 +91,17 @@ class MergeError(TarsiaError):
 
 class LibraryError(TarsiaError):
     """Something is wrong with a library of adapters, or with what is to go into it."""
+
+
+class ServeError(TarsiaError):
+    """A request that can not be served, or a server that can not serve.
+
+    ``kind`` says what became of the request, in a word that a client can act on: invalid, unknown_adapter, refused,
+    too_long, timeout, overloaded, lost, internal.
+    """
+
+    def __init__(
+        self, kind: str, what: str, *, given: object = None, allowed: object = None, do: str | None = None
+    ) -> None:
+        super().__init__(what, given=given, allowed=allowed, do=do)
+        self.kind = kind
