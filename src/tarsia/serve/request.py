@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # the process that speaks HTTP reads this file too, and has no torch
+    from torch import Tensor
 
 AUTO: Final = "auto"
 """The name under which a request leaves the choice of its adapter to the router."""
