@@ -174,9 +174,13 @@ class Stream:
         reader, writer = await asyncio.open_connection(sock=sock)
         return cls(reader, writer, limits)
 
+    def post(self, frame: Frame) -> None:
+        """Send one frame without waiting for the other side."""
+        self._writer.write(packed(frame, self._limits))
+
     async def send(self, frame: Frame) -> None:
         """Send one frame, and wait while the other side is behind. Raises OSError where nobody is there any more."""
-        self._writer.write(packed(frame, self._limits))
+        self.post(frame)
         await self._writer.drain()
 
     async def receive(self) -> Frame | None:

@@ -4,7 +4,7 @@ Every message is one frame (``serve.frames``): its JSON text has the fields of o
 ``generate`` are the frame's blobs, as they came from the client (PNG, JPEG, ...), in the order of the ``image`` parts.
 
     to the worker                                   from the worker
-    configure   first, once                         opening ...  ready        once
+    configure   first, once                         opening ..., then ready   or   unable, and the worker ends
     generate                                        started, text ..., done (one a choice)   or   failed
     cancel                                          nothing more of this id
     load, unload, models                            answer, with the same id
@@ -160,7 +160,7 @@ class Opening(_Message):
 class Ready(_Message):
     """The worker takes requests. ``context`` and ``most_tokens`` in tokens: the model's, and what the cache holds.
 
-    ``pictures``: whether the base sees; ``router``: whether "auto" may be asked for; ``vocabulary``: token ids below it.
+    ``pictures``: whether the base sees; ``router``: whether "auto" may be asked for; ``vocabulary``: how many ids.
     """
 
     event: Literal["ready"] = "ready"
@@ -262,6 +262,12 @@ class Failure(_Message):
         return ServeError(self.kind, self.message, given=self.given, allowed=self.allowed, do=self.do)
 
 
+class Unable(Failure):
+    """The worker can not open what it was told to, and ends."""
+
+    event: Literal["unable"] = "unable"
+
+
 class Failed(Failure):
     """A request has come to nothing; whatever text was sent before is not its answer."""
 
@@ -350,7 +356,7 @@ class Drained(_Message):
 
 
 Command: TypeAlias = Configure | Generate | Cancel | Load | Unload | Models | Drain | Stop
-Event: TypeAlias = Opening | Ready | Started | Text | Done | Failed | Answer | Stats | Log | Drained
+Event: TypeAlias = Opening | Ready | Unable | Started | Text | Done | Failed | Answer | Stats | Log | Drained
 RequestEvent: TypeAlias = Started | Text | Done | Failed
 
 _M = TypeVar("_M")
