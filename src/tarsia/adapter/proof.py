@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ def probe(host: Host, inputs: Mapping[str, Tensor]) -> Probe:
     )
 
 
-def prove(host: Host, name: str, recorded: Probe) -> float:
-    """Run the recorded batch through the adapter ``name`` alone.
+def prove(host: Host, acting: str | AbstractContextManager[Any], recorded: Probe) -> float:
+    """Run the recorded batch through one adapter alone: of this name, or whichever acts while ``acting`` is entered.
 
     Returns the largest difference of a logit, as a share of the largest. Raises AdapterError where it is beyond
     ``TOLERANCE``, where the difference from the base is another than it was, or can not be told from rounding.
@@ -106,8 +106,10 @@ def prove(host: Host, name: str, recorded: Probe) -> float:
     first, off = 0, 0.0
     with _still(host.model):
         bare = _bare(host, recorded.inputs)
-        activate(host.model, name)
-        adapted = _outputs(host, recorded.inputs)
+        if isinstance(acting, str):
+            activate(host.model, acting)
+        with nullcontext() if isinstance(acting, str) else acting:
+            adapted = _outputs(host, recorded.inputs)
         compared = _Moved()
         tokens, logits = (kept.flatten(0, -2) for kept in (recorded.tokens, recorded.logits))
         for part in compared.over(adapted, bare):

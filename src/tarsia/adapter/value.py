@@ -154,10 +154,13 @@ def _trained_over(adapter: Adapter, base: Fingerprint) -> str:
     return f"{adapter.base or 'a base in memory'}, {form_in_words(base.quantisation, held)}"
 
 
-def restored(host: Host | Outline, site: Site, patched: Patched, fitting: set[Hashable] | None = None) -> Patch:
-    """The patch at ``site`` of this base, its tensors copied. Raises AdapterError where it does not fit there.
+def restored(
+    host: Host | Outline, site: Site, patched: Patched, fitting: set[Hashable] | None = None, *, copy: bool = True
+) -> Patch:
+    """The patch at ``site`` of this base. Raises AdapterError where it does not fit there.
 
-    ``fitting`` remembers, from one site to the next like it, what was found to have the shape of the base.
+    ``fitting`` remembers, from one site to the next like it, what was found to have the shape of the base. Without
+    ``copy`` its parameters are the tensors of ``patched`` themselves, for one that nobody will train.
     """
     kind = find(patched.method).patch
     if site.kind not in find(patched.method).kinds:
@@ -194,7 +197,8 @@ def restored(host: Host | Outline, site: Site, patched: Patched, fitting: set[Ha
         )
     # one of its own, which loses what numbers it has
     _check_shape(host, site, kind.restore(site, shapes, patched.constants), set() if fitting is None else fitting)
-    patch.load_state_dict({k: v.clone() for k, v in patched.tensors.items()}, strict=True, assign=True)
+    own_tensors = {key: value.clone() if copy else value for key, value in patched.tensors.items()}
+    patch.load_state_dict(own_tensors, strict=True, assign=True)
     return patch
 
 

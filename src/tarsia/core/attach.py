@@ -129,12 +129,13 @@ def _fitting(part: Part, sites: Sequence[Site]) -> str:
     return f'leave that site out: select: "{"; ".join(fit)}"' if fit else "leave that site out"
 
 
-def install(model: nn.Module, patches: Sequence[tuple[Site, Patch]], *, name: str) -> None:
+def install(model: nn.Module, patches: Sequence[tuple[Site, Patch]], *, name: str, more: bool = False) -> None:
     """Put finished patches in under ``name`` and let them act over those that act now. Freezes the base.
 
-    Refuses a name that is taken, and patches that would replace what acts now.
+    With ``more`` they are further ones of the adapter ``name``, which may be there. Refuses a name that is taken
+    without it, and patches that would replace what acts now.
     """
-    _check(model, [site for site, _ in patches], name)
+    _check(model, [site for site, _ in patches], name, more)
     acting = active(model)
     over(model, acting, patches, name)
     for site, patch in patches:
@@ -148,18 +149,19 @@ def install(model: nn.Module, patches: Sequence[tuple[Site, Patch]], *, name: st
         model.__dict__["tarsia_frozen"] = tuple(n for n, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
     for site, patch in patches:
-        for place, piece in ((site, patch), *((_place(site, tied), Tied(patch)) for tied in site.tied)):
+        places = [second(site, tied) for tied in site.tied]
+        for place, piece in ((site, patch), *((place, patch.again(place)) for place in places)):
             module = model.get_submodule(place.module)
             held = module._modules.get("slot")
             slot = held if isinstance(held, Slot) else Slot(module)
             slot.train(module.training)
             slot.add(name, place, piece.train(module.training).to(_device(module, place)))
     for slot in slots(model):
-        slot.active = (*acting, name)
+        slot.active = acting if name in acting else (*acting, name)
 
 
-def _place(site: Site, tied: str) -> Site:
-    """The site as it is seen where its weight is used a second time."""
+def second(site: Site, tied: str) -> Site:
+    """The site as it is seen where its weight is used a second time, under the name ``tied``."""
     return replace(site, path=tied.rpartition(".")[0], kind=Kind.TENSOR, weight=tied, bias=None, tied=())
 
 
@@ -170,7 +172,7 @@ def _device(module: nn.Module, site: Site) -> torch.device:
     return here[0] if here else torch.device("cpu" if hooked is None else hooked)  # 0 is the first accelerator
 
 
-def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
+def _check(model: nn.Module, sites: Sequence[Site], name: str, more: bool = False) -> None:
     """Raise AttachError for whatever would stop ``install`` half-way, or make a patch that does not act."""
     if not NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise AttachError(
@@ -180,7 +182,7 @@ def _check(model: nn.Module, sites: Sequence[Site], name: str) -> None:
             do=f"for example {re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-') or 'mine'}-1",
         )
     held = slots(model)
-    if name in _names(held):
+    if name in _names(held) and not more:
         raise AttachError(f"An adapter {name!r} is attached already.", do="choose another name, or detach it first")
     _unmerged(held)
     modules = dict(model.named_modules())

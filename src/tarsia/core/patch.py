@@ -87,6 +87,10 @@ class Patch(nn.Module):
         """What such a patch trains and ``site`` has not: it is left out of a selection. None: it has all."""
         return None
 
+    def again(self, place: Site) -> Patch:
+        """What acts at ``place``, where the base uses the patched tensor a second time."""
+        return Tied(self)
+
     def kept(self) -> Patch:
         """What is left of the patch when its training is over: itself, or another that computes the same of less."""
         return self
@@ -174,6 +178,34 @@ class Measured(Protocol):
     @staticmethod
     def from_dora(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The patch's tensors again, to the bit."""
+        ...
+
+    def gains(self, weight: Tensor) -> Tensor:
+        """What each output [out] of W + scale * B A is multiplied by, bias apart: its length over that of its row."""
+        ...
+
+
+@runtime_checkable
+class Scaling(Protocol):
+    """A patch that scales what a linear layer is given, or what it gives; found by presence too."""
+
+    def scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """What each input [in] is multiplied by, and each output [out] with its bias; None: by nothing."""
+        ...
+
+
+@runtime_checkable
+class Necked(Protocol):
+    """A patch that adds a bottleneck U f(D h + d) + u to what a module hands on; found by presence too.
+
+    Its parameters are ``down``, ``up`` and, where it has them, ``down_bias``, ``up_bias``, ``norm`` and ``norm_bias``
+    (a LayerNorm of h, with torch's epsilon); ``activation`` is the name of f.
+    """
+
+    activation: str
+
+    def neck(self) -> tuple[bool, float]:
+        """Whether h is what the module is given (else what it gives), and what the bottleneck's is multiplied by."""
         ...
 
 

@@ -114,10 +114,10 @@ class Decoder:
         patch = self.held(part)
         if patch is None:
             return ()
-        found: Pairs = patch(lambda x, earlier: self._read(acting, x, earlier), before)
+        found: Pairs = patch(lambda x, earlier: self.read(acting, x, earlier), before)
         return found
 
-    def _read(self, acting: Parts, embeddings: Tensor, before: Pairs) -> Pairs:
+    def read(self, acting: Parts, embeddings: Tensor, before: Pairs) -> Pairs:
         """Keys and values that the decoder, with the patches of ``acting``, makes of embeddings [1, length, width]."""
         from tarsia.core.front import endless
 

@@ -134,6 +134,10 @@ class Bottleneck(Outside):
             made |= {"norm": torch.ones(width).double(), "norm_bias": torch.zeros(width).double()}
         return first, made
 
+    def neck(self) -> tuple[bool, float]:
+        """It reads what its module gives, and is added as it is."""
+        return False, 1.0
+
     def through(self, h: Tensor) -> Tensor:
         """B(h) for hidden states [..., width], in their dtype."""
         held = {name: tensor.to(h.dtype) for name, tensor in self._parameters.items() if tensor is not None}

@@ -63,6 +63,10 @@ class IA3(Patch):
         scaled = (weight.to(wide) * scales[:, None]).to(weight.dtype)
         return scaled, None if bias is None else (bias.to(wide) * scales).to(bias.dtype)
 
+    def scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """l, of the input or of what is given."""
+        return (self.scales, None) if self.inner else (None, self.scales)
+
     @staticmethod
     def joined(
         patches: Sequence[tuple[Mapping[str, Any], Mapping[str, Tensor]]], weights: Sequence[float]

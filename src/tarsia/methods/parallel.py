@@ -29,6 +29,10 @@ class Beside(Bottleneck):
             return None
         return "its module is not given hidden states such as it hands on, one for each of the same width"
 
+    def neck(self) -> tuple[bool, float]:
+        """It reads what its module is given."""
+        return True, 1.0
+
 
 @method(
     "parallel",

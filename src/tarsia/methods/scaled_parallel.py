@@ -45,5 +45,9 @@ class ScaledParallel(Beside):
         super().__init__(activation, tensors)
         self.scale = scale
 
+    def neck(self) -> tuple[bool, float]:
+        """It reads what its module is given, and is added s times."""
+        return True, self.scale
+
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.scale * self.through(x)
