@@ -1,0 +1,203 @@
+"""A request while it is served, and each of its answers as a row of the line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarsia.core import lead
+from tarsia.serve.blocks import Blocks, chain
+from tarsia.serve.front import Read
+from tarsia.serve.line import Line, Part
+from tarsia.serve.pages import Page, Ticket
+from tarsia.serve.request import Event, Request
+from tarsia.serve.sample import Drawn
+from tarsia.serve.voice import Voice
+
+_BASE = b"the base"
+
+
+class Job:
+    """A request with its rows, one for each choice. ``ticket`` None: of the bare base."""
+
+    def __init__(self, request: Request, ticket: Ticket | None, wanted: int, voice: Voice) -> None:
+        self.request, self.ticket, self.wanted, self.voice = request, ticket, wanted, voice
+        self.id = request.id
+        self.read: Read | None = None
+        self.begun = False
+        self.rows = [Row(self, choice) for choice in range(request.sampling.choices)]
+
+    @property
+    def ready(self) -> bool:
+        """Whether its adapter is there."""
+        return self.ticket is None or self.ticket.page is not None
+
+    @property
+    def page(self) -> Page | None:
+        """Its adapter; None for the base."""
+        return None if self.ticket is None else self.ticket.page
+
+    def started(self, cached: int) -> Event:
+        """That it has begun, with which version of which adapter."""
+        page = self.page
+        adapter = None if page is None else {"name": page.name, "version": page.version, "hash": page.digest.hex()}
+        data = {"adapter": adapter, "prompt_tokens": len(self.request.prompt.ids), "cached_tokens": cached}
+        return Event(self.id, "started", data)
+
+
+class Row:
+    """One answer: what of its prompt is read, what it has said, and which blocks hold its keys and values."""
+
+    def __init__(self, job: Job, choice: int) -> None:
+        self.job, self.choice = job, choice
+        self.tenant, self.weight = job.request.tenant, job.request.weight
+        self.drawer = job.voice.drawer(job.request.sampling, choice)
+        self._telling = job.voice.telling(job.request.sampling, self.drawer)
+        self.blocks: list[int] = []
+        self.said: list[int] = []
+        self.done = 0
+        self.cached = 0
+        self.over = False
+        self._keys: list[bytes] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.job.request.prompt.ids)
+
+    @property
+    def ahead(self) -> int:
+        """Positions of what its adapter lays before every prompt."""
+        return 0 if self.job.page is None else lead.length(self.job.page.lead)
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may come to."""
+        return self.ahead + self.length + self.job.wanted
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not read yet."""
+        return max(0, self.ahead + self.length - self.done)
+
+    @property
+    def writes(self) -> bool:
+        """Whether its prompt is read."""
+        return not self.unread
+
+    @property
+    def whole(self) -> bool:
+        """Whether its prompt must be read in one pass: where tokens attend to later ones."""
+        return self.job.read is not None and self.job.read.shape is not None
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether what it has in common with the first of its request's answers is there to be shared."""
+        first = self.job.rows[0]
+        return self is first or first.over or (first.done > 0 and first.writes)
+
+    def begin(self, blocks: Blocks, line: Line) -> None:
+        """Take blocks; those of a prompt, or its beginning, that was read before are found."""
+        read, page, prompt = self._read, self.job.page, self.job.request.prompt
+        if read.shape is None:
+            root = _BASE if page is None else page.digest
+            keys = [picture.key for picture in prompt.pictures]
+            owners = read.pictures.tolist()
+            self._keys = chain(root, prompt.ids, owners, keys, blocks.size, self.ahead)
+            reusable = (self.ahead + self.length - 1) // blocks.size
+            found = blocks.find(self._keys[:reusable])
+            if len(found) * blocks.size < self.ahead:
+                blocks.give(found)
+                found = []
+            self.blocks = found
+        self.done = len(self.blocks) * blocks.size
+        self.cached = max(0, self.done - self.ahead)
+        taken = blocks.take(blocks.needed(self.most) - len(self.blocks))
+        if taken is None:
+            raise AssertionError("it was asked for before whether there are as many blocks")
+        self.blocks += taken
+        if page is not None and self.ahead and not self.done:
+            line.lead(self.blocks, page.lead)
+            self.done = self.ahead
+
+    def part(self, count: int) -> Part:
+        """The next ``count`` tokens that a pass reads."""
+        read, page = self._read, self.job.page
+        if self.writes:
+            at = torch.full((len(read.positions), 1), read.next + self.ahead + len(self.said) - 1)
+            at = at.to(read.positions.device)
+            return Part(page, self.blocks, self.done, self.said[-1:], None, at)
+        start = self.done - self.ahead
+        own = slice(start, start + count)
+        places, deep = self._deep(read, own)
+        return Part(
+            page=page,
+            blocks=self.blocks,
+            before=self.done,
+            ids=self.job.request.prompt.ids[own],
+            embeds=read.embeds[own],
+            positions=read.positions[:, own] + self.ahead,
+            shape=read.shape,
+            places=places,
+            deep=deep,
+            wanted=own.stop == self.length,
+        )
+
+    def advance(self, count: int, blocks: Blocks) -> None:
+        """``count`` more tokens are read; blocks that are full now can be found by others."""
+        full = min(self.done // blocks.size, len(self._keys))
+        self.done += count
+        for i in range(full, min(self.done // blocks.size, len(self._keys))):
+            blocks.know(self.blocks[i], self._keys[i])
+
+    def say(self, drawn: Drawn) -> list[Event]:
+        """Take the next token: what is told of it."""
+        self.said.append(drawn.token)
+        told = self._telling.add(drawn.token)
+        self.over = told.over or len(self.said) >= self.job.wanted
+        text = told.text + (self._telling.flush() if self.over and not told.over else "")
+        data: dict[str, Any] = {"choice": self.choice, "text": text, "ids": [drawn.token], "logprobs": self._likely(drawn)}
+        events = [Event(self.job.id, "text", data)]
+        if self.over:
+            reason = "stop" if told.over else "length"
+            end = {"choice": self.choice, "reason": reason, "completion_tokens": len(self.said)}
+            events.append(Event(self.job.id, "done", end))
+        return events
+
+    def leave(self, blocks: Blocks) -> None:
+        """Give the blocks back, with what can be found in them of the answer too."""
+        if self._keys and self.said:
+            ids = [*self.job.request.prompt.ids, *self.said[:-1]]
+            owners = [*self._read.pictures.tolist(), *[-1] * (len(self.said) - 1)]
+            root = _BASE if self.job.page is None else self.job.page.digest
+            pictures = [picture.key for picture in self.job.request.prompt.pictures]
+            keys = chain(root, ids, owners, pictures, blocks.size, self.ahead)
+            for block, key in zip(self.blocks, keys[: self.done // blocks.size], strict=False):
+                blocks.know(block, key)
+        blocks.give(self.blocks)
+        self.blocks = []
+
+    def _likely(self, drawn: Drawn) -> Sequence[Mapping[str, Any]] | None:
+        if self.job.request.sampling.logprobs is None or drawn.logprob is None:
+            return None
+        spell = self.job.voice.spell
+        top = [{**spell(token), "logprob": value} for token, value in drawn.top]
+        return [{**spell(drawn.token), "logprob": drawn.logprob, "top": top}]
+
+    def _deep(self, read: Read, own: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Which of these tokens are a picture's, and what is added to them in the first layers."""
+        if read.deep is None:
+            return None, None
+        seen = read.pictures >= 0
+        first, count = int(seen[: own.start].sum()), int(seen[own].sum())
+        return (seen[own], read.deep[:, first : first + count]) if count else (None, None)
+
+    @property
+    def _read(self) -> Read:
+        read = self.job.read
+        if read is None:
+            raise AssertionError("a row is begun only once its prompt is read")
+        return read
