@@ -135,6 +135,7 @@ class Connection:
         self._decoder = Decoder(limits)
         self._ready: list[Frame] = []
         self._lock = threading.Lock()
+        self._closed = False
 
     def send(self, *frames: Frame) -> None:
         """Send frames, in one piece. Raises OSError where nobody is there any more."""
@@ -145,7 +146,12 @@ class Connection:
     def receive(self) -> Frame | None:
         """The next frame; None at the end. Raises BrokenFrame, OSError."""
         while not self._ready:
-            piece = self._socket.recv(_PIECE)
+            try:
+                piece = self._socket.recv(_PIECE)
+            except OSError:
+                if self._closed:
+                    return None
+                raise
             if not piece:
                 self._decoder.end()
                 return None
@@ -154,6 +160,7 @@ class Connection:
 
     def close(self) -> None:
         """End the connection; a thread that waits in ``receive`` is told so."""
+        self._closed = True
         with contextlib.suppress(OSError):  # the other side may have been first
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 from tarsia.core.errors import ServeError, TarsiaError
 from tarsia.serve import wire
@@ -113,7 +113,8 @@ class Supervisor:
         """Start the worker and wait until it takes requests. Raises TarsiaError where it can not."""
         self._first = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep(), name="worker")
-        await asyncio.wait([self._first, self._task], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._first, self._task]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._first.done():
             return self._first.result()
         await self.ended()
@@ -122,7 +123,9 @@ class Supervisor:
     async def ended(self) -> None:
         """Wait until no worker will be started any more. Raises why, where that was not asked for."""
         if self._task is not None:
-            await asyncio.shield(self._task)
+            await asyncio.wait([self._task])
+            if not self._task.cancelled():
+                self._task.result()  # a defect of the supervisor itself is raised here
         if self.error is not None:
             raise self.error
 
@@ -279,10 +282,10 @@ class Supervisor:
             async with asyncio.timeout(self._patience.ready):
                 await self._opened(worker)
             await self._listen(worker)
+        except TimeoutError:  # an OSError too
+            why = "it said nothing for too long" if worker.ready else "it was not ready in time"
         except (BrokenFrame, OSError) as error:
             why = error.what if isinstance(error, BrokenFrame) else str(error)
-        except TimeoutError:
-            why = "it said nothing for too long" if worker.ready else "it was not ready in time"
         finally:
             await self._end(worker, why)
         return worker
