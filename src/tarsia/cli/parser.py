@@ -27,6 +27,7 @@ VERBS: Mapping[str, str] = {
     "library": "library",
     "ask": "ask",
     "lab": "lab",
+    "bench": "bench",
     "doctor": "doctor",
 }
 """The file of each verb, in the order of the help."""
