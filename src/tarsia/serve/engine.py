@@ -29,6 +29,7 @@ from tarsia.serve.request import Event, Request
 from tarsia.serve.row import Job, Row
 from tarsia.serve.sample import Drawn, draw
 from tarsia.serve.schedule import Queue
+from tarsia.serve.trial import texts as trials
 from tarsia.serve.trial import tried
 from tarsia.serve.voice import Voice
 
@@ -68,7 +69,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._running: list[Row] = []
         self._counts: Counter[str] = Counter()
-        self.difference = tried(host, self.front, self.line)
+        self.difference = tried(host, self.front, self.line, trials(host))
 
     @property
     def idle(self) -> bool:
@@ -261,8 +262,6 @@ def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Event]]:
     while not engine.idle:
         for event in engine.step():
             found[event.id].append(event)
-        if not engine.moving:
-            time.sleep(0.001)
     return found
 
 

@@ -63,6 +63,14 @@ class Read:
     shape: Mapping[str, Tensor] | None
     deep: Tensor | None
 
+    def deeper(self, own: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Which of these tokens are a picture's, and what is added to them in the first layers; None for nothing."""
+        if self.deep is None:
+            return None, None
+        seen = self.pictures >= 0
+        first, count = int(seen[: own.start].sum()), int(seen[own].sum())
+        return (seen[own], self.deep[:, first : first + count]) if count else (None, None)
+
 
 class Front:
     """The base up to its decoder. ``limit`` is how many bytes of pictures' features are kept.

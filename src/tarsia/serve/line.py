@@ -73,7 +73,7 @@ class Line:
     """The decoder of a base over its pools: ``bytes`` of keys and values, in blocks of ``size`` tokens."""
 
     def __init__(self, host: Host, board: Board, limit: int, size: int) -> None:
-        self._host, self._board, self.size = host, board, size
+        self._host, self.board, self.size = host, board, size
         site = sequence(host)
         self._decoder = decoder(host, site)
         self._config = self._decoder.config
@@ -118,7 +118,7 @@ class Line:
         self._step, self._met = self._laid(parts, counts), set()
         call = self._call(parts, counts)
         try:
-            with self._attending(), self._board.lying(pages, counts):
+            with self._attending(), self.board.lying(pages, counts):
                 hidden = self._decoder(**call, use_cache=False).last_hidden_state
         finally:
             step, self._step = self._step, None
@@ -130,7 +130,7 @@ class Line:
         if not last:
             return torch.empty(0, 0)
         wanted = [part.page for part in parts if part.wanted]
-        with self._board.lying(wanted, [1] * len(wanted)):
+        with self.board.lying(wanted, [1] * len(wanted)):
             return self._head(hidden[:, last])[0].float()
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Line:
         found: Iterator[Tensor] = iter(())
         if bare:
             ids = torch.tensor([[token for part in bare for token in part.ids]], device=self._device)
-            with self._board.lying([part.page for part in bare], [part.count for part in bare]):
+            with self.board.lying([part.page for part in bare], [part.count for part in bare]):
                 looked = self._host.model.get_input_embeddings()(ids)[0]  # type: ignore[operator]
             found = iter(looked.split([part.count for part in bare]))
         return torch.cat([next(found) if part.embeds is None else part.embeds for part in parts])[None]

@@ -21,7 +21,7 @@ def grouped(x: Tensor, y: Tensor, starts: Tensor, forms: Sequence[Row]) -> Tenso
     Row i has the tokens ``starts[i]`` to ``starts[i + 1] - 1``. Sums are float32 and rounded once, to y's dtype.
     """
     places = starts.tolist()
-    for form, first, last in zip(forms, places, places[1:], strict=True):
+    for form, (first, last) in zip(forms, pairwise(places), strict=True):
         if form is not None and last > first:
             change = _thin if isinstance(form, Thin) else _neck
             y[first:last] = change(form, x[first:last].float(), y[first:last].float()).to(y.dtype)  # type: ignore[operator]
@@ -55,7 +55,7 @@ def inner(x: Tensor, starts: Tensor, forms: Sequence[Row]) -> Tensor:
     if not any(isinstance(form, Thin) and form.inner is not None for form in forms):
         return x
     scaled, places = x.clone(), starts.tolist()
-    for form, first, last in zip(forms, places, places[1:], strict=True):
+    for form, (first, last) in zip(forms, pairwise(places), strict=True):
         if isinstance(form, Thin) and form.inner is not None:
             scaled[first:last] = (form.inner * x[first:last].float()).to(x.dtype)
     return scaled

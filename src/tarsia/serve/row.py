@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tarsia.core import lead
 from tarsia.serve.blocks import Blocks, chain
@@ -43,7 +42,7 @@ class Job:
     def started(self, cached: int) -> Event:
         """That it has begun, with which version of which adapter."""
         page = self.page
-        adapter = None if page is None else {"name": page.name, "version": page.version, "hash": page.digest.hex()}
+        adapter = None if page is None else {"name": page.name, "version": getattr(page, "version", None), "hash": page.digest.hex()}
         data = {"adapter": adapter, "prompt_tokens": len(self.request.prompt.ids), "cached_tokens": cached}
         return Event(self.id, "started", data)
 
@@ -132,7 +131,7 @@ class Row:
             return Part(page, self.blocks, self.done, self.said[-1:], None, at)
         start = self.done - self.ahead
         own = slice(start, start + count)
-        places, deep = self._deep(read, own)
+        places, deep = read.deeper(own)
         return Part(
             page=page,
             blocks=self.blocks,
@@ -169,7 +168,7 @@ class Row:
 
     def leave(self, blocks: Blocks) -> None:
         """Give the blocks back, with what can be found in them of the answer too."""
-        if self._keys and self.said:
+        if self._keys and self.said and not self.unread:
             ids = [*self.job.request.prompt.ids, *self.said[:-1]]
             owners = [*self._read.pictures.tolist(), *[-1] * (len(self.said) - 1)]
             root = _BASE if self.job.page is None else self.job.page.digest
@@ -186,14 +185,6 @@ class Row:
         spell = self.job.voice.spell
         top = [{**spell(token), "logprob": value} for token, value in drawn.top]
         return [{**spell(drawn.token), "logprob": drawn.logprob, "top": top}]
-
-    def _deep(self, read: Read, own: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Which of these tokens are a picture's, and what is added to them in the first layers."""
-        if read.deep is None:
-            return None, None
-        seen = read.pictures >= 0
-        first, count = int(seen[: own.start].sum()), int(seen[own].sum())
-        return (seen[own], read.deep[:, first : first + count]) if count else (None, None)
 
     @property
     def _read(self) -> Read:
