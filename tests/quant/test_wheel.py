@@ -53,7 +53,7 @@ def installed(made: Path, folder: Path) -> Path:
     return python
 
 
-PARTS = tuple(f"src/tarsia/{part}" for part in ("quant/", "core/", "merge/kernels/", "__init__"))
+PARTS = tuple(f"src/tarsia/{part}" for part in ("quant/", "core/", "merge/kernels/", "serve/kernels/", "__init__"))
 
 RUN = """
 import torch

@@ -79,6 +79,7 @@ def examine() -> Iterator[Finding]:
     yield kernel(*kernel_here())
     yield from gpu_kernel()
     yield merge_kernel()
+    yield serve_kernel()
     yield base(Path(__file__).parents[1] / "base" / "mini-1")
 
 
@@ -326,6 +327,16 @@ def merge_kernel() -> Finding:
         return kernel(None, "install torch", name="merge kernel")
     status = merging.status()
     return kernel(status.text, status.do, status.refused, "merge kernel")
+
+
+def serve_kernel() -> Finding:
+    """What multiplies and attends where one base serves many adapters."""
+    try:
+        from tarsia.serve import kernel as serving
+    except ImportError:
+        return kernel(None, "install torch", name="serve kernel")
+    status = serving.status()
+    return kernel(status.text, status.do, status.refused, "serve kernel")
 
 
 def base(folder: Path) -> Finding:

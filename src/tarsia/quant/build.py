@@ -1,7 +1,7 @@
 """Compile the kernels: ``python -m tarsia.quant.build``, and the same from the hook that makes a wheel.
 
 One source for each instruction set, each compiled with its own flags, linked into one shared library beside them:
-that of weights in 4 bits, and that of merging.
+that of weights in 4 bits, that of merging and that of serving.
 Needs a C compiler ($CC, else cc, gcc or clang) and nothing else: it is run before anything is installed.
 """
 
@@ -105,7 +105,13 @@ MERGING = Library(
     ("tarsia_merge.c", "thresholds.c", "select.c", "portable.c", "../../quant/kernels/team.c"),
     {"x86_64": {"avx2.c": ("-mavx2", "-mfma"), "avx512.c": (*_AVX512, "-mprefer-vector-width=512")}},
 )
-LIBRARIES = (FOUR_BITS, MERGING)
+SERVING = Library(
+    "tarsia_serve",
+    PACKAGE / "serve" / "kernels",
+    ("tarsia_serve.c", "attend.c", "portable.c", "../../quant/kernels/team.c"),
+    {"x86_64": {"avx2.c": ("-mavx2", "-mfma"), "avx512.c": (*_AVX512, "-mprefer-vector-width=512")}},
+)
+LIBRARIES = (FOUR_BITS, MERGING, SERVING)
 """Every library that is compiled, into a wheel too."""
 
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}

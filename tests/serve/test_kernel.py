@@ -1,0 +1,342 @@
+"""The compiled kernels of serving beside the page of torch that specifies them: all instruction sets, any rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tarsia.cli import machine
+from tarsia.core.errors import ConfigError
+from tarsia.quant import build, loader
+from tarsia.serve import kernel, reference
+from tarsia.serve.forms import Neck, Thin
+from tarsia.serve.reference import Row
+
+CC = build.compiler()
+FEW = settings(max_examples=60, deadline=None)
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources as they are now, with warnings as errors."""
+    if CC is None:
+        pytest.skip("there is no C compiler")
+    path = tmp_path_factory.mktemp("serving") / build.SERVING.file
+    return build.compile_library(build.SERVING, path, build.machine(), [*CC, "-Werror"])
+
+
+@pytest.fixture(scope="session", params=[*kernel.INTERFACE.sets])
+def here(request: pytest.FixtureRequest, compiled: Path) -> kernel.Kernel:
+    """One instruction set on this thread alone."""
+    handle = loader.load(kernel.INTERFACE, compiled)
+    assert not isinstance(handle, str), handle
+    if not loader.function(kernel.INTERFACE, handle, "supported")(kernel.INTERFACE.sets[request.param]):
+        pytest.skip(f"this processor does not execute {request.param}")
+    return kernel.Kernel(handle, request.param, 0)
+
+
+def bits(scale: float) -> int:
+    return int(torch.tensor(scale).view(torch.int32))
+
+
+def entry(form: Row) -> list[int]:
+    def at(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    if form is None:
+        return [0] * 12
+    if isinstance(form, Thin):
+        rank, half = (0, 0) if form.down is None else (len(form.down), int(form.down.dtype == torch.bfloat16))
+        parts = at(form.gain), at(form.shift), at(form.inner)
+        return [at(form.down), at(form.up), rank, bits(form.scale), *parts, half, 0, 0, 0, 0]
+    biases = at(form.down_bias), at(form.up_bias), at(form.norm), at(form.norm_bias)
+    half, activation = int(form.down.dtype == torch.bfloat16), ACTIVATIONS.index(form.activation)
+    parts = at(form.down), at(form.up), len(form.down), bits(form.scale), *biases
+    return [*parts, half, activation, int(form.of_input), 0]
+
+
+def entries(forms: list[Row]) -> Tensor:
+    return torch.tensor([entry(form) for form in forms], dtype=torch.int64).view(-1, 12)
+
+
+@dataclass
+class Drawn:
+    """Random numbers of one seed."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32, by: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * by).to(dtype)
+
+    def maybe(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return self(*shape, dtype=dtype) if torch.rand((), generator=self.generator) < 0.5 else None
+
+
+def thin(draw: Drawn, rank: int, within: int, out: int, dtype: torch.dtype) -> Thin:
+    down, up = draw(rank, within, dtype=dtype, by=within**-0.5), draw(out, rank, dtype=dtype, by=max(rank, 1) ** -0.5)
+    rest = draw.maybe(out), draw.maybe(out), draw.maybe(within)
+    return Thin(*((down, up) if rank else (None, None)), 0.7, *rest)
+
+
+def neck(draw: Drawn, rank: int, width: int, dtype: torch.dtype, activation: str, of_input: bool) -> Neck:
+    down, up = draw(rank, width, dtype=dtype, by=width**-0.5), draw(width, rank, dtype=dtype, by=rank**-0.5)
+    norm, norm_bias = draw.maybe(width, dtype=dtype), draw(width, dtype=dtype)
+    biases = draw.maybe(rank, dtype=dtype), draw.maybe(width, dtype=dtype)
+    return Neck(down, up, *biases, norm, None if norm is None else norm_bias, activation, of_input, 1.5)
+
+
+@dataclass
+class Line:
+    x: Tensor
+    y: Tensor
+    starts: Tensor
+    forms: list[Row]
+
+    def run(self, by: kernel.Kernel) -> Tensor:
+        return by.grouped(self.x, self.y.clone(), self.starts, self.forms, entries(self.forms))
+
+    def row(self, i: int) -> Line:
+        first, last = self.starts[i : i + 2].tolist()
+        starts = torch.tensor([0, last - first], dtype=torch.int32)
+        return Line(self.x[first:last], self.y[first:last], starts, [self.forms[i]])
+
+
+WIDTHS = st.sampled_from([1, 7, 16, 31, 32, 33, 48, 64, 100, 192])
+RANKS = st.one_of(st.sampled_from([0, 1, 8, 16, 32, 64]), st.integers(1, 70))
+
+
+@st.composite
+def lines(draw: st.DrawFn) -> Line:
+    drawn = Drawn(draw(st.integers(0, 2**20)))
+    counts = draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 5, 17, 40]), min_size=1, max_size=6))
+    within, out, dtype = draw(WIDTHS), draw(WIDTHS), draw(st.sampled_from(FLOATS))
+    is_neck = draw(st.booleans())
+    forms: list[Row] = []
+    for _ in counts:
+        rank, held = draw(RANKS), draw(st.sampled_from(FLOATS))
+        if draw(st.integers(0, 4)) == 0:
+            forms.append(None)
+        elif is_neck:
+            forms.append(neck(drawn, max(rank, 1), out, held, draw(st.sampled_from(ACTIVATIONS)), draw(st.booleans())))
+        else:
+            forms.append(thin(drawn, rank, within, out, held))
+    total = sum(counts)
+    x, y = drawn(total, out if is_neck else within, dtype=dtype), drawn(total, out, dtype=dtype)
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    return Line(x, y, starts, forms)
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    """Within float32's rounding of sums, or one rounding to bfloat16 of it."""
+    if found.dtype == torch.float32:
+        size = expected.abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, size))
+    else:
+        torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-5)
+
+
+@FEW
+@given(lines())
+def test_every_row_is_what_the_reference_makes_of_it(here: kernel.Kernel, line: Line) -> None:
+    near(line.run(here), reference.grouped(line.x, line.y.clone(), line.starts, line.forms))
+
+
+@FEW
+@given(lines())
+def test_a_row_has_the_bits_it_has_alone(here: kernel.Kernel, line: Line) -> None:
+    together = line.run(here)
+    for i in range(len(line.forms)):
+        first, last = line.starts[i : i + 2].tolist()
+        assert torch.equal(together[first:last], line.row(i).run(here))
+
+
+@FEW
+@given(lines())
+def test_a_token_has_the_bits_it_has_alone(here: kernel.Kernel, line: Line) -> None:
+    together = line.run(here)
+    counts = line.starts.diff().tolist()
+    forms = [form for form, count in zip(line.forms, counts, strict=True) for _ in range(count)]
+    apart = Line(line.x, line.y, torch.arange(len(forms) + 1, dtype=torch.int32), forms)
+    assert torch.equal(together, apart.run(here))
+
+
+@FEW
+@given(lines())
+def test_inner_scales_the_rows_that_have_one(here: kernel.Kernel, line: Line) -> None:
+    if any(isinstance(form, Neck) for form in line.forms):
+        return
+    before = line.x.clone()
+    found = here.inner(line.x, line.starts, line.forms, entries(line.forms))
+    assert torch.equal(found, reference.inner(line.x, line.starts, line.forms)) and torch.equal(before, line.x)
+
+
+@dataclass
+class Cache:
+    """Rows of some lengths in a pool whose blocks lie in any order; what no row wrote is no number."""
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    tables: Tensor
+    starts: Tensor
+    before: Tensor
+
+    def rest(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, self.tables, self.starts, self.before
+
+
+def cache(
+    draw: Drawn, rows: list[tuple[int, int]], heads: int, kv: int, dim: int, block: int, dtype: torch.dtype
+) -> Cache:
+    totals = [before + count for before, count in rows]
+    need = [-(-total // block) for total in totals]
+    order = torch.randperm(sum(need) + 3, generator=draw.generator)
+    pools = [torch.full((len(order), block, kv, dim), float("nan"), dtype=dtype) for _ in range(2)]
+    tables, used = torch.zeros(len(rows), max(need, default=0) + 1, dtype=torch.int32), 0
+    for i, (total, some) in enumerate(zip(totals, need, strict=True)):
+        tables[i, :some] = order[used : used + some]
+        used += some
+        places = torch.arange(total)
+        slots = tables[i].long()[places // block] * block + places % block
+        reference.store(draw(total, kv, dim, dtype=dtype), draw(total, kv, dim, dtype=dtype), *pools, slots)
+    counts = [count for _, count in rows]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    before = torch.tensor([had for had, _ in rows], dtype=torch.int32)
+    return Cache(draw(sum(counts), heads, dim, dtype=dtype), *pools, tables, starts, before)
+
+
+@st.composite
+def caches(draw: st.DrawFn) -> Cache:
+    drawn = Drawn(draw(st.integers(0, 2**20)))
+    row = st.tuples(st.sampled_from([0, 1, 15, 63, 64, 100, 150]), st.sampled_from([0, 1, 1, 3, 20, 70]))
+    rows = draw(st.lists(row, min_size=1, max_size=4))
+    heads, kv = draw(st.sampled_from([(1, 1), (3, 1), (4, 2), (6, 3), (5, 5)]))
+    dim, block = draw(st.sampled_from([1, 8, 16, 24, 64, 80])), draw(st.sampled_from([1, 8, 16, 32]))
+    return cache(drawn, rows, heads, kv, dim, block, draw(st.sampled_from(FLOATS)))
+
+
+WINDOWS, CAPS = st.sampled_from([None, 1, 5, 64, 90]), st.sampled_from([None, 2.0, 30.0])
+
+
+@FEW
+@given(caches(), WINDOWS, CAPS)
+def test_attention_is_what_the_reference_attends(
+    here: kernel.Kernel, it: Cache, window: int | None, softcap: float | None
+) -> None:
+    scale = it.q.shape[2] ** -0.5
+    found = here.attend(it.q, *it.rest(), scale, window, softcap)
+    near(found, reference.attend(it.q, *it.rest(), scale, window, softcap))
+
+
+@FEW
+@given(caches(), WINDOWS, st.integers(0, 2**10))
+def test_a_token_attends_as_it_would_alone(here: kernel.Kernel, it: Cache, window: int | None, seed: int) -> None:
+    together = here.attend(it.q, *it.rest(), 0.3, window)
+    if not len(it.q):
+        return
+    row = torch.repeat_interleave(torch.arange(len(it.before)), it.starts.diff().long())
+    t = seed % len(it.q)
+    before = (it.before[row[t]] + t - it.starts[row[t]]).view(1).int()
+    starts, tables = torch.tensor([0, 1], dtype=torch.int32), it.tables[row[t]][None].contiguous()
+    alone = here.attend(it.q[t][None], it.keys, it.values, tables, starts, before, 0.3, window)
+    assert torch.equal(together[t], alone[0])
+
+
+@FEW
+@given(caches())
+def test_store_writes_the_slots_and_nothing_else(here: kernel.Kernel, it: Cache) -> None:
+    blocks, block, kv, dim = it.keys.shape
+    drawn = Drawn(blocks)
+    slots = torch.randperm(blocks * block, generator=drawn.generator)[: blocks * block // 2]
+    k, v = (drawn(kv, len(slots), dim, dtype=it.keys.dtype).transpose(0, 1) for _ in range(2))
+    found, expected = ([part.nan_to_num() for part in (it.keys, it.values)] for _ in range(2))
+    here.store(k, v, *found, slots)
+    reference.store(k, v, *expected, slots)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """What was found before is forgotten, now and afterwards."""
+    monkeypatch.delenv(kernel.INTERFACE.variable, raising=False)
+    kernel.library.cache_clear()
+    yield monkeypatch
+    kernel.library.cache_clear()
+
+
+def test_without_a_library_the_reference_runs_and_it_is_said(
+    afresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    afresh.setattr(kernel, "INTERFACE", replace(kernel.INTERFACE, library=build.SERVING.at(tmp_path)))
+    form = thin(Drawn(1), 4, 8, 8, torch.float32)
+    x, y, starts = torch.ones(2, 8), torch.zeros(2, 8), torch.tensor([0, 2], dtype=torch.int32)
+    for _ in range(2):
+        found = kernel.grouped(x, y.clone(), starts, [form], entries([form]))
+    assert torch.equal(found, reference.grouped(x, y.clone(), starts, [form]))
+    (record,) = caplog.records
+    assert "serving: the slow reference, for no kernel is compiled" in record.getMessage()
+    finding = machine.serve_kernel()
+    assert finding.state is machine.State.WARN and "tarsia.quant.build" in str(finding.do)
+
+
+def test_a_kernel_that_is_not_there_can_not_be_forced(afresh: pytest.MonkeyPatch) -> None:
+    afresh.setenv(kernel.INTERFACE.variable, "neon")
+    with pytest.raises(ConfigError, match=kernel.INTERFACE.variable):
+        kernel.library()
+    assert machine.serve_kernel().state is machine.State.FAIL
+
+
+def test_doctor_says_what_serves() -> None:
+    finding = machine.serve_kernel()
+    assert finding.state is machine.State.OK and finding.name == "serve kernel"
+
+
+def refused(call: Callable[[], object]) -> None:
+    with pytest.raises(RuntimeError, match="called wrongly"):
+        call()
+
+
+def test_what_reaches_beyond_the_pools_is_refused(here: kernel.Kernel) -> None:
+    it = cache(Drawn(3), [(5, 2)], 2, 1, 8, 4, torch.float32)
+    for wrong in (-1, len(it.keys)):
+        tables = it.tables.clone()
+        tables[0, 1] = wrong
+        refused(lambda tables=tables: here.attend(it.q, it.keys, it.values, tables, it.starts, it.before, 1.0))
+    refused(lambda: here.attend(it.q, it.keys, it.values, it.tables, it.starts, it.before + 90, 1.0))
+    new = torch.zeros(1, 1, 8)
+    for wrong in (-1, len(it.keys) * 4):
+        refused(lambda wrong=wrong: here.store(new, new, it.keys, it.values, torch.tensor([wrong])))
+
+
+def test_rows_and_entries_that_can_not_be_are_refused(here: kernel.Kernel) -> None:
+    form = thin(Drawn(1), 4, 8, 8, torch.float32)
+    x, y, starts = torch.ones(2, 8), torch.zeros(2, 8), torch.tensor([0, 2], dtype=torch.int32)
+    sound = entries([form])
+    for place, value in ((0, 0), (1, 0), (2, -1), (7, 2)):
+        wrong = sound.clone()
+        wrong[0, place] = value
+        refused(lambda wrong=wrong: here.grouped(x, y, starts, [form], wrong))
+    refused(lambda: here.grouped(x, y, torch.tensor([-1, 2], dtype=torch.int32), [form], sound))
+    with pytest.raises(ValueError, match="rows end at 3"):
+        here.grouped(x, y, torch.tensor([0, 3], dtype=torch.int32), [form], sound)
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        here.grouped(x.half(), y.half(), starts, [form], sound)
+    assert not y.any()
+
+
+def test_what_is_no_number_stays_none(here: kernel.Kernel) -> None:
+    it = cache(Drawn(3), [(70, 2)], 2, 1, 8, 4, torch.float32)
+    it.keys[it.tables[0, 1], 2, 0, 3] = float("nan")
+    assert here.attend(it.q, *it.rest(), 1.0).isnan().all()
