@@ -193,18 +193,25 @@ class Line:
         """First token and the one after the last of each of these rows."""
         return [(self.ends[row], self.ends[row + 1]) for row in rows]
 
-    def axis(self, x: Tensor, site: Site) -> int:
-        """The dimension along which tokens lie. Raises RouteError where it has not as many as the line."""
-        flat = x.ndim == 2 and x.is_floating_point()  # what an expert's router is given
-        axis = 0 if flat else 1
-        if x.ndim <= axis or x.shape[axis] != self.total or (axis and x.shape[0] != 1):
+    def axis(self, x: Tensor, site: Site, known: int | None) -> int:
+        """The dimension along which tokens lie: [T, width] of a router, [1, T, ...], or [1, heads, T, ...] of a norm.
+
+        ``known`` settles it where there are as many heads as tokens. Raises RouteError where no dimension is of the
+        line's length, or nobody can tell which.
+        """
+        flat = x.ndim == 2 and x.is_floating_point()
+        places = (0,) if flat else (1, 2) if x.ndim == 4 else (1,)
+        fitting = [i for i in places if i < x.ndim and x.shape[i] == self.total and (flat or x.shape[0] == 1)]
+        if len(fitting) > 1:
+            fitting = [i for i in fitting if i == known]
+        if not fitting or known not in (None, *fitting):
             raise RouteError(
                 f"{site.path} does not see the line that was laid out.",
                 given=f"{tuple(x.shape)}",
                 allowed=f"{self.total} tokens of rows of {self.counts}"[:200],
                 do="call the model with what was given to `lying`",
             )
-        return axis
+        return fitting[0]
 
 
 class Mixed(Patch):
@@ -213,6 +220,7 @@ class Mixed(Patch):
     def __init__(self, board: Board, site: Site, number: int) -> None:
         super().__init__()
         self.board, self.site, self.number = board, site, number
+        self.along: int | None = None  # the dimension of tokens, once a line has shown it
 
     def again(self, place: Site) -> Patch:
         return self.board._patch(place)
@@ -249,7 +257,8 @@ class Mixed(Patch):
         return _grouped(x, base, starts, ([form], isinstance(form, Thin) and form.inner is not None), entries)
 
     def _lying(self, line: Line, x: Tensor, base: Any) -> Any:
-        axis, path, table = line.axis(x, self.site), self.site.path, line.table
+        axis, path, table = line.axis(x, self.site, self.along), self.site.path, line.table
+        self.along = axis if x.ndim == 4 else None
         apart = table.apart(path)
         rows = table.thin(path)
         if any(rows[0]):

@@ -55,8 +55,26 @@ def complete(board: Board, page: Page) -> None:
     """Have patches where the page's forms act, and compute what depends on them."""
     board.install(list(page.forms))
     page.entries = board.entries(page.forms)
+    show(board, page)
     page.lead = lead(board, page)
     page.bytes = size(page)
+
+
+@torch.no_grad()
+def show(board: Board, page: Page) -> None:
+    """Let norms within attention see a line of another length than there are heads, so that they know its dimension."""
+    model: Any = board.host.model
+    found = next((site for site in board.host.sites if site.kind is Kind.SEQUENCE), None)
+    within = [s for s in board.host.sites if s.kind is Kind.TENSOR and s.path in page.forms]
+    if found is None or all(s.component is not Component.LANGUAGE or s.shape[0] == found.shape[0] for s in within):
+        return
+    module: Any = model.get_submodule(found.module)
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else module
+    heads = {decoder.config.num_attention_heads, found.shape[1]}
+    count = next(length for length in (2, 3, 5) if length not in heads)
+    like = model.get_input_embeddings().weight
+    with board.lying([page], [count]):
+        decoder(inputs_embeds=torch.zeros(1, count, found.shape[0]).to(like), use_cache=False)
 
 
 def size(page: Page) -> int:
