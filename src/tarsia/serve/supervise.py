@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -272,6 +273,7 @@ class Supervisor:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
                 str(theirs.fileno()),
+                str(os.getpid()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 process_group=0,  # an interruption from the keyboard is the server's to handle

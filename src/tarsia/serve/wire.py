@@ -65,8 +65,9 @@ class ChatMessage(_Message):
 class Configure(_Message):
     """How the worker opens its base and what it may use. Sizes in bytes; ``threads`` 0: all cores.
 
-    ``four_bits`` are the keywords of ``adapter.four_bits.FourBits``, None for a base as it is. ``sources`` are the
-    folders out of which ``load`` may take adapters by path.
+    ``four_bits`` are the keywords of ``adapter.four_bits.FourBits``, None for a base as it is. ``rows`` run at
+    once, ``waiting`` are open at most; ``chunk`` tokens of prompts are read in a step; an answer has ``answer`` tokens
+    where nothing else is asked. ``unproved``: adapters without outputs on their card are served too.
     """
 
     command: Literal["configure"] = "configure"
@@ -84,7 +85,7 @@ class Configure(_Message):
     rows: int = Field(default=32, ge=1)
     chunk: int = Field(default=512, ge=1)
     waiting: int = Field(default=1024, ge=1)
-    sources: tuple[str, ...] = ()
+    answer: int = Field(default=1024, ge=1)
     unproved: bool = False
 
 
@@ -92,6 +93,7 @@ class Generate(_Message):
     """Answer these messages. ``adapter`` is a reference or a name, None the bare base, "auto" what the router chooses.
 
     ``seconds`` is how long anybody waits from now on (None: for ever), ``weight`` the tenant's share against others'.
+    ``may`` are shell patterns of the names among which the router chooses (None: all), for "auto" alone.
     """
 
     command: Literal["generate"] = "generate"
@@ -102,6 +104,7 @@ class Generate(_Message):
     tenant: str = ""
     weight: float = Field(default=1.0, gt=0)
     seconds: float | None = None
+    may: tuple[str, ...] | None = None
 
 
 class Cancel(_Message):
@@ -311,7 +314,10 @@ class AdapterStats(_Message):
 
 
 class Stats(_Message):
-    """Gauges (what is now) and counters (since the worker began). Seconds, bytes, tokens, blocks."""
+    """Gauges (what is now) and counters (since the worker began). Seconds, bytes, tokens, blocks.
+
+    ``process_bytes`` is 0 where the system does not say; ``adapters`` are the hundred that were asked most.
+    """
 
     event: Literal["stats"] = "stats"
     # gauges
@@ -320,6 +326,7 @@ class Stats(_Message):
     running: int = 0
     blocks_used: int = 0
     blocks_free: int = 0
+    picture_bytes: int = 0
     adapter_bytes: int = 0
     adapters_resident: int = 0
     process_bytes: int = 0

@@ -1,0 +1,149 @@
+"""Where requests are read before a step has to do with them: threads that make prompts of messages and pictures.
+
+Reading takes long where pictures are decoded, so it never happens on the engine's thread. Tenants take turns, so that
+who sends a thousand pictures delays nobody else's first. A thread of these computes alone: torch's own threads are the
+engine's, and where the system knows priorities the engine goes first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tarsia.core.errors import ServeError, TarsiaError
+from tarsia.serve.request import Prompt
+from tarsia.serve.wire import Generate
+
+_BEHIND = 5
+"""How far behind the engine's thread a reader's priority is (its niceness)."""
+
+
+class Read(Protocol):
+    """What makes a prompt: of ``messages`` as chat templates take them and ``pictures`` as they came. May refuse."""
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[bytes]) -> Prompt: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """A request to be read; ``deadline`` in ``time.monotonic()``."""
+
+    command: Generate
+    pictures: tuple[bytes, ...]
+    deadline: float
+
+
+Done = Callable[[Sheet, Prompt | BaseException], None]
+
+
+class Desk:
+    """``threads`` readers. ``done`` is called, on one of these, with each request and its prompt or why there is none.
+
+    ``first`` is what else a request needs before it is read, the grammar of its schema say.
+    """
+
+    def __init__(self, read: Read, first: Callable[[Generate], None], done: Done, threads: int) -> None:
+        self._read, self._first, self._done = read, first, done
+        self._tenants: dict[str, deque[Sheet]] = {}
+        self._busy: set[str] = set()
+        self._gone: set[str] = set()
+        self._change = threading.Condition()
+        self._open = True
+        self._seated = threading.Barrier(threads + 1)
+        self._threads = [threading.Thread(target=self._work, name=f"reader-{n}", daemon=True) for n in range(threads)]
+        own = torch.get_num_threads()
+        for thread in self._threads:
+            thread.start()
+        self._seated.wait()
+        torch.set_num_threads(own)  # each reader has set its own; what new threads begin with is one number for all
+
+    def __len__(self) -> int:
+        with self._change:
+            return sum(map(len, self._tenants.values())) + len(self._busy)
+
+    def add(self, sheet: Sheet) -> None:
+        """Have a request read."""
+        with self._change:
+            self._tenants.setdefault(sheet.command.tenant, deque()).append(sheet)
+            self._change.notify()
+
+    def forget(self, id_: str) -> bool:
+        """Nobody waits for this request: ``done`` is not called for it. Whether it was here."""
+        with self._change:
+            if id_ in self._busy:
+                self._gone.add(id_)
+                return True
+            for tenant, waiting in self._tenants.items():
+                for sheet in waiting:
+                    if sheet.command.id == id_:
+                        waiting.remove(sheet)
+                        if not waiting:
+                            del self._tenants[tenant]
+                        return True
+        return False
+
+    def close(self) -> None:
+        """Take nothing more, and let the threads end."""
+        with self._change:
+            self._open = False
+            self._tenants.clear()
+            self._change.notify_all()
+
+    def _work(self) -> None:
+        _alone()
+        self._seated.wait()
+        while (sheet := self._next()) is not None:
+            found = self._prompt(sheet)
+            with self._change:
+                self._busy.discard(sheet.command.id)
+                wanted = sheet.command.id not in self._gone
+                self._gone.discard(sheet.command.id)
+            if wanted:
+                self._done(sheet, found)
+
+    def _next(self) -> Sheet | None:
+        """The oldest of the tenant whose turn it is; None at the end."""
+        with self._change:
+            while self._open and not self._tenants:
+                self._change.wait()
+            if not self._open:
+                return None
+            tenant = next(iter(self._tenants))
+            waiting = self._tenants.pop(tenant)
+            sheet = waiting.popleft()
+            if waiting:
+                self._tenants[tenant] = waiting  # behind the others
+            self._busy.add(sheet.command.id)
+            return sheet
+
+    def _prompt(self, sheet: Sheet) -> Prompt | BaseException:
+        try:
+            self._first(sheet.command)
+            messages = [message.model_dump() for message in sheet.command.messages]
+            return self._read(messages, sheet.pictures)
+        except TarsiaError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - a defect here ends one request, and the log tells of it
+            return error
+
+
+def _alone() -> None:
+    """Have this thread compute by itself, behind the engine's."""
+    torch.get_num_threads()  # the first question sets up the thread, with what is the default then
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)
+
+
+def unread(error: BaseException) -> TarsiaError:
+    """What a client is told of a request that could not be read."""
+    if isinstance(error, TarsiaError):
+        return error
+    return ServeError("internal", "The request could not be read.", do="see the server's log")
