@@ -329,8 +329,7 @@ def test_rows_and_entries_that_can_not_be_are_refused(here: kernel.Kernel) -> No
         wrong[0, place] = value
         refused(lambda wrong=wrong: here.grouped(x, y, starts, [form], wrong))
     refused(lambda: here.grouped(x, y, torch.tensor([-1, 2], dtype=torch.int32), [form], sound))
-    with pytest.raises(ValueError, match="rows end at 3"):
-        here.grouped(x, y, torch.tensor([0, 3], dtype=torch.int32), [form], sound)
+    refused(lambda: here.grouped(x, y, torch.tensor([0, 3], dtype=torch.int32), [form], sound))
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         here.grouped(x.half(), y.half(), starts, [form], sound)
     assert not y.any()

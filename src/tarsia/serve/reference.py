@@ -23,8 +23,8 @@ def grouped(x: Tensor, y: Tensor, starts: Tensor, forms: Sequence[Row]) -> Tenso
     places = starts.tolist()
     for form, (first, last) in zip(forms, pairwise(places), strict=True):
         if form is not None and last > first:
-            change = _thin if isinstance(form, Thin) else _neck
-            y[first:last] = change(form, x[first:last].float(), y[first:last].float()).to(y.dtype)  # type: ignore[operator]
+            own, base = x[first:last].float(), y[first:last].float()
+            y[first:last] = _thin(form, own, base) if isinstance(form, Thin) else _neck(form, own, base)
     return y
 
 

@@ -69,14 +69,15 @@ static int64_t units_of(const job *all, int64_t rows, int64_t blocks, int64_t so
     return count;
 }
 
-int tarsia_serve_attend(int isa, const void *q, int64_t q_token, int64_t q_head, int64_t heads, int64_t dim, int dtype,
-                        const void *keys, const void *values, int64_t blocks, int64_t block, int64_t kv_heads,
+int tarsia_serve_attend(int isa, const void *q, int64_t tokens, int64_t q_token, int64_t q_head, int64_t heads, int64_t dim,
+                        int dtype, const void *keys, const void *values, int64_t blocks, int64_t block, int64_t kv_heads,
                         const int32_t *tables, int64_t most, const int32_t *starts, const int32_t *before,
                         int64_t rows, float scale, int64_t window, float softcap, void *out, const tarsia4_team *team) {
     job all = {.steps = tarsia_serve_steps_of(isa), .heads = heads, .kv_heads = kv_heads, .most = most};
     if (!all.steps) return TARSIA_SERVE_BAD_ISA;
     if (heads <= 0 || dim <= 0 || kv_heads <= 0 || heads % kv_heads || block <= 0 || rows < 0 || most < 0)
         return TARSIA_SERVE_BAD_ARGUMENT;
+    if (rows && starts[rows] > tokens) return TARSIA_SERVE_BAD_ARGUMENT;
     if (dtype != TARSIA4_FLOAT32 && dtype != TARSIA4_BFLOAT16) return TARSIA_SERVE_BAD_ARGUMENT;
     all.tables = tables, all.starts = starts, all.before = before;
     all.of = (tarsia_serve_queries){.q = q, .q_token = q_token, .q_head = q_head, .out_token = heads * dim, .out = out,

@@ -38,6 +38,12 @@ static int sound(const tarsia_serve_line *line) {
     return line->n >= 0 && line->stride >= line->n && (line->dtype == TARSIA4_FLOAT32 || line->dtype == TARSIA4_BFLOAT16);
 }
 
+static int within(const int32_t *starts, int64_t rows, int64_t tokens) {
+    for (int64_t row = 0; row < rows; row++)
+        if (starts[row] < 0 || starts[row + 1] < starts[row]) return 0;
+    return !rows || starts[rows] <= tokens;
+}
+
 static const void *address(int64_t number) { return (const void *)(intptr_t)number; }
 
 /* The adapter of an entry; 0 where the entry is none that there can be. */
@@ -143,12 +149,11 @@ static int sliced(job *all, int64_t count, int64_t cost, const tarsia4_team *tea
     return TARSIA_SERVE_OK;
 }
 
-/* The units of all rows that have an adapter, or -1 where a row or an entry is wrong. */
+/* The units of all rows that have an adapter, or -1 where an entry is wrong. */
 static int64_t units_of(job *all, const int32_t *starts, int64_t rows, unit *units) {
     int64_t count = 0;
     for (int64_t row = 0; row < rows; row++) {
         const int64_t *entry = all->entries[row];
-        if (starts[row] < 0 || starts[row + 1] < starts[row]) return -1;
         if (starts[row] == starts[row + 1] || empty(entry)) continue;
         tarsia_serve_block b = {.in = all->x.n, .out = all->y.n};
         if (!adapter_of(entry, all->kind, &b)) return -1;
@@ -165,15 +170,15 @@ static int64_t units_of(job *all, const int32_t *starts, int64_t rows, unit *uni
 enum { SLICES_WORTH = 1 << 20 };
 
 int tarsia_serve_grouped(int isa, int kind, const void *x, int64_t x_stride, int64_t in, int x_dtype, void *y,
-                         int64_t y_stride, int64_t out, int y_dtype, const int32_t *starts, int64_t rows,
-                         const tarsia_serve_entry *entries, const tarsia4_team *team) {
+                         int64_t y_stride, int64_t out, int y_dtype, int64_t tokens, const int32_t *starts,
+                         int64_t rows, const tarsia_serve_entry *entries, const tarsia4_team *team) {
     job all = {.steps = tarsia_serve_steps_of(isa), .kind = kind, .result = TARSIA_SERVE_OK, .entries = entries};
     if (!all.steps) return TARSIA_SERVE_BAD_ISA;
     all.x = (tarsia_serve_line){(void *)(intptr_t)x, x_stride, in, x_dtype};
     all.y = (tarsia_serve_line){y, y_stride, out, y_dtype};
     if ((kind != TARSIA_SERVE_THIN && kind != TARSIA_SERVE_NECK) || !sound(&all.x) || !sound(&all.y))
         return TARSIA_SERVE_BAD_ARGUMENT;
-    if (rows < 0 || (rows && (!starts || !entries))) return TARSIA_SERVE_BAD_ARGUMENT;
+    if (rows < 0 || (rows && (!starts || !entries)) || !within(starts, rows, tokens)) return TARSIA_SERVE_BAD_ARGUMENT;
     int64_t count = units_of(&all, starts, rows, NULL);
     if (count <= 0) return count ? TARSIA_SERVE_BAD_ARGUMENT : TARSIA_SERVE_OK;
     if (!x || !y || !in || !out) return TARSIA_SERVE_BAD_ARGUMENT;
@@ -189,12 +194,12 @@ int tarsia_serve_grouped(int isa, int kind, const void *x, int64_t x_stride, int
     return all.result;
 }
 
-int tarsia_serve_inner(int isa, void *x, int64_t x_stride, int64_t in, int x_dtype, const int32_t *starts, int64_t rows,
-                       const tarsia_serve_entry *entries, const tarsia4_team *team) {
+int tarsia_serve_inner(int isa, void *x, int64_t x_stride, int64_t in, int x_dtype, int64_t tokens,
+                       const int32_t *starts, int64_t rows, const tarsia_serve_entry *entries) {
     const tarsia_serve_line line = {x, x_stride, in, x_dtype};
-    (void)team;
     if (!tarsia_serve_steps_of(isa)) return TARSIA_SERVE_BAD_ISA;
     if (!sound(&line) || rows < 0 || (rows && (!starts || !entries))) return TARSIA_SERVE_BAD_ARGUMENT;
+    if (!within(starts, rows, tokens)) return TARSIA_SERVE_BAD_ARGUMENT;
     for (int64_t row = 0; row < rows; row++) {
         const float *by = address(entries[row][6]);
         for (int64_t t = starts[row]; by && t < starts[row + 1]; t++) {

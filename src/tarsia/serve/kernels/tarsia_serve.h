@@ -46,17 +46,17 @@ int tarsia_serve_supported(int isa);
 /* Thin: y = gain * (y + scale * up (down x)) + shift; Neck: y = y + scale * (up f(down h + down_bias) + up_bias), h = x
  * or y, layer-normed (epsilon 1e-5) where it has a norm. */
 int tarsia_serve_grouped(int isa, int kind, const void *x, int64_t x_stride, int64_t in, int x_dtype, void *y,
-                         int64_t y_stride, int64_t out, int y_dtype, const int32_t *starts, int64_t rows,
-                         const tarsia_serve_entry *entries, const tarsia4_team *team);
+                         int64_t y_stride, int64_t out, int y_dtype, int64_t tokens, const int32_t *starts,
+                         int64_t rows, const tarsia_serve_entry *entries, const tarsia4_team *team);
 
 /* x = inner * x for tokens of rows that have one. */
-int tarsia_serve_inner(int isa, void *x, int64_t x_stride, int64_t in, int x_dtype, const int32_t *starts, int64_t rows,
-                       const tarsia_serve_entry *entries, const tarsia4_team *team);
+int tarsia_serve_inner(int isa, void *x, int64_t x_stride, int64_t in, int x_dtype, int64_t tokens,
+                       const int32_t *starts, int64_t rows, const tarsia_serve_entry *entries);
 
-/* out[T][heads][dim]; q of strides q_token and q_head. Pools [blocks][block][kv_heads][dim], tables [rows][most], before
+/* out[tokens][heads][dim]; q of strides q_token and q_head. Pools [blocks][block][kv_heads][dim], tables [rows][most], before
  * [rows]. window <= 0: none; softcap <= 0: none. */
-int tarsia_serve_attend(int isa, const void *q, int64_t q_token, int64_t q_head, int64_t heads, int64_t dim, int dtype,
-                        const void *keys, const void *values, int64_t blocks, int64_t block, int64_t kv_heads,
+int tarsia_serve_attend(int isa, const void *q, int64_t tokens, int64_t q_token, int64_t q_head, int64_t heads, int64_t dim,
+                        int dtype, const void *keys, const void *values, int64_t blocks, int64_t block, int64_t kv_heads,
                         const int32_t *tables, int64_t most, const int32_t *starts, const int32_t *before,
                         int64_t rows, float scale, int64_t window, float softcap, void *out, const tarsia4_team *team);
 
