@@ -53,7 +53,7 @@ def adapter(host: Host, method: str, seed: int = 0, *, proven: Any = None, **opt
     attach(host.model, host.sites, parts, name="made", seed=seed)
     try:
         torch.manual_seed(seed)
-        move(host, "made" , 0.15)
+        move(host, "made", 0.15)
         with torch.no_grad():
             from tarsia.core.attach import patches
 

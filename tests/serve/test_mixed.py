@@ -130,7 +130,9 @@ class Rows:
         return torch.cat(outs, 2).transpose(1, 2)
 
 
-def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **further: Any) -> tuple[Tensor, None]:
+def attend(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **further: Any
+) -> tuple[Tensor, None]:
     return Rows.now.attend(module, q, k, v, scaling, further.get("sliding_window")), None
 
 

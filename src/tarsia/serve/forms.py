@@ -20,7 +20,8 @@ from tarsia.core.site import Component, Kind, Role, Site
 
 COLUMNS: Final = 12
 """Numbers of one entry."""
-_DTYPES: Final = (torch.float32, torch.bfloat16)
+DTYPES: Final = (torch.float32, torch.bfloat16)
+"""Of factors, as the kernels number them."""
 _ACTIVATIONS: Final = ("relu", "gelu", "silu", "tanh")
 
 
@@ -42,7 +43,7 @@ class Thin:
     def entry(self) -> tuple[int, ...]:
         """down, up, rank, scale, gain, shift, inner, dtype and zeros: pointers, counts and the bits of a float32."""
         rank = 0 if self.down is None else self.down.shape[0]
-        dtype = 0 if self.down is None else _DTYPES.index(self.down.dtype)
+        dtype = 0 if self.down is None else DTYPES.index(self.down.dtype)
         places = map(_place, (self.gain, self.shift, self.inner))
         return (_place(self.down), _place(self.up), rank, _bits(self.scale), *places, dtype, 0, 0, 0, 0)
 
@@ -69,7 +70,7 @@ class Neck:
         """down, up, rank, scale, down_bias, up_bias, norm, norm_bias, dtype, activation, of_input and a zero."""
         places = map(_place, (self.down_bias, self.up_bias, self.norm, self.norm_bias))
         first = (_place(self.down), _place(self.up), self.down.shape[0], _bits(self.scale))
-        how = (_DTYPES.index(self.down.dtype), _ACTIVATIONS.index(self.activation), int(self.of_input), 0)
+        how = (DTYPES.index(self.down.dtype), _ACTIVATIONS.index(self.activation), int(self.of_input), 0)
         return (*first, *places, *how)
 
 
@@ -213,7 +214,7 @@ def _check_whole(path: str, patched: Patched, form: Form) -> None:
     """Raise AdapterError where a tensor of the file can not be in what acts: fewer numbers than it has."""
     held = {t.data_ptr() for t in tensors(form)}
     lost = [name for name, t in patched.tensors.items() if t.numel() and t.data_ptr() not in held]
-    if lost and isinstance(form, Neck) and all(t.dtype in _DTYPES for t in patched.tensors.values()):
+    if lost and isinstance(form, Neck) and all(t.dtype in DTYPES for t in patched.tensors.values()):
         raise AdapterError(f"Tensors of the patch at {path} would not act.", given=", ".join(lost))
 
 
@@ -225,7 +226,7 @@ def _alike(*values: Tensor) -> tuple[Tensor, ...]:
     """These in one dtype that the kernels read, themselves where they have it."""
     known = {value.dtype for value in values}
     dtype = known.pop() if len(known) == 1 else torch.float32
-    dtype = dtype if dtype in _DTYPES else torch.float32
+    dtype = dtype if dtype in DTYPES else torch.float32
     return tuple(value.detach().to(dtype).contiguous() for value in values)
 
 

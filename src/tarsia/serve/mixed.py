@@ -57,8 +57,12 @@ class Board:
         Raises RouteError where a patched site sees another number of tokens.
         """
         if len(pages) != len(counts) or any(count < 0 for count in counts):
-            raise RouteError("The line has other rows than adapters.", given=f"{len(pages)} adapters, {len(counts)} rows")
-        runs = [(page, sum(n for _, n in run)) for page, run in groupby(zip(pages, counts, strict=True), lambda r: r[0])]
+            raise RouteError(
+                "The line has other rows than adapters.", given=f"{len(pages)} adapters, {len(counts)} rows"
+            )
+        runs = [
+            (page, sum(n for _, n in run)) for page, run in groupby(zip(pages, counts, strict=True), lambda r: r[0])
+        ]
         with self._with(Line(self._table([page for page, _ in runs]), [count for _, count in runs])):
             yield
 
@@ -94,6 +98,11 @@ class Board:
         install(self.host.model, [(site, self._patch(site)) for site in order], name=NAME, more=True)
         self._tables.clear()
 
+    @property
+    def places(self) -> int:
+        """How many patches there are."""
+        return len(self._places)
+
     def _patch(self, site: Site) -> Mixed:
         self._places[site.path] = made = Mixed(self, site, len(self._places))
         return made
@@ -109,7 +118,9 @@ class Board:
     def entries(self, forms: Mapping[str, Form]) -> Tensor:
         """What the kernels read of these forms, int64 [sites, 12] by the number of the site; 0 where there is none."""
         made = torch.zeros(len(self._places), COLUMNS, dtype=torch.int64)
-        rows = [(self._places[path].number, form.entry()) for path, form in forms.items() if isinstance(form, Thin | Neck)]
+        rows = [
+            (self._places[path].number, form.entry()) for path, form in forms.items() if isinstance(form, Thin | Neck)
+        ]
         if rows:
             made[[number for number, _ in rows]] = torch.tensor([entry for _, entry in rows])
         return made

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from tarsia.adapter import Adapter, Host
+from tarsia.adapter.value import Patched, restored
 from tarsia.core.lead import Pairs
+from tarsia.core.method import find
+from tarsia.core.patch import Scaling
 from tarsia.core.sequence import Decoder
-from tarsia.core.site import Component, Kind
+from tarsia.core.site import Component, Kind, Site
 from tarsia.core.slot import Slot
-from tarsia.serve.forms import Form, Odd, forms, tensors
+from tarsia.serve.forms import COLUMNS, DTYPES, Form, Odd, forms, tensors
 from tarsia.serve.mixed import Board
 
 
@@ -24,9 +27,10 @@ from tarsia.serve.mixed import Board
 class Page:
     """One version of an adapter, in memory.
 
-    ``digest`` is of its content. ``entries`` int64 [sites, 12] is what the kernels read of its forms. ``lead`` are the
+    ``version`` is its number in the library; ``digest`` is of its content. ``entries`` int64 [sites, 12] is what the kernels read of its forms. ``lead`` are the
     keys and values before each of its rows, () where there are none. ``front`` is a digest of what of it pictures pass
     before they come to the decoder, b"" where they pass nothing. ``bytes`` is what it takes while it is here.
+    ``unproved`` says why its outputs were not held to those of the day it was saved, "" where they were.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Page:
     card: Mapping[str, Any]
     bytes: int
     lead: Pairs = ()
+    version: int | None = None
+    unproved: str = ""
     device: torch.device = torch.device("cpu")
 
 
@@ -82,6 +88,59 @@ def size(page: Page) -> int:
     held = [t for form in page.forms.values() for t in tensors(form)] + [page.entries]
     held += [t for pair in page.lead for t in pair]
     return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in held}.values())
+
+
+def foreseen(board: Board, adapter: Adapter) -> int:
+    """At most how many bytes the adapter's page takes, before any of it is made. Raises AdapterError as `forms` does."""
+    sites = {site.path: site for site in board.host.sites}
+    count = 0
+    for path, patched in adapter.patches.items():
+        own = sum(tensor.nbytes for tensor in patched.tensors.values())
+        count += own + (_beside(board.host, sites[path], patched, own) if path in sites else 0)
+    return count + 8 * COLUMNS * (board.places + 2 * len(adapter.patches))
+
+
+def _beside(host: Host, site: Site, patched: Patched, own: int) -> int:
+    """Bytes of what is made of a patch's tensors, beside these."""
+    kind: Any = find(patched.method).patch
+    if site.kind is Kind.SEQUENCE:
+        return _lead_bytes(host, site, patched)
+    if site.kind is Kind.STREAM:
+        return 2 * own
+    whole = sum(host.model.get_parameter(name).numel() for name in site.tensors) * _width(host)
+    if site.kind is not Kind.WEIGHT:
+        return whole if site.tied else 0
+    if hasattr(kind, "to_lora"):
+        return 0 if patched.tensors.keys() == {"A", "B"} and not _other(patched) else 4 * own
+    if hasattr(kind, "to_dora"):
+        return 8 * site.shape[0] + (0 if not _other(patched) else 2 * own)
+    if hasattr(kind, "delta"):
+        up, down, added = restored(host, site, patched, copy=False).to("meta").delta()  # type: ignore[operator]
+        return 4 * sum(t.numel() for t in (up, down, added) if t is not None)
+    if issubclass(kind, Scaling):
+        return 2 * own
+    return whole
+
+
+def _other(patched: Patched) -> bool:
+    """Whether the tensors are of dtypes that no kernel reads as they are, so that copies are made."""
+    dtypes = {tensor.dtype for tensor in patched.tensors.values()}
+    return len(dtypes) > 1 or not dtypes <= {*DTYPES}
+
+
+def _lead_bytes(host: Host, site: Site, patched: Patched) -> int:
+    _, heads, head = site.shape
+
+    def counted(embeddings: Tensor, before: Pairs) -> Pairs:
+        shape = (1, heads, embeddings.shape[1], head)
+        return tuple((torch.empty(shape, device="meta"), torch.empty(shape, device="meta")) for _ in site.layers)
+
+    pairs = restored(host, site, patched, copy=False)(counted, ())
+    return sum(t.numel() for pair in pairs for t in pair) * _width(host)
+
+
+def _width(host: Host) -> int:
+    return max(p.dtype.itemsize for p in host.model.parameters() if p.is_floating_point())
 
 
 @torch.no_grad()

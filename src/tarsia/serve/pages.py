@@ -1,7 +1,275 @@
-"""Adapters as pages: fetched ahead, pinned while in use, given up when there is no room."""
+"""Adapters as pages: fetched ahead, proved, pinned while in use, given up when there is no room."""
 
 from __future__ import annotations
 
-from tarsia.serve.page import Page
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
-__all__ = ["Page"]
+from tarsia.adapter import Adapter, Host
+from tarsia.adapter.proof import prove
+from tarsia.adapter.value import belongs
+from tarsia.core.errors import ServeError, TarsiaError
+from tarsia.library import Library
+from tarsia.serve import wire
+from tarsia.serve.arrivals import Fetcher, Shelf, Version, fetch
+from tarsia.serve.mixed import Board
+from tarsia.serve.page import Page, foreseen, page
+from tarsia.serve.tiers import Tier
+
+__all__ = ["Page", "Pages", "Ticket", "Version"]
+
+_REFUSED: Final = 1024
+"""Versions whose refusal is remembered: nobody makes the server prove the same broken adapter again and again."""
+GIB: Final = 1 << 30
+
+
+class Ticket:
+    """A wish for an adapter: its ``page`` once it is here, pinned until `release`; or the ``error`` of its refusal."""
+
+    def __init__(self, version: Version, release: Callable[[Ticket], None]) -> None:
+        self.version = version
+        self.page: Page | None = None
+        self.error: TarsiaError | None = None
+        self.open = True
+        self._release = release
+
+    def release(self) -> None:
+        """Nobody needs the page for this any more. May be called again."""
+        if self.open:
+            self.open = False
+            self._release(self)
+
+
+@dataclass(eq=False)
+class _Coming:
+    """An adapter that is on its way, and who waits for it."""
+
+    version: Version
+    tickets: list[Ticket] = field(default_factory=list)
+    adapter: Adapter | None = None
+    digest: bytes = b""
+    bytes: int = 0
+
+    @property
+    def wanted(self) -> bool:
+        return any(ticket.open for ticket in self.tickets)
+
+
+class Pages:
+    """All adapters that can be asked for: those of a library and aliases, in at most ``budget`` bytes at once.
+
+    Everything but the reading of files is done by the thread that steps the engine. An adapter without a probe, or
+    with one that proves nothing on this base, is refused; with ``unproved`` "allow" it is served, and its page says why
+    it is unproved.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        library: Library | None = None,
+        *,
+        budget: int = GIB,
+        unproved: Literal["refuse", "allow"] = "refuse",
+    ) -> None:
+        self.host, self.library, self.unproved = host, library, unproved
+        self.board = Board(host)
+        self.shelf = Shelf(library)
+        self._tier: Tier[Version, Page] = Tier(budget, self._gone)
+        self._coming: OrderedDict[Version, _Coming] = OrderedDict()
+        self._refused: OrderedDict[Version, TarsiaError] = OrderedDict()
+        self._proved: dict[bytes, str] = {}
+        self._fetcher = Fetcher(lambda version: fetch(host, library, version))
+        self.loads = self.proofs = self.refusals = 0
+
+    def resolve(self, reference: str) -> Version:
+        """The version that a reference means now. Raises ServeError (unknown_adapter) where there is none."""
+        return self.shelf.resolve(reference)
+
+    def want(self, reference: str) -> Ticket:
+        """Ask for an adapter; what is not here begins to come. The version is that of now, whatever is published later.
+
+        Raises ServeError (unknown_adapter) where there is none of this name.
+        """
+        version = self.resolve(reference)
+        ticket = Ticket(version, self._released)
+        if self._tier.get(version) is not None:
+            self._tier.pin(version)
+            ticket.page = self._tier.get(version)
+        elif version in self._refused:
+            ticket.error = self._refused[version]
+        else:
+            coming = self._coming.get(version)
+            if coming is None:
+                coming = self._coming[version] = _Coming(version)
+                self._fetcher.ask(version)
+            coming.tickets.append(ticket)
+        return ticket
+
+    def _released(self, ticket: Ticket) -> None:
+        if ticket.page is not None:
+            self._tier.release(ticket.version)
+            ticket.page = None
+
+    def pump(self) -> None:
+        """Take in what has come: make room, make its page, prove it. One proof a call, so that rows go on meanwhile."""
+        for version, found in self._fetcher.taken():
+            coming = self._coming[version]
+            if isinstance(found, TarsiaError):
+                self._refuse(coming, found, lasting=False)
+            else:
+                coming.adapter, coming.digest = found
+        for coming in [*self._coming.values()]:
+            if not coming.wanted and coming.adapter is not None:
+                del self._coming[coming.version]
+            elif coming.adapter is not None:
+                known = coming.digest in self._proved
+                if not self._taken_in(coming, coming.adapter) or not known:
+                    return
+
+    def _taken_in(self, coming: _Coming, adapter: Adapter) -> bool:
+        """Make and prove a page; False where there is no room for it yet."""
+        try:
+            belongs(self.host, adapter)
+            coming.bytes = coming.bytes or foreseen(self.board, adapter)
+            if coming.bytes > self._tier.budget:
+                raise ServeError(
+                    "refused",
+                    "The adapter is larger than all that there is for adapters.",
+                    given=f"{coming.version.name}: {coming.bytes:,} bytes",
+                    allowed=f"{self._tier.budget:,}",
+                    do="give the server more memory for adapters",
+                )
+            if not self._tier.reserve(coming.version, coming.bytes):
+                return False
+        except TarsiaError as error:
+            self._refuse(coming, error)
+            return True
+        try:
+            made = page(self.board, coming.version.name, adapter, coming.digest)
+            made.version, made.unproved = coming.version.number, self._prove(made, adapter)
+            self._tier.put(coming.version, made, made.bytes)
+        except BaseException as error:
+            self._tier.take(coming.version)
+            if not isinstance(error, TarsiaError):
+                raise
+            self._refuse(coming, error)
+            return True
+        self.loads += 1
+        del self._coming[coming.version]
+        for ticket in coming.tickets:
+            if ticket.open:
+                self._tier.pin(coming.version)
+                ticket.page = made
+        self._tier.release(coming.version)  # the pin of the making
+        return True
+
+    def _prove(self, made: Page, adapter: Adapter) -> str:
+        """Hold the page to what the adapter gave when it was saved; why it can not be, or "". Raises AdapterError."""
+        if made.digest in self._proved:
+            return self._proved[made.digest]
+        why = "it has no probe" if adapter.probe is None else adapter.probe.provable(self.host) or ""
+        if adapter.probe is not None and not why:
+            prove(self.host, self.board.alone(made), adapter.probe)
+            self.proofs += 1
+        elif self.unproved == "refuse":
+            raise ServeError(
+                "refused",
+                "Nothing proves that this adapter does here what it did when it was saved.",
+                given=f"{made.name}: {why}",
+                do="save it with a probe (tarsia does), or let the server take unproved adapters",
+            )
+        self._proved[made.digest] = why
+        return why
+
+    def _refuse(self, coming: _Coming, error: TarsiaError, *, lasting: bool = True) -> None:
+        self.refusals += 1
+        del self._coming[coming.version]
+        if lasting:
+            self._refused[coming.version] = error
+            while len(self._refused) > _REFUSED:
+                self._refused.popitem(last=False)
+        for ticket in coming.tickets:
+            ticket.error = error
+
+    def _gone(self, page: Page) -> None:
+        self.board.forget(page)
+
+    def alias(self, name: str, source: str) -> None:
+        """Serve what ``source`` means (a reference, or the absolute path of a folder) as ``name`` from now on.
+
+        Raises ServeError where the name is one of the library's, or the source means nothing.
+        """
+        if self.library is not None and name not in self.shelf.aliases:
+            try:
+                self.shelf.resolve(name)
+            except ServeError:
+                pass
+            else:
+                raise ServeError(
+                    "refused", "The library has an adapter of this name.", given=name, do="choose another name"
+                )
+        before = self.shelf.aliases.get(name)
+        self.shelf.aliases[name] = source
+        try:
+            self.shelf.resolve(name)
+        except ServeError:
+            del self.shelf.aliases[name]
+            if before is not None:
+                self.shelf.aliases[name] = before
+            raise
+
+    def drop(self, name: str) -> None:
+        """Take no new wishes for an alias; who has its page keeps it. Raises ServeError (unknown_adapter)."""
+        if name not in self.shelf.aliases:
+            raise ServeError("unknown_adapter", "No adapter was loaded under this name.", given=name)
+        del self.shelf.aliases[name]
+
+    def models(self) -> list[wire.Model]:
+        """What can be asked for."""
+        return [
+            wire.Model(
+                name=version.name,
+                version=version.number,
+                hash=version.digest.hex(),
+                methods=version.methods,
+                source=version.source,
+                resident=version in self._tier,
+            )
+            for version in self.shelf.all()
+        ]
+
+    def stats(self) -> Mapping[str, int]:
+        """Gauges and counters: see `wire.Stats`."""
+        return {
+            "adapter_bytes": self._tier.bytes,
+            "adapters_resident": len(self._tier),
+            "adapters_coming": len(self._coming),
+            "adapter_loads": self.loads,
+            "adapter_proofs": self.proofs,
+            "adapter_evictions": self._tier.evictions,
+            "adapter_refusals": self.refusals,
+        }
+
+    def unproved_pages(self) -> dict[str, str]:
+        """Names of what is here and unproved, and why."""
+        held = [self._tier.get(version) for version in self._tier.keys()]
+        return {page.name: page.unproved for page in held if page is not None and page.unproved}
+
+    def close(self) -> None:
+        """End the thread, and leave the model as it was."""
+        self._fetcher.close()
+        for version in self._tier.keys():
+            self._tier.take(version)
+        self.board.remove()
+
+
+def waited(pages: Pages, ticket: Ticket, pause: Callable[[], Any] = lambda: None) -> Page:
+    """Pump until the ticket's page is here. Raises the error of its refusal."""
+    while ticket.page is None:
+        if ticket.error is not None:
+            raise ticket.error
+        pages.pump()
+        pause()
+    return ticket.page

@@ -1,0 +1,194 @@
+"""Where adapters come from: what a name means now, and the work with files that brings one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tarsia.adapter import Adapter, Host, load
+from tarsia.core.errors import LibraryError, ServeError, TarsiaError
+from tarsia.library import Library
+from tarsia.library.opening import SETTLED, open_adapter
+
+_CURRENT: Final = 4096
+"""Names whose meaning is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable content under a name. ``number`` is the library's, None for a folder.
+
+    ``digest`` is the content's, of a folder what the system says of its files. ``source`` is what an alias stands for,
+    None for a name of the library's own.
+    """
+
+    name: str
+    number: int | None
+    digest: bytes
+    methods: str = ""
+    source: str | None = None
+    reference: str = ""
+    folder: Path | None = None
+
+
+class Shelf:
+    """What names mean: those of a library, and aliases. Every answer is of now: what others publish is seen.
+
+    The index is asked again only where one of its files is another than it was.
+    """
+
+    def __init__(self, library: Library | None) -> None:
+        self.library = library
+        self.aliases: dict[str, str] = {}
+        self._known: dict[str, Version] = {}
+        self._stamp: tuple[Any, ...] = ()
+
+    def resolve(self, reference: str) -> Version:
+        """The version that a reference means now. Raises ServeError (unknown_adapter) where there is none."""
+        source = self.aliases.get(reference)
+        if source is None:
+            return self._published(reference, reference)
+        if os.path.isabs(source):
+            return _folder(reference, Path(source))
+        found = self._published(source, reference)
+        return Version(reference, found.number, found.digest, found.methods, source, found.reference)
+
+    def _published(self, reference: str, asked: str) -> Version:
+        if self.library is None:
+            raise _unknown(asked, "this server has no library", self.aliases)
+        stamp, settled = self._stamps()
+        if stamp != self._stamp:
+            self._known.clear()
+        found = self._known.get(reference)
+        if found is None:
+            try:
+                version = self.library.version(reference)
+            except LibraryError as error:
+                raise _unknown(asked, error.what, self.aliases, error.do) from None
+            found = Version(
+                version.name, version.number, bytes.fromhex(version.hash), version.methods, reference=version.reference
+            )
+            if settled:
+                self._stamp = stamp
+                if len(self._known) >= _CURRENT:
+                    self._known.clear()
+                self._known[reference] = found
+        return found
+
+    def _stamps(self) -> tuple[tuple[Any, ...], bool]:
+        """What the system says of the index's files, and whether another change would show in that."""
+        assert self.library is not None
+        places, said, last = self.library.places, [], 0
+        for path in (places.index, Path(f"{places.index}-wal"), places.journal):
+            try:
+                held = os.stat(path)
+            except FileNotFoundError:
+                said.append(None)
+                continue
+            said.append((held.st_ino, held.st_size, held.st_mtime_ns))
+            last = max(last, held.st_mtime_ns)
+        return tuple(said), last / 1e9 + SETTLED < time.time()
+
+    def all(self) -> list[Version]:
+        """Every name's current version, and what every alias means; aliases that mean nothing now are left out."""
+        found = {} if self.library is None else {v.name: v.name for v in self.library.search()}
+        made = []
+        for name in dict.fromkeys([*found, *self.aliases]):
+            try:
+                made.append(self.resolve(name))
+            except ServeError:
+                continue
+        return made
+
+
+def _folder(name: str, folder: Path) -> Version:
+    """An adapter in a folder, which is another one as soon as a file of it is."""
+    try:
+        said = [
+            (entry.name, held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns)
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+            for held in [entry.stat()]
+        ]
+    except OSError as error:
+        raise ServeError(
+            "unknown_adapter", "There is no such adapter.", given=name, do=f"load it again: {error.strerror}"
+        ) from None
+    digest = hashlib.sha256(repr((str(folder), said)).encode()).digest()
+    return Version(name, None, digest, source=str(folder), reference=str(folder), folder=folder)
+
+
+def _unknown(name: str, why: str, aliases: Any, do: str | None = None) -> ServeError:
+    return ServeError("unknown_adapter", "There is no such adapter.", given=f"{name}: {why}", do=do)
+
+
+def fetch(host: Host, library: Library | None, version: Version) -> tuple[Adapter, bytes]:
+    """The adapter of a version, every file of it checked, and the digest of its content. For any thread.
+
+    Raises LibraryError and AdapterError where the files are not what they should be.
+    """
+    if version.folder is None:
+        assert library is not None
+        return open_adapter(library, version.reference), version.digest
+    before = _folder(version.name, version.folder)
+    adapter = load(version.folder, host)
+    total = hashlib.sha256()
+    for path in sorted(version.folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".safetensors"):
+            total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    if not before.digest == version.digest == _folder(version.name, version.folder).digest:
+        raise ServeError(
+            "refused", "The files were changed while they were read.", given=version.name, do="load it again"
+        )
+    return adapter, total.digest()
+
+
+class Fetcher:
+    """A thread that fetches, in the order in which it is asked; what came of it is taken with `taken`."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self._work = work
+        self._asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def ask(self, what: Any) -> None:
+        """Have it fetched."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="tarsia-pages", daemon=True)
+            self._thread.start()
+        self._asked.put(what)
+
+    def taken(self) -> list[tuple[Any, Any]]:
+        """Everything that has come since: what was asked for, and what came of it or the exception."""
+        found = []
+        while True:
+            try:
+                found.append(self._done.get_nowait())
+            except queue.Empty:
+                return found
+
+    def close(self) -> None:
+        """End the thread, once it has done what it was asked."""
+        if self._thread is not None:
+            self._asked.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (what := self._asked.get()) is not None:
+            try:
+                found = self._work(what)
+            except Exception as error:  # noqa: BLE001 (whoever asked is told)
+                found = error if isinstance(error, TarsiaError) else _internal(error)
+            self._done.put((what, found))
+
+
+def _internal(error: Exception) -> ServeError:
+    return ServeError("internal", "The adapter could not be read.", given=f"{type(error).__name__}: {error}"[:200])
