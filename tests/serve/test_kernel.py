@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from tarsia.cli import machine
 from tarsia.core.errors import ConfigError
@@ -180,6 +181,21 @@ def test_inner_scales_the_rows_that_have_one(here: kernel.Kernel, line: Line) ->
     before = line.x.clone()
     found = here.inner(line.x, line.starts, line.forms, entries(line.forms))
     assert torch.equal(found, reference.inner(line.x, line.starts, line.forms)) and torch.equal(before, line.x)
+
+
+@FEW
+@given(st.integers(0, 2**20), st.integers(0, 40), WIDTHS, st.integers(1, 140), st.sampled_from(FLOATS), st.booleans())
+def test_a_dense_product_is_that_of_torch(
+    here: kernel.Kernel, seed: int, tokens: int, within: int, out: int, dtype: torch.dtype, biased: bool
+) -> None:
+    draw = Drawn(seed)
+    x, weight = draw(tokens, within, dtype=dtype), draw(out, within, dtype=dtype, by=within**-0.5)
+    bias = draw(out, dtype=dtype) if biased else None
+    exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    found = here.linear(x, weight, bias)
+    near(found, exact.to(dtype))
+    for t in range(tokens):
+        assert torch.equal(found[t : t + 1], here.linear(x[t : t + 1], weight, bias))
 
 
 @dataclass

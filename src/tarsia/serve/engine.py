@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,6 @@ from tarsia.core.errors import ServeError, TarsiaError
 from tarsia.serve.blocks import Blocks
 from tarsia.serve.front import Front
 from tarsia.serve.line import Line
-from tarsia.serve.pages import Pages
 from tarsia.serve.request import Event, Request
 from tarsia.serve.row import Job, Row
 from tarsia.serve.sample import Drawn, draw
@@ -32,6 +31,9 @@ from tarsia.serve.schedule import Queue
 from tarsia.serve.trial import texts as trials
 from tarsia.serve.trial import tried
 from tarsia.serve.voice import Voice
+
+if TYPE_CHECKING:
+    from tarsia.serve.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tarsia.adapter import Host
 from tarsia.core.errors import ServeError
+from tarsia.core.patch import dense, swapped
 from tarsia.core.site import Kind, Site
+from tarsia.serve.forms import Odd
 from tarsia.serve.mixed import Board
-from tarsia.serve.pages import Page
+from tarsia.serve.page import Page
 from tarsia.serve.request import Picture, Prompt
 
 _BY_LAYER: Final = "deepstack_features"
@@ -84,6 +86,8 @@ class Front:
         self.site = sequence(host)
         self._inner = inner(host)
         self.decoder = decoder(host, self.site)
+        own = next(name for name, module in host.model.named_modules() if module is self._inner)
+        self._own = [site for site in host.sites if site.kind is Kind.TENSOR and site.module == own]
         self._takes = {*inspect.signature(type(self._inner).forward).parameters}
         if "mm_encoder_outputs" not in self._takes:
             raise ServeError(
@@ -137,12 +141,21 @@ class Front:
             for name, value in picture.inputs.items()
             if name in self._pixels
         }
-        with self._board.alone(page):
+        with self._board.alone(page), swapped(self._inner, self._aside(page)):
             out = self._inner.get_image_features(**inputs, return_dict=True)
         fields = {name: out[name] for name in ("pooler_output", _BY_LAYER) if out.get(name) is not None}
         made = Features(fields, _tokens(fields["pooler_output"]), _bytes(fields))
         self._keep(key, made)
         return made
+
+    def _aside(self, page: Page | None) -> dict[str, Tensor | None]:
+        """Tensors that the model reads of its own outside of its call (a newline's embedding, say), with their patches."""
+        changed: dict[str, Tensor | None] = {}
+        for site in self._own if page is not None else ():
+            form = page.forms.get(site.path) if page is not None else None
+            if isinstance(form, Odd):
+                changed[site.key] = form.patch.fold(*dense(self._inner, site))[0]
+        return changed
 
     def _keep(self, key: bytes, made: Features) -> None:
         if made.bytes > self._limit:

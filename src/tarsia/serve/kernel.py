@@ -32,6 +32,7 @@ INTERFACE = loader.Interface(
     abi=1,
     signatures={
         "grouped": [_I, _I, _P, _L, _L, _I, _P, _L, _L, _I, _L, _P, _L, _P, _P],
+        "linear": [_I, _P, _L, _L, _I, _P, _L, _L, _I, _L, _P, _I, _P, _P],
         "inner": [_I, _P, _L, _L, _I, _L, _P, _L, _P],
         "attend": [_I, _P, _L, _L, _L, _L, _L, _I, _P, _P, _L, _L, _L, _P, _L, _P, _P, _L, _F, _L, _F, _P, _P],
         "store": [_P, _L, _L, _P, _L, _L, _L, _P, _P, _L, _L, _L, _P, _L],
@@ -52,8 +53,8 @@ class Kernel:
         self.name = name
         self._set = INTERFACE.sets[name]
         self._team = Team(parallel)
-        self._grouped, self._inner, self._attend, self._store = (
-            loader.function(INTERFACE, handle, what) for what in ("grouped", "inner", "attend", "store")
+        self._grouped, self._linear, self._inner, self._attend, self._store = (
+            loader.function(INTERFACE, handle, what) for what in ("grouped", "linear", "inner", "attend", "store")
         )
 
     def grouped(self, x: Tensor, y: Tensor, starts: Tensor, forms: Sequence[Row], entries: Tensor) -> Tensor:
@@ -78,6 +79,21 @@ class Kernel:
             self._team(),
         )
         _check(code)
+        return y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W' + b for a line x [tokens, in] and a ``weight`` [out, in]: for few tokens, which read it from memory once.
+
+        For processors that only emulate bfloat16, as torch does there slowly. Sums are float32, rounded once.
+        """
+        if weight.dtype not in _DTYPES or not weight.is_contiguous() or weight.shape[1] != x.shape[1]:
+            raise ValueError(f"a weight [out, {x.shape[1]}], not {list(weight.shape)} in {weight.dtype}")
+        held = None if bias is None else bias.float().contiguous()
+        if held is not None and held.shape != weight.shape[:1]:
+            raise ValueError(f"a bias of {len(weight)} numbers, not {list(held.shape)}")
+        y = torch.empty(len(x), len(weight), dtype=x.dtype)
+        own = len(x), weight.data_ptr(), _DTYPES[weight.dtype], None if held is None else held.data_ptr()
+        _check(self._linear(self._set, *_line(x), *_line(y), *own, self._team()))
         return y
 
     def inner(self, x: Tensor, starts: Tensor, forms: Sequence[Row], entries: Tensor) -> Tensor:

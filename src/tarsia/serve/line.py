@@ -24,7 +24,7 @@ from tarsia.core.lead import Pairs
 from tarsia.serve import kernel
 from tarsia.serve.front import decoder, sequence
 from tarsia.serve.mixed import Board
-from tarsia.serve.pages import Page
+from tarsia.serve.page import Page
 
 _ATTENTION: Final = "tarsia_line"
 _HANDLED: Final = {"dropout", "sliding_window", "softcap", "position_ids", "use_cache", "is_causal", "layer_idx"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,10 +11,12 @@ from tarsia.core import lead
 from tarsia.serve.blocks import Blocks, chain
 from tarsia.serve.front import Read
 from tarsia.serve.line import Line, Part
-from tarsia.serve.pages import Page, Ticket
 from tarsia.serve.request import Event, Request
 from tarsia.serve.sample import Drawn
 from tarsia.serve.voice import Voice
+
+if TYPE_CHECKING:
+    from tarsia.serve.pages import Page, Ticket
 
 _BASE = b"the base"
 

@@ -194,6 +194,66 @@ int tarsia_serve_grouped(int isa, int kind, const void *x, int64_t x_stride, int
     return all.result;
 }
 
+enum { OUTPUTS = 64 }; /* whose rows of the weight stay in the second cache while all tokens go by */
+
+typedef struct {
+    const tarsia_serve_steps *steps;
+    tarsia_serve_line x, y;
+    const char *w;
+    int dtype;
+    const float *bias;
+    int64_t tokens;
+    float *arranged;
+} dense;
+
+static tarsia_serve_block tokens_of(const dense *all, int64_t first) {
+    const int64_t left = all->tokens - first;
+    tarsia_serve_block b = {.in = all->x.n, .x_stride = all->x.stride, .x_dtype = (int)all->x.dtype};
+    b.count = left < TOKENS ? left : TOKENS, b.halves = all->dtype == TARSIA4_BFLOAT16;
+    b.x = number_at(all->x.at, b.x_dtype, first * all->x.stride);
+    b.arranged = all->arranged + first * padded(all->x.n);
+    return b;
+}
+
+static void dense_slices(void *data, int64_t first, int64_t last) {
+    const dense *all = data;
+    float sums[TOKENS * OUTPUTS];
+    for (int64_t i = first; i < last; i++) {
+        const int64_t o = i * OUTPUTS, n = all->y.n - o < OUTPUTS ? all->y.n - o : OUTPUTS;
+        for (int64_t from = 0; from < all->tokens; from += TOKENS) {
+            tarsia_serve_block b = tokens_of(all, from);
+            b.down = number_at(all->w, all->dtype, o * all->x.n), b.rank = n, b.hidden = sums;
+            all->steps->down(&b, 0, n);
+            for (int64_t t = 0; t < b.count; t++)
+                for (int64_t r = 0; r < n; r++)
+                    store_number(all->y.at, (int)all->y.dtype, (from + t) * all->y.stride + o + r,
+                                 sums[t * n + r] + (all->bias ? all->bias[o + r] : 0.0f));
+        }
+    }
+}
+
+int tarsia_serve_linear(int isa, const void *x, int64_t x_stride, int64_t in, int x_dtype, void *y, int64_t y_stride,
+                        int64_t out, int y_dtype, int64_t tokens, const void *w, int dtype, const float *bias,
+                        const tarsia4_team *team) {
+    dense all = {.steps = tarsia_serve_steps_of(isa), .w = w, .dtype = dtype, .bias = bias, .tokens = tokens};
+    if (!all.steps) return TARSIA_SERVE_BAD_ISA;
+    all.x = (tarsia_serve_line){(void *)(intptr_t)x, x_stride, in, x_dtype};
+    all.y = (tarsia_serve_line){y, y_stride, out, y_dtype};
+    if (!sound(&all.x) || !sound(&all.y) || tokens < 0 || (dtype != TARSIA4_FLOAT32 && dtype != TARSIA4_BFLOAT16))
+        return TARSIA_SERVE_BAD_ARGUMENT;
+    if (!tokens || !out) return TARSIA_SERVE_OK;
+    if (!x || !y || !w || !in) return TARSIA_SERVE_BAD_ARGUMENT;
+    all.arranged = malloc((size_t)((tokens + 1) * padded(in)) * sizeof *all.arranged);
+    if (!all.arranged) return TARSIA_SERVE_NO_MEMORY;
+    for (int64_t first = 0; first < tokens; first += TOKENS) {
+        tarsia_serve_block b = tokens_of(&all, first);
+        all.steps->arrange(&b);
+    }
+    tarsia4_spread(team, (out + OUTPUTS - 1) / OUTPUTS, OUTPUTS * in * (1 + tokens / 4), dense_slices, &all);
+    free(all.arranged);
+    return TARSIA_SERVE_OK;
+}
+
 int tarsia_serve_inner(int isa, void *x, int64_t x_stride, int64_t in, int x_dtype, int64_t tokens,
                        const int32_t *starts, int64_t rows, const tarsia_serve_entry *entries) {
     const tarsia_serve_line line = {x, x_stride, in, x_dtype};

@@ -49,6 +49,12 @@ int tarsia_serve_grouped(int isa, int kind, const void *x, int64_t x_stride, int
                          int64_t y_stride, int64_t out, int y_dtype, int64_t tokens, const int32_t *starts,
                          int64_t rows, const tarsia_serve_entry *entries, const tarsia4_team *team);
 
+/* y[tokens][out] = x[tokens][in] W^T + bias[out], W bfloat16 or float32 as `dtype` says, bias float32 or NULL: the base's
+ * own product for few tokens, where the processor has no instructions of bfloat16. W is read from memory once. */
+int tarsia_serve_linear(int isa, const void *x, int64_t x_stride, int64_t in, int x_dtype, void *y, int64_t y_stride,
+                        int64_t out, int y_dtype, int64_t tokens, const void *w, int dtype, const float *bias,
+                        const tarsia4_team *team);
+
 /* x = inner * x for tokens of rows that have one. */
 int tarsia_serve_inner(int isa, void *x, int64_t x_stride, int64_t in, int x_dtype, int64_t tokens,
                        const int32_t *starts, int64_t rows, const tarsia_serve_entry *entries);

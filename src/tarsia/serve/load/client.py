@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -26,7 +26,7 @@ class Answered:
 
     ``first`` is when the first text came, ``gap`` the longest time between two pieces of it. ``error`` is a kind (a
     word or two), "" where all was well, ``told`` what the server said of it. ``tokens`` and ``prompt`` are the
-    server's count.
+    server's count. ``by`` is the adapter that answered as the server names it (name, version, hash), None for the base.
     """
 
     question: Question
@@ -41,6 +41,7 @@ class Answered:
     reason: str | None = None
     error: str = ""
     told: str = ""
+    by: Mapping[str, Any] | None = None
 
     @property
     def waited(self) -> float | None:
@@ -155,6 +156,7 @@ class _Stream:
         self.reason: str | None = None
         self.whole = False
         self.error, self.told = "", ""
+        self.by: Mapping[str, Any] | None = None
 
     def fail(self, kind: str, told: str) -> None:
         """The first thing that went wrong is what is kept."""
@@ -185,6 +187,7 @@ class _Stream:
             self.fail(str(told.get("code") or told.get("type") or "error"), str(told.get("message")))
             return
         self.usage = event.get("usage") or self.usage
+        self.by = (event.get("tarsia") or {}).get("adapter") or self.by
         for choice in event.get("choices", ()):
             self.reason = choice.get("finish_reason") or self.reason
             text = choice.get("delta", {}).get("content")
@@ -214,6 +217,7 @@ class _Stream:
             reason=self.reason,
             error=self.error,
             told=self.told,
+            by=self.by,
         )
 
 

@@ -1,0 +1,118 @@
+"""What may be asked for by ``model``, and what a key may see of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Final
+
+from tarsia.core.errors import LibraryError
+from tarsia.library.places import Reference
+from tarsia.serve.http.answers import ModelFacts, ModelList, Permission
+from tarsia.serve.http.errors import Refusal
+from tarsia.serve.http.keys import Key
+from tarsia.serve.request import AUTO
+from tarsia.serve.wire import Model, Ready, ServedAdapter, Started
+
+_STARTED: Final = int(time.time())
+
+
+def base_name(given: str | None, ready: Ready | None) -> str | None:
+    """What the base is asked for by: the owner's word, a hub's id, or a folder's last name (its path is nobody's)."""
+    if given is not None or ready is None:
+        return given
+    path = PurePath(ready.model)
+    return path.name if path.is_absolute() or ready.model.startswith(("./", "../")) else ready.model
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asked for: ``adapter`` as the worker takes it, ``reference`` where it is one adapter's."""
+
+    name: str
+    adapter: str | None
+    reference: Reference | None
+
+    def check(self, key: Key, started: Started) -> None:
+        """Raises Refusal (500) where another answered than was asked for: never another's, never silently the base."""
+        by = started.adapter
+        if self.adapter == AUTO:
+            right = key.base if by is None else key.may(by.name)
+        elif self.reference is None:
+            right = by is None
+        else:
+            right = by is not None and _is(self.reference, by)
+        if not right:
+            raise Refusal(500, "Another adapter answered than was asked for: nothing of it is sent.", code="mixed_up")
+
+
+def _is(asked: Reference, by: ServedAdapter) -> bool:
+    """Whether what answers is what was asked for; which version a tag means is the library's to say."""
+    return (
+        by.name == asked.name
+        and asked.number in (None, by.version)
+        and by.hash.rpartition(":")[2].startswith(asked.hash or "")
+    )
+
+
+def asked(name: str, base: str | None, key: Key, *, routed: bool) -> Asked:
+    """What a name means. Raises Refusal (404), the same for what is not there and what is not this key's."""
+    if name == base and key.base:
+        return Asked(name, None, None)
+    if name == AUTO:
+        if not routed:
+            raise Refusal.invalid("This server does not choose adapters.", "model", given=AUTO)
+        return Asked(name, AUTO, None)
+    try:
+        reference = Reference.parse(name)
+    except LibraryError:
+        raise Refusal.unknown() from None
+    if name == base or not key.may(reference.name):
+        raise Refusal.unknown()
+    return Asked(name, str(reference), reference)
+
+
+def listed(models: Sequence[Model], base: str | None, ready: Ready | None, key: Key) -> ModelList:
+    """The base and the adapters that a key may use."""
+    length = None if ready is None else min(ready.context, ready.most_tokens)
+    found = []
+    if base is not None and key.base:
+        found.append(_facts(base, base, None, length))
+    for model in models:
+        if key.may(model.name) and model.name not in (base, AUTO):
+            root = model.name if model.version is None else f"{model.name}@{model.version}"
+            facts = _facts(model.name, root, base, length)
+            facts.tarsia.update(version=model.version, hash=model.hash, methods=model.methods, bytes=model.bytes)
+            found.append(facts)
+    return ModelList(data=found)
+
+
+def find(models: ModelList, name: str) -> ModelFacts:
+    """One of the models that are listed, by its name, name@version or name#hash. Raises Refusal (404)."""
+    for model in models.data:
+        if model.id == name:
+            return model
+    try:
+        reference = Reference.parse(name)
+    except LibraryError:
+        raise Refusal.unknown() from None
+    for model in models.data:
+        version, digest = model.tarsia.get("version"), str(model.tarsia.get("hash", ""))
+        if model.id == reference.name and reference.tag is None and model.parent is not None:
+            by_hash = reference.hash is not None and digest.rpartition(":")[2].startswith(reference.hash)
+            if by_hash or (reference.number is not None and reference.number == version):
+                return model
+    raise Refusal.unknown()
+
+
+def _facts(name: str, root: str, parent: str | None, length: int | None) -> ModelFacts:
+    return ModelFacts(
+        id=name,
+        created=_STARTED,
+        root=root,
+        parent=parent,
+        max_model_len=length,
+        permission=[Permission(id=f"modelperm-{name}", created=_STARTED)],
+    )
