@@ -149,7 +149,7 @@ def _body(model: str) -> dict[str, Any]:
     openapi_extra=_body("ChatRequest"),
     responses={
         200: {"model": ChatAnswer, "description": _ANSWERS, "content": {"text/event-stream": {"schema": _TEXT}}},
-        **_errors(*_KEYED, *_BODY, 503, 504),
+        **_errors(*_KEYED, *_BODY, 403, 503, 504),
     },
 )  # fmt: skip
 async def completions(request: Request) -> Response:
@@ -159,8 +159,8 @@ async def completions(request: Request) -> Response:
     body = await read(request, schema.ChatRequest, limits)
     chat.check(body, limits)
     held.facts.update(stream=bool(body.stream), user=user_digest(body.user))
-    if (refusal := unready(server.service)) is not None:
-        raise refusal
+    if (waiting := unready(server.service)) is not None:
+        raise waiting
     ready = server.service.ready
     routed = ready is not None and ready.router
     wanted = models.asked(body.model, server.base, held.key, routed=routed)
@@ -171,6 +171,7 @@ async def completions(request: Request) -> Response:
     command = wire.Generate(
         id=held.id, messages=chat.messages(body), adapter=wanted.adapter, sampling=sampling,
         tenant=held.key.tenant, weight=held.key.weight, seconds=limits.seconds,
+        may=None if held.key.unbounded else tuple(held.key.adapters),
     )  # fmt: skip
     streamed = False
     try:

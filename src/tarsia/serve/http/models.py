@@ -16,6 +16,8 @@ from tarsia.serve.http.keys import Key
 from tarsia.serve.request import AUTO
 from tarsia.serve.wire import Model, Ready, ServedAdapter, Started
 
+_ROUTED: Final = ("adapter", "choice", "name", "nearest", "runner_up")
+"""Where the router says a name."""
 _STARTED: Final = int(time.time())
 
 
@@ -36,10 +38,19 @@ class Asked:
     reference: Reference | None
 
     def check(self, key: Key, started: Started) -> None:
-        """Raises Refusal (500) where another answered than was asked for: never another's, never silently the base."""
+        """Raises Refusal (500) where another answers than was asked for: never another's, never silently the base.
+
+        So it does where the router speaks of an adapter that is none of this key's; 403 where it leaves the request to
+        the base, and the key may not use that.
+        """
         by = started.adapter
         if self.adapter == AUTO:
-            right = key.base if by is None else key.may(by.name)
+            if by is None and not key.base:
+                raise Refusal(
+                    403, "No adapter is for this picture, and this key may not use the base.", code="abstained"
+                )
+            told = [(started.routed or {}).get(name) for name in _ROUTED]
+            right = all(key.may(name) for name in (by and by.name, *told) if isinstance(name, str))
         elif self.reference is None:
             right = by is None
         else:

@@ -148,7 +148,7 @@ class Fetcher:
             ) as answer,
         ):
             if answer.status_code in _REDIRECTS:
-                return answer.headers.get("location", "")
+                return str(answer.headers.get("location", ""))
             if answer.status_code != 200:
                 raise _failed(f"it answered {answer.status_code}", where)
             media = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
