@@ -69,10 +69,15 @@ INLINE void weights_at(const void *w, int halves, int64_t i, int64_t n, numbers 
     else *last = n > LANES ? (numbers)SOME(at + LANES, 4 * (n - LANES)) : (numbers){0};
 }
 
+/* Ask memory for `bytes` bytes AHEAD of `at`; what lies beyond `end` goes on at `next`, the matrix that is read then. */
+INLINE void foresee(const char *at, int64_t bytes, const char *end, const char *next) {
+    for (int64_t i = AHEAD; i < AHEAD + bytes; i += 64) __builtin_prefetch(at + i < end ? at + i : next + (at + i - end));
+}
+
 /* `ranks` rows of down from `rank` on by `tokens` tokens from `t` on; all constants where this is called. */
 INLINE void dots(const tarsia_serve_block *b, int64_t rank, int64_t t, int halves, int ranks, int tokens) {
     const int64_t n = b->in, pitch = padded(n), size = halves ? 2 : 4;
-    const char *w = (const char *)b->down + rank * n * size;
+    const char *w = (const char *)b->down + rank * n * size, *end = (const char *)b->down + b->rank * n * size;
     const float *x = b->arranged + t * pitch;
     numbers sums[8][2] = {0};
     int64_t i = 0;
@@ -80,8 +85,7 @@ INLINE void dots(const tarsia_serve_block *b, int64_t rank, int64_t t, int halve
         numbers first[2], last[2];
         for (int r = 0; r < ranks; r++) {
             weights_at(w + r * n * size, halves, i, 2 * LANES, first + r, last + r);
-            __builtin_prefetch(w + r * n * size + i * size + AHEAD);
-            if (!halves && LANES == 16) __builtin_prefetch(w + r * n * size + i * size + AHEAD + 64);
+            foresee(w + (r * n + i) * size, 2 * LANES * size, end, b->up ? b->up : end);
         }
         for (int k = 0; k < tokens; k++) {
             numbers a = load(x + k * pitch + i), c = load(x + k * pitch + i + LANES);
@@ -207,13 +211,14 @@ INLINE void change(const tarsia_serve_block *b, int64_t t, int64_t o, int rows, 
 }
 
 INLINE void up_as(const tarsia_serve_block *b, int64_t first, int64_t last, int halves) {
-    const int64_t some = halves ? 2 * LANES : LANES;
+    const int64_t some = halves ? 2 * LANES : LANES, size = halves ? 2 : 4;
+    const char *end = (const char *)b->up + b->out * b->rank * size;
     numbers columns_here[2 * LANES] = {{0}};
     for (int64_t o = first; o < last; o += LANES) {
         const int rows = last - o < LANES ? (int)(last - o) : LANES;
         numbers sums[TOKENS];
         for (int64_t t = 0; t < b->count; t++) sums[t] = (numbers){0};
-        __builtin_prefetch((const char *)b->up + (o * b->rank) * (halves ? 2 : 4) + AHEAD);
+        foresee((const char *)b->up + o * b->rank * size, LANES * b->rank * size, end, b->next ? b->next : end);
         for (int64_t k = 0; k < b->rank; k += some) {
             const int n = b->rank - k < some ? (int)(b->rank - k) : (int)some;
             if (halves) columns_of_halves(b, o, rows, k, n, columns_here);

@@ -12,7 +12,7 @@ enum { TOKENS = 16, POSITIONS = 64 };
 
 /* Both products of one adapter for `count` <= TOKENS tokens that begin at x and y. */
 typedef struct {
-    const void *down, *up;
+    const void *down, *up, *next; /* next: what is read after up, or NULL */
     int64_t rank, in, out;
     int halves; /* whether down and up are bfloat16 */
     float scale;

@@ -109,6 +109,7 @@ static void whole(void *data, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
         tarsia_serve_block b = block_of(all, all->units + i);
         b.arranged = room, b.hidden = room + arranged_room(all, most);
+        if (i + 1 < last) b.next = address(all->entries[all->units[i + 1].row][0]);
         if (b.rank) all->steps->arrange(&b), all->steps->down(&b, 0, b.rank);
         all->steps->up(&b, 0, b.out);
     }
