@@ -26,6 +26,7 @@ from tarsia.train.exact import deterministic, threads
 from tarsia.train.fast import FOLLOWED, fast
 from tarsia.train.features import features
 from tarsia.train.heap import apart, give_back
+from tarsia.train.looked import looked
 from tarsia.train.loss import followed
 from tarsia.train.memory import Phase, phase
 from tarsia.train.optimiser import peaks, set_rates
@@ -195,7 +196,10 @@ def _events(
         memory = run.meter.event(run)
         yield memory
         card = {"memory": asdict(memory), **card}
-    adapter = Adapter.of(run.host, NAME, run.parts, {**_card(run), **card}, probe=proof)
+    look = looked(run)
+    if "none" in look and recipe.routing and run.watch.pictures:
+        yield Notice(f"The adapter can not be chosen by a picture (model: auto): {look['none']}.")
+    adapter = Adapter.of(run.host, NAME, run.parts, {**_card(run), "routing": look, **card}, probe=proof)
     save(adapter, out / "adapter")
     yield Finished(adapter, str(out / "adapter"), run.seconds)
 

@@ -29,7 +29,7 @@ RATES: Final[Mapping[str, float]] = {method: advise(method)["lr"] for method in 
 """Peak learning rates where a part names none: those for models of billions of parameters (``tarsia advise``)."""
 
 _UNHASHED: Final = (
-    *("out", "threads", "device", "save_every", "eval_every", "data.eval"),
+    *("out", "threads", "device", "save_every", "eval_every", "data.eval", "routing"),
     *("features.path", "features.limit"),
     *("optimiser.paged", "optimiser.budget", "optimiser.path"),
 )
@@ -295,10 +295,9 @@ class Recipe(BaseModel):
     recomputes activations in the backward pass. ``save_every`` and ``eval_every`` are in steps; the last step
     is always saved. ``variables`` are the chat template's own, a date say. ``resolution`` is the most pixels
     along the longer side of a picture: a larger one is shrunk before the base's processor gets it.
-    ``optimiser`` is where AdamW's states are, and in how many bits.
-    ``features`` keeps the outputs of a frozen vision tower on disk. ``four_bits`` rounds the base's weights to
-    4 bits as it is opened: it, and nothing that is trained.
-    """
+    ``optimiser`` is where AdamW's states are, and in how many bits. ``features`` keeps the outputs of a frozen vision
+    tower on disk. ``four_bits`` rounds the base's weights to 4 bits as it is opened: it, and nothing that is trained.
+    ``routing`` is how many pictures, at most, the card describes, for a server to choose by."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -328,6 +327,7 @@ class Recipe(BaseModel):
     features: FeatureRecipe | None = None
     four_bits: FourBitsRecipe | None = None
     optimiser: OptimiserRecipe | None = None
+    routing: NotNegative = 128
     out: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")
