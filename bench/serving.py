@@ -12,22 +12,27 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bench import smol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from tarsia.adapter import Host
     from tarsia.library import Library
+    from tarsia.serve.engine import Engine
     from tarsia.serve.load.drawn import Make
+    from tarsia.serve.load.inside import Text
 
 COUNT: Final = 2000
 RANK: Final = 8
 SELECT: Final = "language.*.{q,v}; vision.*.{q,v}"
+_BESIDE: Final = 1 << 17
+"""Bytes of a page besides its numbers, at most."""
+THICK: Final = "language.*.{q,k,v,o,gate,up,down}"
 
 
 def root() -> Path:
@@ -85,6 +90,70 @@ def library(
         for _ in drawn.publish(drawer, found, wanted, lambda i, name: print(name, flush=True)):
             pass
     return found
+
+
+def engine(held: Library, pool: int) -> Engine:
+    """An engine on a base of its own, whose pages hold so many of the library's adapters."""
+    from tarsia.serve.engine import Engine
+    from tarsia.serve.pages import Pages
+
+    own = host()
+    first = held.search()[0]
+    room = pool * (4 * first.numbers + _BESIDE)
+    return Engine(own, Pages(own, held, budget=room))
+
+
+def prove(served: Engine, names: Sequence[str]) -> None:
+    """Let each adapter be read once, so that none has to be proved while time is taken."""
+    from tarsia.serve.load import inside
+
+    prompt = inside.encoded(served.host, inside.Text("So?"))
+    for i in range(0, len(names), 8):
+        some = names[i : i + 8]
+        inside.run(served, [prompt] * len(some), some, 1)
+
+
+def thick(count: int) -> tuple[Engine, list[str]]:
+    """An engine that holds so many adapters of rank 16 at every linear layer of the language model, and their names."""
+    names = [f"thick-{i:04d}" for i in range(count)]
+    served = engine(library(count, lora(THICK, 16), "thick", root() / "thick"), 2 * count)
+    prove(served, names)
+    return served, names
+
+
+def peft(plain: Host, names: Sequence[str]) -> Any:
+    """PEFT's model over the host's, with these adapters loaded."""
+    from peft import PeftModel
+
+    held = library(len(names), lora(THICK, 16), "thick", root() / "thick")
+    folders = [str(held.folder(held.version(name))) for name in names]
+    made: Any = PeftModel.from_pretrained(plain.model, folders[0], adapter_name=names[0])
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        made.load_adapter(folder, adapter_name=name)
+    return made.eval()
+
+
+def alone(plain: Host, name: str, asked: Text, tokens: int, held: Library | None = None) -> tuple[int, ...]:
+    """What Transformers says with the adapter attached to a host of its own, alone."""
+    from tarsia.adapter import put
+    from tarsia.core.attach import activate, detach
+    from tarsia.library.opening import open_adapter
+    from tarsia.serve.load import inside
+
+    held = held or library(1, lora(THICK, 16), "thick", root() / "thick")
+    activate(plain.model)
+    put(plain, open_adapter(held, name), name)
+    try:
+        return inside.plainly(plain, [asked], tokens).ids[0]
+    finally:
+        detach(plain.model, name)
+
+
+def same(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], what: str) -> None:
+    """Raise RuntimeError where answers differ: a time of other answers is none."""
+    apart = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if tuple(a) != tuple(b)]
+    if apart:
+        raise RuntimeError(f"{what} differ in rows {apart}: {list(ours[apart[0]])} is not {list(theirs[apart[0]])}")
 
 
 if __name__ == "__main__":
