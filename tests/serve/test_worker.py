@@ -27,7 +27,7 @@ class PlayedEngine:
     """Says a word of the prompt in each step. ``broken`` are exceptions that the next steps raise."""
 
     def __init__(self):
-        self.jobs, self.broken, self.steps, self.moving = {}, [], 0, True
+        self.jobs, self.broken, self.steps, self.stuck = {}, [], 0, False
         self.submitted, self.stepping = [], threading.Event()
         self.stepping.set()
 
@@ -53,6 +53,8 @@ class PlayedEngine:
 
     def step(self):
         self.stepping.wait(10)
+        if self.stuck:
+            return []
         self.steps += 1
         if self.broken:
             raise self.broken.pop(0)
@@ -255,7 +257,8 @@ def test_a_step_that_fails_ends_those_that_were_in_it_and_no_later_one(talk, cap
     assert "the step broke" in caplog.text and "Traceback" in caplog.text
     after = worker.ask("4 5")
     assert worker.until("done", after) and worker.text(after) == "4 5 "
-    assert not set(ids) - {event.id for event in worker.heard if event.event in ("failed", "done")}
+    while set(ids) - {event.id for event in worker.heard if event.event in ("failed", "done")}:
+        worker.hear()
     assert worker.end() == [DONE]
 
 
@@ -332,7 +335,9 @@ def test_the_router_chooses_and_says_so(talk):
     started = worker.until("started", chosen)
     assert started.adapter.name == "ocr" and started.routed["confidence"] == 0.9
     assert worker.until("started", base).adapter is None and worker.until("started", base).routed["adapter"] is None
-    assert sorted(asked) == [((0,), None), ((1,), ("o*",))]
+    refused = worker.until("failed", worker.ask("0", adapter="auto", base=False))
+    assert refused.kind == "unknown_adapter" and asked.pop() == ((0,), None)
+    assert asked == [((1,), ("o*",)), ((0,), None)]
     assert worker.until("started", worker.ask("1", adapter="ocr")).routed is None
 
 
@@ -355,6 +360,13 @@ def test_a_load_that_is_refused_leaves_no_name(talk):
     assert worker.until("answer", "l2").failure.kind == "refused"
     worker.shelf.tickets["b"].error = ServeError("refused", "Its outputs are others.")
     assert worker.until("answer", "l1").failure.message == "Its outputs are others."
+    worker.shelf.tickets["d"] = PlayedTicket(object())
+    worker.send(wire.Load(id="l3", name="d", source="good"))
+    assert worker.until("answer", "l3").failure is None
+    worker.shelf.tickets["d"] = PlayedTicket(error=ServeError("refused", "It is worse."))
+    worker.send(wire.Load(id="l4", name="d", source="worse"))
+    assert worker.until("answer", "l4").failure.message == "It is worse."
+    assert worker.shelf.names == {"d": "good"}
     worker.send(wire.Unload(id="u", name="b"))
     assert worker.until("answer", "u").failure.kind == "unknown_adapter"
 
@@ -417,9 +429,16 @@ def test_nothing_is_done_while_there_is_nothing_to_do(talk):
 
 def test_an_engine_that_waits_for_adapters_is_not_asked_without_end(talk):
     worker = talk()
-    worker.engine.moving = False
-    worker.until("done", worker.ask("1"))
+    worker.engine.stuck = True
+    id_ = worker.ask("1")
+    while not worker.engine.jobs:
+        time.sleep(0.001)
+    worker.heard.clear()
+    worker.until("stats")
     assert worker.worker._pause() > 0
+    worker.engine.stuck = False
+    assert worker.until("done", id_)
+    assert worker.worker._pause() > 0  # for the next figures
 
 
 def test_what_is_logged_goes_to_the_other_side(talk):

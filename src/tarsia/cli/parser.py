@@ -27,6 +27,7 @@ VERBS: Mapping[str, str] = {
     "library": "library",
     "ask": "ask",
     "lab": "lab",
+    "serve": "serve",
     "bench": "bench",
     "doctor": "doctor",
 }

@@ -93,7 +93,8 @@ class Generate(_Message):
     """Answer these messages. ``adapter`` is a reference or a name, None the bare base, "auto" what the router chooses.
 
     ``seconds`` is how long anybody waits from now on (None: for ever), ``weight`` the tenant's share against others'.
-    ``may`` are shell patterns of the names among which the router chooses (None: all), for "auto" alone.
+    For "auto" alone: ``may`` are shell patterns of the names among which the router chooses (None: all), and ``base``
+    whether it may leave the answer to the bare base.
     """
 
     command: Literal["generate"] = "generate"
@@ -105,6 +106,7 @@ class Generate(_Message):
     weight: float = Field(default=1.0, gt=0)
     seconds: float | None = None
     may: tuple[str, ...] | None = None
+    base: bool = True
 
 
 class Cancel(_Message):

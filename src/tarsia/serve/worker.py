@@ -56,6 +56,15 @@ class _Encoded:
     found: Prompt | BaseException
 
 
+@dataclass(frozen=True, eq=False)
+class _Coming:
+    """A load that is not answered yet; ``before``: what its name was loaded from until now."""
+
+    command: wire.Load
+    ticket: Ticket
+    before: str | None
+
+
 class Untrusted(Exception):
     """What is in memory can not be trusted any more."""
 
@@ -71,9 +80,10 @@ class Worker:
     inbox: Inbox[Any]
     _open: dict[str, Open] = field(default_factory=dict)
     _counts: Counts = field(default_factory=Counts)
-    _loads: list[tuple[wire.Load, Ticket]] = field(default_factory=list)
+    _loads: list[_Coming] = field(default_factory=list)
     _draining: bool = False
     _failures: int = 0
+    _moving: bool = True
 
     def __post_init__(self) -> None:
         self._desk = Desk(
@@ -150,7 +160,7 @@ class Worker:
         engine = self.house.engine
         if engine.idle and not self._loads:
             return self._stats.left
-        return 0.0 if engine.moving else _SOON
+        return 0.0 if self._moving else _SOON
 
     def _take(self, item: object) -> int | None:
         """Do what was asked; the exit code where that is to end."""
@@ -209,15 +219,23 @@ class Worker:
                 "unknown_adapter", "This server does not choose adapters.", given=AUTO, do="ask for one by its name"
             )
         choice = self.house.route(prompt, command.may)
+        if choice.adapter is None and not command.base:
+            raise ServeError(
+                "unknown_adapter",
+                "None of the adapters that may be asked for is for this.",
+                do="ask for one by its name",
+            )
         return choice.adapter, choice.facts
 
     def _step(self) -> None:
         engine = self.house.engine
+        before = engine.stats()["steps"]
         try:
             events = engine.step()
             self._failures = 0
         except Exception as error:  # noqa: BLE001 - one defect must not end everybody's requests
             events = self._broken(error)
+        self._moving = bool(events) or engine.stats()["steps"] != before
         for event in events:
             self._tell(event)
 
@@ -263,25 +281,31 @@ class Worker:
 
     def _load(self, command: wire.Load) -> None:
         """Begin to load; it is answered once the adapter is there and proved."""
+        shelf = self.house.shelf
         try:
-            self.house.shelf.alias(command.name, command.source)
-            self._loads.append((command, self.house.shelf.want(command.name)))
+            before = next((model.source for model in shelf.models() if model.name == command.name), None)
+            shelf.alias(command.name, command.source)
+            self._loads.append(_Coming(command, shelf.want(command.name), before))
         except TarsiaError as error:
             self.outbox.put(wire.Answer(id=command.id, failure=wire.Failure.of(error, "refused")))
 
     def _loaded(self) -> None:
-        """Answer those whose adapter has come, or was refused."""
-        for command, ticket in [*self._loads]:
-            error = ticket.error
+        """Answer those whose adapter has come, or was refused: the name then means what it did before."""
+        shelf = self.house.shelf
+        for coming in [*self._loads]:
+            id_, ticket, error = coming.command.id, coming.ticket, coming.ticket.error
             if ticket.page is None and error is None:
                 continue
-            self._loads.remove((command, ticket))
+            self._loads.remove(coming)
             ticket.release()
             if error is None:
-                self._answer(command.id, lambda: None, command.name)
+                self._answer(id_, lambda: None, coming.command.name)
+                continue
+            if coming.before is None:
+                shelf.drop(coming.command.name)
             else:
-                self.house.shelf.drop(command.name)
-                self.outbox.put(wire.Answer(id=command.id, failure=wire.Failure.of(error, "refused")))
+                shelf.alias(coming.command.name, coming.before)
+            self.outbox.put(wire.Answer(id=id_, failure=wire.Failure.of(error, "refused")))
 
     def _answer(self, id_: str, act: Callable[[], None], name: str | None = None) -> None:
         """Do something with the shelf and say what is on it then: all, or what is called ``name``."""

@@ -1,0 +1,90 @@
+"""A worker's house as it is told to be: the base opened, its library, pages, engine, reader and router."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from tarsia.adapter import Host, open_base
+from tarsia.adapter.four_bits import described
+from tarsia.core.site import Component
+from tarsia.library import Library
+from tarsia.serve import wire
+from tarsia.serve.engine import Engine, Limits
+from tarsia.serve.house import House
+from tarsia.serve.pages import GIB, Pages
+from tarsia.serve.read import Reader
+from tarsia.serve.routing import Chosen
+
+
+def opened(configure: wire.Configure, tell: Callable[[str], None]) -> House:
+    """Open everything; ``tell`` is told what goes on, for people. Raises TarsiaError where something can not be."""
+    begun = time.monotonic()
+    torch.set_num_threads(configure.threads or cores())
+    tell(f"opening the base {configure.model}")
+    host = _base(configure)
+    library = None
+    if configure.library is not None:
+        tell(f"opening the library {configure.library}")
+        library = Library.open(configure.library)
+    unproved: Literal["refuse", "allow"] = "allow" if configure.unproved else "refuse"
+    pages = Pages(host, library, budget=configure.adapter_bytes or GIB, unproved=unproved)
+    tell("holding the engine's pass to the base's own")
+    engine = Engine(host, pages, _limits(configure))
+    reader = Reader(host)
+    route = None
+    if library is not None and hasattr(host.model, "get_image_features"):
+        tell("reading what the adapters' pictures look like")
+        route = Chosen(host, library)
+    ready = _ready(host, engine, routed=route is not None, seconds=time.monotonic() - begun)
+    return House(engine, pages, reader.read, engine.voice.prepare, ready, route)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _base(configure: wire.Configure) -> Host:
+    form = None if configure.four_bits is None else described(configure.four_bits)
+    return open_base(
+        configure.model, dtype=configure.dtype, device=configure.device, four_bits=form, resolution=configure.resolution
+    )
+
+
+def _limits(configure: wire.Configure) -> Limits:
+    plain = Limits()
+    return Limits(
+        cache_bytes=configure.cache_bytes or plain.cache_bytes,
+        picture_bytes=configure.picture_bytes or plain.picture_bytes,
+        rows=configure.rows,
+        chunk=configure.chunk,
+        answer=configure.answer,
+    )
+
+
+def _sees(host: Host) -> bool:
+    """Whether the base has eyes: a vision side whose parameters are sites."""
+    return any(site.component is Component.VISION for site in host.sites)
+
+
+def _ready(host: Host, engine: Engine, *, routed: bool, seconds: float) -> wire.Ready:
+    first = next(p for p in host.model.parameters() if p.is_floating_point())
+    return wire.Ready(
+        model=host.name,
+        family=host.anatomy.name,
+        form=host.form,
+        digest=host.fingerprint.weights,
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
+        context=engine.context,
+        most_tokens=engine.most,
+        vocabulary=engine.voice.vocabulary,
+        pictures=_sees(host),
+        router=routed,
+        seconds=seconds,
+    )
