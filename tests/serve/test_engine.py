@@ -1,0 +1,186 @@
+"""The engine: whatever comes and goes beside it, a row says what it says alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from served import asked, engine, ids, served
+
+from tarsia.core.errors import ServeError
+from tarsia.serve.engine import Engine, run
+from tarsia.serve.request import Event, Prompt, Request
+
+NAMES = (None, "low", "dora", "neck", "projector", "prompt", "prefix")
+
+
+def said_alone(serving: Engine, request: Request) -> list[int]:
+    serving.blocks.clear()
+    found = ids(run(serving, [request])[request.id])
+    serving.blocks.clear()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[tuple[str | None, int], list[int]]:
+    one = served("llava")
+    serving = engine(one.pages(), rows=1, chunk=1000)
+    rows = [(name, row) for name in NAMES for row in range(len(one.prompts))]
+    return {(n, r): said_alone(serving, asked(one.prompts[r], n, 12)) for n, r in rows}
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.integers(0, 2**32), st.integers(1, 7), st.integers(1, 60), st.integers(2, 9))
+def test_rows_that_come_and_go_change_nothing(
+    expected: dict[tuple[str | None, int], list[int]], seed: int, rows: int, chunk: int, block: int
+) -> None:
+    one, draw = served("llava"), random.Random(seed)
+    # room for two rows of the longest, so that some wait for blocks of others
+    serving = engine(one.pages(), rows=rows, chunk=chunk, block=block, cache_bytes=1 << 17)
+    wanted = {}
+    for _ in range(14):
+        name, row = draw.choice(NAMES), draw.randrange(len(one.prompts))
+        tokens = draw.randint(1, 12)
+        request = replace(asked(one.prompts[row], name, tokens), tenant=draw.choice("ab"))
+        wanted[request.id] = request, expected[name, row][:tokens]
+    waiting, gone, told = list(wanted), set[str](), dict[str, list[Event]]()
+    while waiting or not serving.idle:
+        while waiting and draw.random() < 0.5:
+            serving.submit(wanted[waiting.pop()][0])
+        for event in serving.step():
+            assert event.id not in gone, "something was said of a request that nobody waits for"
+            told.setdefault(event.id, []).append(event)
+        running = [id_ for id_, events in told.items() if events[-1].kind != "done" and id_ not in gone]
+        if running and draw.random() < 0.05:
+            gone.add(left := draw.choice(running))
+            serving.cancel(left)
+    for id_, (_, ids_) in wanted.items():
+        if id_ not in gone:
+            assert ids(told[id_]) == ids_
+    assert serving.blocks.available == serving.blocks.count
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again_and_says_the_same() -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    first, again, other = (asked(one.prompts[2], name, 6) for name in ("low", "low", "dora"))
+    before = ids(run(serving, [first])[first.id])
+    read = serving.stats()["prompt_tokens"]
+    events = run(serving, [again])[again.id]
+    assert ids(events) == before
+    assert events[0].data["cached_tokens"] >= len(again.prompt.ids) - serving.blocks.size
+    assert serving.stats()["picture_misses"] == len(first.prompt.pictures)
+    assert run(serving, [other])[other.id][0].data["cached_tokens"] == 0, "another adapter's keys were taken for its own"
+    assert serving.stats()["prompt_tokens"] == 3 * read
+
+
+def test_a_picture_under_an_adapter_of_the_vision_side_is_not_another_s() -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    asks = [asked(one.prompts[1], name, 4) for name in (None, "high", "low", None, "high")]
+    for request in asks:
+        run(serving, [request])
+    assert serving.stats()["picture_misses"] == 3
+    assert serving.stats()["picture_hits"] == 2
+
+
+def test_a_conversation_goes_on_where_it_was() -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    first = asked(one.prompts[1], "low", 9)
+    answer = ids(run(serving, [first])[first.id])
+    longer = Prompt((*first.prompt.ids, *answer, 8, 9, 10), first.prompt.pictures, first.prompt.marks)
+    second = asked(longer, "low", 5)
+    events = run(serving, [second])[second.id]
+    assert events[0].data["cached_tokens"] > len(first.prompt.ids)
+    assert ids(events) == said_alone(engine(one.pages()), second)
+
+
+def test_several_answers_are_each_of_its_own_seed_and_share_the_prompt() -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    request = asked(one.prompts[2], "low", 8, temperature=2.0, seed=7, choices=3)
+    events = run(serving, [request])[request.id]
+    found = [ids(events, choice) for choice in range(3)]
+    assert len({tuple(answer) for answer in found}) > 1
+    assert serving.stats()["prefix_hits"] >= 2
+    again = run(engine(one.pages()), [replace(request, id="again")])["again"]
+    assert [ids(again, choice) for choice in range(3)] == found
+
+
+@pytest.mark.parametrize("wanted", [10**6, None])
+def test_what_is_too_long_is_refused_with_figures(wanted: int | None) -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    prompt = one.prompts[0] if wanted else Prompt((9,) * (serving.most + 1))
+    request = replace(asked(prompt, None), sampling=replace(asked(prompt, None).sampling, max_tokens=wanted))
+    with pytest.raises(ServeError) as refused:
+        serving.submit(request)
+    assert refused.value.kind == "too_long"
+    assert str(serving.most) in str(refused.value.allowed)
+
+
+def test_an_unknown_adapter_is_an_error_and_never_the_base() -> None:
+    serving = engine((one := served("llava")).pages())
+    with pytest.raises(ServeError) as refused:
+        serving.submit(asked(one.prompts[0], "nobody"))
+    assert refused.value.kind == "unknown_adapter"
+    assert serving.idle
+
+
+def test_who_waits_no_longer_is_told_so() -> None:
+    serving = engine((one := served("llava")).pages(), rows=1)
+    late = replace(asked(one.prompts[0], None, 5), deadline=time.monotonic() - 1)
+    (event,) = run(serving, [late])[late.id]
+    assert event.data["error"].kind == "timeout"
+
+
+def test_a_step_that_fails_ends_its_rows_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = served("llava")
+    serving = engine(one.pages(), rows=1)
+    first, second = (asked(one.prompts[0], name, 4) for name in ("low", "dora"))
+    for request in (first, second):
+        serving.submit(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving.line, "run", lambda parts: torch.empty(0)[3])
+        with pytest.raises(IndexError):
+            serving.step()
+    (lost,) = serving.abort(ServeError("internal", "A step failed."))
+    assert lost.id == first.id
+    events: list[Event] = []
+    while not serving.idle:
+        events += serving.step()
+    assert ids(events) == said_alone(engine(one.pages()), second)
+    assert serving.blocks.available == serving.blocks.count
+
+
+def test_logits_that_are_no_numbers_end_their_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    first, second = (asked(one.prompts[0], name, 4) for name in ("low", "dora"))
+    alone, run_ = said_alone(engine(one.pages()), second), serving.line.run
+
+    def spoilt(parts: object) -> torch.Tensor:
+        logits = run_(parts).clone()  # type: ignore[arg-type]
+        logits[: len(logits) - 1] = torch.nan
+        return logits
+
+    monkeypatch.setattr(serving.line, "run", spoilt)
+    found = run(serving, [first, second])
+    assert found[first.id][-1].data["error"].kind == "internal"
+    assert ids(found[second.id]) == alone
+
+
+def test_a_base_that_answers_otherwise_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tarsia.serve.line as module
+
+    one = served("llava")
+    attend = module.kernel.attend
+    monkeypatch.setattr(module.kernel, "attend", lambda q, *rest: attend(q * 1.01, *rest))
+    with pytest.raises(ServeError, match="otherwise here"):
+        engine(one.pages())
