@@ -51,6 +51,12 @@ def gone(pid):
     return False
 
 
+async def until_gone(pid):
+    async with asyncio.timeout(10):
+        while not gone(pid):
+            await asyncio.sleep(0.01)
+
+
 async def ready_again(supervisor, before):
     async with asyncio.timeout(30):
         while supervisor.state is not State.READY or supervisor.pid == before:
@@ -99,7 +105,7 @@ async def test_a_request_of_two_choices_is_over_with_the_last():
 
 
 @run
-async def test_killed_in_the_middle_of_streams_every_request_is_told_and_the_next_is_answered():
+async def test_killed_in_the_middle_of_streams_every_request_is_told_and_the_next_is_answered(caplog):
     async with supervised() as supervisor:
         conversations = [await supervisor.generate(asked("wait for it")) for _ in range(5)]
         heard = [[await anext(conversation), await anext(conversation)] for conversation in conversations]
@@ -114,6 +120,7 @@ async def test_killed_in_the_middle_of_streams_every_request_is_told_and_the_nex
             await supervisor.generate(asked("too early"))
         await ready_again(supervisor, before)
         assert gone(before)
+        assert "ended by signal 9" in caplog.text
         assert text_of(await whole(supervisor, asked("here again"))) == "here again"
         assert supervisor.restarts == 1
 
@@ -151,6 +158,17 @@ async def test_a_request_that_fails_is_over_and_the_others_are_not():
         assert (await whole(supervisor, asked("x", adapter="nobody")))[-1].kind == "unknown_adapter"
         assert not other.over and supervisor.outstanding == 1
         other.close()
+
+
+@run
+async def test_stopping_while_a_lost_worker_is_cleared_away_leaves_none():
+    async with supervised() as supervisor:
+        pid = supervisor.pid
+        os.kill(pid, signal.SIGSTOP)  # it neither answers nor ends when its socket closes
+        supervisor._worker.stream.close()
+        await asyncio.sleep(0.05)
+        await supervisor.stop()
+        await until_gone(pid)
 
 
 @run

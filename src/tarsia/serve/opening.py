@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from transformers.utils import logging
 
 from tarsia.adapter import Host, open_base
 from tarsia.adapter.four_bits import described
@@ -25,6 +26,7 @@ def opened(configure: wire.Configure, tell: Callable[[str], None]) -> House:
     """Open everything; ``tell`` is told what goes on, for people. Raises TarsiaError where something can not be."""
     begun = time.monotonic()
     torch.set_num_threads(configure.threads or cores())
+    logging.disable_progress_bar()  # whoever started the server is told by `tell`
     tell(f"opening the base {configure.model}")
     host = _base(configure)
     library = None
@@ -34,8 +36,8 @@ def opened(configure: wire.Configure, tell: Callable[[str], None]) -> House:
     unproved: Literal["refuse", "allow"] = "allow" if configure.unproved else "refuse"
     pages = Pages(host, library, budget=configure.adapter_bytes or GIB, unproved=unproved)
     tell("holding the engine's pass to the base's own")
-    engine = Engine(host, pages, _limits(configure))
     reader = Reader(host)
+    engine = Engine(host, pages, _limits(configure), reader=reader)
     route = None
     if library is not None and hasattr(host.model, "get_image_features"):
         tell("reading what the adapters' pictures look like")

@@ -29,6 +29,9 @@ from tarsia.serve.conversation import Conversation
 from tarsia.serve.frames import BrokenFrame, Stream
 
 COMMAND: Final = (sys.executable, "-P", "-m", "tarsia.serve.worker")
+_ENDED: Final = "it ended"
+_CLOSING: Final = 1.0
+"""Seconds for a worker whose socket is closed to end by itself."""
 _LOG = logging.getLogger("tarsia.serve")
 
 
@@ -279,7 +282,7 @@ class Supervisor:
                 process_group=0,  # an interruption from the keyboard is the server's to handle
             )
         worker = self._worker = _Worker(process, await Stream.of(ours))
-        why = "it ended"
+        why = _ENDED
         try:
             async with asyncio.timeout(self._patience.ready):
                 await self._opened(worker)
@@ -357,11 +360,9 @@ class Supervisor:
         if self.state is State.READY:
             self.state = State.LOST
         worker.stream.close()
-        with contextlib.suppress(ProcessLookupError):
-            worker.process.kill()
         expected = self.state is State.DRAINING
         self._over(ServeError("lost", "The worker was lost.", given=why, do="ask again"))
-        code = await worker.process.wait()
+        code = await _gone(worker.process, _CLOSING if why == _ENDED else 0.0)
         if not expected and worker.unable is None:
             _LOG.error("the worker was lost: %s (%s)", why, _ending(code))
 
@@ -371,6 +372,24 @@ class Supervisor:
         for future in self._answers.values():
             if not future.done():
                 future.set_exception(error)
+
+
+async def _gone(process: asyncio.subprocess.Process, seconds: float) -> int:
+    """The exit code of a process that has so long to end by itself.
+
+    One that has ended must not be killed: to send a signal is to look at the process first, which takes the exit code
+    away from who waits for it.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await process.wait()
+    except TimeoutError:
+        pass
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+    return await process.wait()
 
 
 def _ending(code: int | None) -> str:
