@@ -15,7 +15,7 @@ from tarsia.data import Picture
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 """What is decoded. Other formats' decoders are not even asked whether a file is theirs."""
 _SCANS: Final = 256
-# A JPEG may go over all its pixels once more for some ten bytes: this marker, which is nowhere else in its pixels' data.
+# A JPEG may go over all its pixels once more for some ten bytes: after this marker, which its data never have.
 _SCAN: Final = b"\xff\xda"
 
 
