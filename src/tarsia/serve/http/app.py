@@ -171,7 +171,7 @@ async def completions(request: Request) -> Response:
     command = wire.Generate(
         id=held.id, messages=chat.messages(body), adapter=wanted.adapter, sampling=sampling,
         tenant=held.key.tenant, weight=held.key.weight, seconds=limits.seconds,
-        may=None if held.key.unbounded else tuple(held.key.adapters),
+        may=None if held.key.unbounded else tuple(held.key.adapters), base=held.key.base,
     )  # fmt: skip
     streamed = False
     try:
