@@ -29,8 +29,8 @@ from tarsia.serve.supervise import State
 HASH = "ab12" + "0" * 60
 ADAPTERS = {name: (number, HASH) for name, number in (("acme-ocr", 3), ("acme-tone", 1), ("rival-plan", 7))}
 READY = wire.Ready(
-    model="/somewhere/models/mini-1", family="llava", form="bf16", digest="0", dtype="float32", device="cpu", context=512,
-    most_tokens=4096, vocabulary=1000, pictures=True, router=True, seconds=0.1,
+    model="/somewhere/models/mini-1", family="llava", form="bf16", digest="0", dtype="float32", device="cpu",
+    context=512, most_tokens=4096, vocabulary=1000, pictures=True, router=True, seconds=0.1,
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ class Fake:
         self.cancelled: list[str] = []
         self.aliases: dict[str, str] = {}
         self.chosen: str | None = "acme-ocr"
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.running: dict[str, asyncio.Task[None]] = {}
 
     async def generate(self, command: wire.Generate, pictures: Sequence[bytes] = ()) -> Conversation:
         if self.state is not State.READY:
@@ -79,15 +79,16 @@ class Fake:
         self.asked.append((command, list(pictures)))
         self.open.add(command.id)
         conversation = Conversation(command.id, command.sampling.choices, self._left)
-        task = asyncio.create_task(self._say(command, conversation))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task = self.running[command.id] = asyncio.create_task(self._say(command, conversation))
+        task.add_done_callback(lambda _: self.running.pop(command.id))
         return conversation
 
     def _left(self, conversation: Conversation, over: bool) -> None:
         self.open.discard(conversation.id)
         if not over:
             self.cancelled.append(conversation.id)
+            if conversation.id in self.running:
+                self.running[conversation.id].cancel()
 
     def _by(self, command: wire.Generate) -> wire.ServedAdapter | None:
         name = command.adapter
@@ -143,8 +144,8 @@ class Fake:
             if last == "!stall" and i == 0:
                 await asyncio.sleep(3600)
             if last == "!flood":
-                for _ in range(100_000):
-                    to.hear(wire.Text(id=command.id, choice=choice, text="x" * 100, tokens=1))
+                for _ in range(20_000):
+                    to.hear(wire.Text(id=command.id, choice=choice, text="x" * 500, tokens=1))
                 await asyncio.sleep(3600)
         reason = "length" if len(words) > most else "stop"
         to.hear(wire.Done(id=command.id, choice=choice, reason=reason, completion_tokens=min(len(words), most)))
@@ -205,7 +206,7 @@ class Running:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
 
     def soon(self, what: Callable[[], bool], seconds: float = 5.0) -> bool:
-        """Whether it comes true; the server is asked on its own loop, so that nothing is waited for longer than it is."""
+        """Whether it comes true; looked at on the server's own loop."""
 
         async def until() -> bool:
             with contextlib.suppress(TimeoutError):

@@ -97,7 +97,7 @@ def test_pictures_keep_their_places(plain: Running) -> None:
     assert pictures == [first, second]
 
 
-@pytest.mark.parametrize(("kind", "media"), [("PNG", "png"), ("JPEG", "jpeg"), ("WEBP", "webp"), ("GIF", "gif")])
+@pytest.mark.parametrize("kind, media", [("PNG", "png"), ("JPEG", "jpeg"), ("WEBP", "webp"), ("GIF", "gif")])
 def test_every_type_of_picture(plain: Running, kind: str, media: str) -> None:
     raw = png(3, 5, kind)
     client(plain).chat.completions.create(**picture_chat(data_url(raw, f"image/{media}")))  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_log_probabilities(plain: Running) -> None:
     assert ask(plain, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
     assert ask(plain).choices[0].logprobs is None
     chunks = ask(plain, logprobs=True, stream=True)
-    assert [e.token for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content][0] == "you"
+    assert next(e.token for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content) == "you"
 
 
 def test_how_it_is_drawn_reaches_the_worker(plain: Running) -> None:
@@ -157,7 +157,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
 @pytest.mark.parametrize(
-    ("more", "name"),
+    "more, name",
     [
         ({"tools": [TOOL]}, "tools"),
         ({"tool_choice": "none"}, "tool_choice"),
@@ -195,7 +195,7 @@ def test_a_detail_that_is_not_kept_is_refused(plain: Running, detail: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
+    "text, error",
     [
         ("!fail invalid", openai.BadRequestError),
         ("!fail too_long", openai.BadRequestError),
@@ -360,7 +360,7 @@ def test_loading_and_unloading_as_vllm_says_it(keyed: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "status"),
+    "body, status",
     [
         ({"lora_name": "acme-ocr", "lora_path": "acme-tone"}, 400),
         ({"lora_name": "mini-1", "lora_path": "acme-tone"}, 400),

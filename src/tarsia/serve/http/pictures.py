@@ -56,6 +56,8 @@ def checked(raw: bytes, media: str, limits: Limits, where: str) -> Seen:
         raise Refusal.invalid("The picture has too many bytes.", where, given=len(raw), allowed=limits.picture)
     try:
         width, height, frames = _HEADERS[MEDIA[media]](raw)
+    except Image.DecompressionBombError:
+        raise Refusal.invalid("The picture has too many pixels.", where, allowed=f"{limits.pixels} in all") from None
     except Exception as error:  # noqa: BLE001 (PIL raises anything for a broken file: SyntaxError, struct.error, ...)
         raise Refusal.invalid(
             "This is no picture of the type that it is said to be.", where, given=f"{media}: {type(error).__name__}"

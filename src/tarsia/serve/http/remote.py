@@ -25,7 +25,6 @@ from tarsia.serve.http.settings import Limits, Remote
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 _PORTS: Final = {"http": 80, "https": 443}
-_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 
@@ -37,17 +36,13 @@ async def look_up(host: str, port: int) -> list[str]:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is anybody's: also what is wrapped in an IPv6 address (mapped, 6to4, Teredo, NAT64)."""
+    """Whether an address is anybody's. IPv6 forms of IPv4 addresses are what they hold; NAT64's are nobody's."""
     if isinstance(address, ipaddress.IPv6Address):
-        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-        if address in _NAT64:
-            inner.append(ipaddress.IPv4Address(address.packed[-4:]))
-        if address.packed[:12] == bytes(12):  # compatible addresses, ::1 and ::
-            return False
-        if any(one is not None and not is_public(one) for one in inner):
-            return False
         if address.ipv4_mapped is not None:
-            return True
+            return is_public(address.ipv4_mapped)
+        inner = [address.sixtofour, *(address.teredo or ())]
+        if address.is_site_local or any(one is not None and not is_public(one) for one in inner):
+            return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
@@ -64,7 +59,13 @@ class Allowed:
         """``host``, ``host:port``, ``10.0.0.7``, ``[::1]:80``. Raises ConfigError for patterns, paths and URLs."""
         try:
             url = httpx.URL(f"http://{text}")
-            if not url.host or str(url.raw_path, "ascii") != "/" or url.userinfo or set(text) & set("*/?#@ \\%"):
+            if (
+                not url.host
+                or str(url.raw_path, "ascii") != "/"
+                or url.userinfo
+                or set(text) & set("*/?#@ \\%")
+                or (url.port or 0) > 65_535
+            ):
                 raise ValueError
         except (ValueError, httpx.InvalidURL):
             raise ConfigError(

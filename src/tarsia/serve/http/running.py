@@ -150,8 +150,13 @@ class Run:
 
     def close(self) -> None:
         """Leave it: the worker is told where it is not over, the seat is free, metrics and log have it."""
-        if self._conversation is not None:
-            self._conversation.close()
+        try:
+            if self._conversation is not None:
+                self._conversation.close()
+        finally:
+            self._tell()
+
+    def _tell(self) -> None:
         started, now = self._started, time.monotonic()
         (self.metrics.queue if started is None else self.metrics.running).dec()
         prompt = 0 if started is None else started.prompt_tokens
