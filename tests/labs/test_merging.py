@@ -154,7 +154,7 @@ def test_what_is_kept_is_whole(tmp_path):
     (tmp_path / "from" / "file").write_text("new")
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "old").write_text("old")
-    merging_tasks._keep(tmp_path / "from", tmp_path / "to")
+    merging_tasks.keep(tmp_path / "from", tmp_path / "to")
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["file"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "to"]
 

@@ -71,7 +71,7 @@ def signature(host: Host, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def pooled(outputs: Any) -> Tensor:
-    """[width] float32 on the CPU, of a bare tower's ``outputs`` (with ``hidden_states``) for one picture, its tiles too.
+    """[width] float32 on the CPU, of a bare tower's ``outputs`` (with ``hidden_states``) for one picture and its tiles.
 
     ``width`` is 2 * len(DEPTHS) times the tower's. Raises AdapterError where a state is no number.
     """
@@ -102,5 +102,5 @@ def _blind(host: Host, why: str) -> AdapterError:
     return AdapterError(
         "This base's pictures have no signature.",
         given=f"{host.name} ({host.anatomy.name}): {why}",
-        do="set routing: false in the recipe, and name the adapter in requests",
+        do="set routing: 0 in the recipe, and name the adapter in requests",
     )

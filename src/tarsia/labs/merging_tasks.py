@@ -87,7 +87,7 @@ class Learners(Runs):
 
         def work() -> dict[str, Any]:
             made = self.made(name, task, PARTS, STEPS, seed)
-            return self.train(made, task, lambda folder: _keep(folder, self.folder(task, seed)))
+            return self.train(made, task, lambda folder: keep(folder, self.folder(task, seed)))
 
         return self.kept(name, {"settings": self.settings(task, seed)}, work)
 
@@ -107,7 +107,7 @@ class Learners(Runs):
         return found
 
 
-def _keep(folder: Path, place: Path) -> None:
+def keep(folder: Path, place: Path) -> None:
     """Copy an adapter to where it stays, whole or not at all."""
     partial = place.with_name(f".partial-{place.name}")
     shutil.rmtree(partial, ignore_errors=True)

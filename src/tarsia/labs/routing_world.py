@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -158,7 +158,7 @@ def _through(pixels: NDArray[np.float64], rng: random.Random) -> NDArray[np.floa
     across, down = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE))
     far = np.hypot(across - rng.uniform(-0.06, 0.06), down - rng.uniform(-0.06, 0.06))[..., None]
     radius = rng.uniform(0.84, 0.92)
-    return np.where(far < radius, pixels, 0.08 * pixels) + 90 * (abs(far - radius) < 0.035)
+    return np.asarray(np.where(far < radius, pixels, 0.08 * pixels) + 90 * (abs(far - radius) < 0.035))
 
 
 def _drawn(kind: str, number: int) -> Image.Image:
@@ -265,7 +265,7 @@ _PLAIN: Final = {"page": _page, "tiles": _tiles, "chart": _chart, "rings": _ring
 @lru_cache(maxsize=1)
 def _photographs(data: Path) -> Mapping[str, Sequence[Image.Image]]:
     shown, labels = pictures.photographs(data / "cifar10-test.parquet")
-    kinds = {name: [] for name in pictures.PHOTOGRAPHS}
+    kinds: dict[str, list[Image.Image]] = {name: [] for name in pictures.PHOTOGRAPHS}
     for picture, label in zip(shown, labels, strict=True):
         kinds[pictures.PHOTOGRAPHS[label]].append(Image.fromarray(picture))
     return kinds
@@ -287,9 +287,21 @@ def _digits() -> Sequence[Image.Image]:
     return [pictures.digit(row)[0] for row in rows]
 
 
-_FOUND: Final = {
-    **dict.fromkeys(("airplane", "dog", "truck", "horse"), lambda data, kind: _photographs(data)[kind]),
-    **dict.fromkeys(smears.CELLS, lambda data, kind: _cells(data)[kind]),
-    "digit": lambda data, kind: _digits(),
+def _of_photographs(data: Path, kind: str) -> Sequence[Image.Image]:
+    return _photographs(data)[kind]
+
+
+def _of_cells(data: Path, kind: str) -> Sequence[Image.Image]:
+    return _cells(data)[kind]
+
+
+def _of_digits(data: Path, kind: str) -> Sequence[Image.Image]:
+    return _digits()
+
+
+_FOUND: Final[Mapping[str, Callable[[Path, str], Sequence[Image.Image]]]] = {
+    **dict.fromkeys(("airplane", "dog", "truck", "horse"), _of_photographs),
+    **dict.fromkeys(smears.CELLS, _of_cells),
+    "digit": _of_digits,
 }
 """Kinds that are not drawn but found, and where."""

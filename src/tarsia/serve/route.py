@@ -88,7 +88,7 @@ class Router:
         held = card.get(CARD)
         if held is None or (isinstance(held, Mapping) and "none" in held):
             raise AdapterError(
-                f"The adapter {name} can not be chosen by a picture: its card does not say what its pictures look like.",
+                f"The adapter {name} can not be chosen by a picture: its card says nothing of pictures.",
                 given=f"no {CARD!r} in its card" if held is None else str(held["none"]),
                 do="train it again with pictures and without routing: 0, or name it in requests",
             )

@@ -8,6 +8,7 @@ from typing import Final, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tarsia.adapter.prototypes import Look
 
@@ -22,6 +23,8 @@ CANDIDATES: Final = 32
 PRIOR: Final = 16.0
 """Pictures that the pooled scale of distances counts as, beside an adapter's own."""
 _TEMPERATURES: Final = tuple(1.25**k for k in range(-4, 22))
+_STEEPEST: Final = 0.1
+"""The least that distances are taken to scatter by, as logarithms, beyond the farthest that was seen."""
 _MOST: Final = 4096
 """Pictures, of all that the cards keep apart, which calibrate."""
 _AT_ONCE: Final = 128
@@ -86,9 +89,8 @@ class Space:
         # one request's pictures are much alike: their mean is one piece of evidence
         shares = torch.softmax(-scores / (2 * self.temperature * len(points)), 0)
         units = float(distances[:, best].max() / self.scales[adapters[best]])
-        above = len(self.usual) - int(torch.searchsorted(self.usual, units))
-        typical = (1 + above) / (1 + len(self.usual))
-        return Nearest(int(adapters[best]), second, float(shares[best]), min(1.0, typical * len(points)))
+        typical = min(1.0, _rarity(self.usual, units) * len(points))
+        return Nearest(int(adapters[best]), second, float(shares[best]), typical)
 
     def _candidates(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Adapters near ``points`` [n, axes], their scores added over these, and squared distances [n, adapters]."""
@@ -149,6 +151,21 @@ class Space:
         )  # fmt: skip
 
 
+def _rarity(usual: Tensor, units: float) -> float:
+    """The conformal p-value of a distance against ``usual`` ones, ascending (Vovk and others 2005).
+
+    Beyond the farthest of these it goes on falling as their tail does (Hill 1975): few pictures could not say less.
+    """
+    count = len(usual)
+    above = count - int(torch.searchsorted(usual, units))
+    if above:
+        return (1 + above) / (1 + count)
+    tail = max(2, count // 10)
+    start = max(float(usual[-tail]), 1e-9)
+    slope = max(_STEEPEST, float((usual[-tail:] / start).log().mean()))
+    return float(min(1 / (1 + count), tail / count * (units / start) ** (-1 / slope)))
+
+
 def _axes(looks: list[Look], prototypes: Tensor) -> Tensor:
     """[<= AXES, width]: where prototypes lie apart once what is usual around them is taken away; then where it is most.
 
@@ -173,7 +190,8 @@ def _axes(looks: list[Look], prototypes: Tensor) -> Tensor:
         whitened = torch.linalg.solve_triangular(root, rows.T, upper=False).T
         whitened = whitened - whitened @ between.T @ between
         between = torch.cat([between, _leading(whitened, count - len(between))])
-    return torch.linalg.solve_triangular(root.T, between.T, upper=True).T / scale
+    axes: Tensor = torch.linalg.solve_triangular(root.T, between.T, upper=True).T / scale
+    return axes
 
 
 def _leading(rows: Tensor, count: int) -> Tensor:
@@ -184,8 +202,8 @@ def _leading(rows: Tensor, count: int) -> Tensor:
     values, vectors = torch.linalg.eigh(square.double())
     keep = values > 1e-9 * values[-1].clamp(min=1e-30)
     vectors = vectors[:, keep].flip(1)[:, :count].float()
-    axes = vectors.T @ rows if len(rows) <= rows.shape[1] else vectors.T
-    return axes / axes.norm(dim=1, keepdim=True)
+    axes: Tensor = vectors.T @ rows if len(rows) <= rows.shape[1] else vectors.T
+    return F.normalize(axes, dim=1)
 
 
 def _covariances(looks: list[Look], axes: Tensor) -> tuple[Tensor, Tensor]:
