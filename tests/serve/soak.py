@@ -49,7 +49,7 @@ KINDS = {
     "lora": ("lora", "language.*.{q,v}; vision.*.{q,v}", {"rank": 4, "alpha": 8.0}, 0.2),
     "wide": ("lora", "language.*.{q,k,v,o}; projector", {"rank": 16, "alpha": 16.0}, 0.08),
     "dora": ("dora", "language.*.{q,v}", {"rank": 4, "alpha": 8.0}, 0.2),
-    "neck": ("houlsby", "language", {"reduction": 4}, 0.1),
+    "neck": ("houlsby", "language", {"reduction": 4}, 0.25),
     "prefix": ("prefix", "language", {"length": 5}, 2.0),
     "projector": ("full", "projector", {}, 0.2),
 }
@@ -424,7 +424,7 @@ def soak(
         for name in called:
             before.publish(name)
         size = max(content.folder.joinpath("adapter_model.safetensors").stat().st_size for content in world.contents)
-        options = ["--precision", "float32", "--loading", "--adapter-memory", str(6 * size)]
+        options = ["--precision", "float32", "--loading", "--adapter-bytes", str(6 * size), "--threads", "1"]
         prepared = time.perf_counter() - began
         with served(library.places.root, out / "soak.log", options) as (process, url):
             one = Soak(world, library, url, process.pid, seconds)
