@@ -185,10 +185,10 @@ CHAPTER: Final = Chapter(
     name="stale",
     title="What a cache of pictures is keyed by",
     question="What does a server answer that keeps encoded pictures and forgets the adapter?",
-    claim="With adapters in the vision tower and encoded pictures kept by the picture alone at most 50 % of the answers "
-    "are right; kept by picture and adapter's name, at most 50 % after the adapters were replaced; kept by the content "
-    f"that pictures pass, 100 % are right, and {ADAPTERS} adapters that leave the tower alone share one encoding of "
-    f"each of {PICTURES} pictures.",
+    claim="With adapters in the vision tower and encoded pictures kept by the picture alone at most 50 % of the "
+    "answers are right; kept by picture and adapter's name, at most 50 % after the adapters were replaced; kept by the "
+    f"content that pictures pass, 100 % are right, and {ADAPTERS} adapters that leave the tower alone share one "
+    f"encoding of each of {PICTURES} pictures.",
     bounds=(
         Bound("right, by the picture, %", "vision: the picture", "right, %", 0, 50),
         Bound("another's, by the picture, %", "vision: the picture", "another adapter's, %", 50, 100),
