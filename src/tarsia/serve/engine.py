@@ -21,15 +21,15 @@ import torch
 
 from tarsia.adapter import Host
 from tarsia.core.errors import ServeError, TarsiaError
+from tarsia.serve import trial
 from tarsia.serve.blocks import Blocks
 from tarsia.serve.front import Front
 from tarsia.serve.line import Line
+from tarsia.serve.read import Reader
 from tarsia.serve.request import Event, Request
 from tarsia.serve.row import Job, Row
 from tarsia.serve.sample import Drawn, draw
 from tarsia.serve.schedule import Queue
-from tarsia.serve.trial import texts as trials
-from tarsia.serve.trial import tried
 from tarsia.serve.voice import Voice
 
 if TYPE_CHECKING:
@@ -55,11 +55,18 @@ class Limits:
 class Engine:
     """The engine of ``host`` with the adapters of ``pages``.
 
-    Its pass is held to the model's own before anything is served: raises ServeError for a base whose answers here
-    would be others.
+    Its pass is held to the model's own before anything is served, with pictures where a ``reader`` can make rows of
+    them: raises ServeError for a base whose answers here would be others. ``difference`` is how far they were apart.
     """
 
-    def __init__(self, host: Host, pages: Pages, limits: Limits | None = None, voice: Voice | None = None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        pages: Pages,
+        limits: Limits | None = None,
+        voice: Voice | None = None,
+        reader: Reader | None = None,
+    ) -> None:
         self.host, self.pages, self.limits = host, pages, limits or Limits()
         self.front = Front(host, pages.board, self.limits.picture_bytes)
         self.line = Line(host, pages.board, self.limits.cache_bytes, self.limits.block)
@@ -71,7 +78,8 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._running: list[Row] = []
         self._counts: Counter[str] = Counter()
-        self.difference = tried(host, self.front, self.line, trials(host))
+        rows = [*trial.texts(host), *(trial.seen(host, reader) if reader is not None else ())]
+        self.difference = trial.tried(host, self.front, self.line, rows)
 
     @property
     def idle(self) -> bool:

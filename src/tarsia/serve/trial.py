@@ -15,8 +15,11 @@ from torch import Tensor
 from tarsia.adapter import Host
 from tarsia.adapter.proof import TOLERANCE
 from tarsia.core.errors import ServeError
+from tarsia.data import PICTURE, Message, Picture, Sample
+from tarsia.evaluate.chat import Chat
 from tarsia.serve.front import Front, Read
 from tarsia.serve.line import Line, Part
+from tarsia.serve.read import Reader
 from tarsia.serve.request import Prompt
 
 _TEXT: Final = 23  # tokens of a row without pictures
@@ -45,7 +48,24 @@ def texts(host: Host) -> list[Trial]:
     return rows
 
 
-def pictures() -> list[bytes]:
+def seen(host: Host, reader: Reader) -> list[Trial]:
+    """A row with one picture and a row with two, as people would ask."""
+    chat, files, rows = Chat(host), _pictures(), []
+    for count in (1, 2):
+        parts = [PICTURE for _ in range(count)]
+        sample = Sample(
+            (Message("user", (*parts, "What is this?")),),
+            tuple(Picture(file, f"picture {i}", "the trial", 0) for i, file in enumerate(files[:count])),
+            "the trial",
+            0,
+        )
+        content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": "What is this?"}]
+        prompt = reader.read([{"role": "user", "content": content}], files[:count])
+        rows.append(Trial(prompt, chat.inputs([sample], [chat.prompt(sample)])))
+    return rows
+
+
+def _pictures() -> list[bytes]:
     """Two pictures of other sizes and other contents, as files."""
     files = []
     for number, (width, height) in enumerate(_SIZES):
