@@ -169,9 +169,16 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def _new_key(name: str) -> int:
+    from pydantic import ValidationError
+
+    from tarsia.core.errors import ConfigError
     from tarsia.serve.http.keys import new_key
 
-    secret, entry = new_key(name, name)
+    try:
+        secret, entry = new_key(name, name)
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"]
+        raise ConfigError("This is no name for a key.", given=f"--new-key {name!r}", allowed=why) from None
     print(f"secret, which nobody can tell again: {secret}")
     print(f"# below keys: in the file of --keys; adapters: ['*'] for all\n{entry}", end="")
     return 0

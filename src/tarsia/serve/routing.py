@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from tarsia.serve.route import CARD, Router
 
 _SECONDS: Final = 1.0  # between looks at whether the library is another than it was
 _SIGNATURES: Final = 1024  # of pictures that are remembered
+_TOLD: Final = 20  # adapters that the log names at once
 _ROUTERS: Final = 16  # sets of adapters that have a router made
 _LOG = logging.getLogger("tarsia.serve.routing")
 
@@ -65,12 +67,15 @@ class Chosen:
         stamp = self._stamps()
         if stamp == self._stamp:
             return False
-        current = {}
+        current, left = {}, dict[str, str]()
         for version in self._library.search():
             if version.hash not in self._looks:
-                self._looks[version.hash] = self._look(version)
+                self._looks[version.hash] = self._look(version, left)
             if (found := self._looks[version.hash]) is not None:
                 current[version.name] = found
+        if left:
+            facts = {"count": len(left), "first": dict(islice(left.items(), _TOLD))}
+            _LOG.info("adapters that are not chosen by pictures", extra={"facts": facts})
         with self._lock:
             known = [*self._routers]
         made = {patterns: self._made(current, patterns) for patterns in (None, *known)}
@@ -87,13 +92,13 @@ class Chosen:
             except (LibraryError, OSError) as error:
                 _LOG.warning("the router could not look at the library: %s", error)
 
-    def _look(self, version: Version) -> Mapping[str, Any] | None:
-        """What a version's card says for the router, None where that is nothing it can use."""
+    def _look(self, version: Version, left: dict[str, str]) -> Mapping[str, Any] | None:
+        """What a version's card says for the router; None where that is nothing it can use, and why in ``left``."""
         try:
             card = read(self._library, version.reference)[1].rest
             Router(self._view).fit_for(version.reference, card)
         except (AdapterError, LibraryError) as error:
-            _LOG.info("%s is not chosen by pictures", version.reference, extra={"facts": {"why": str(error)}})
+            left[version.reference] = error.what
             return None
         return {CARD: card[CARD]}
 
