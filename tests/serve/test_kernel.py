@@ -45,28 +45,8 @@ def here(request: pytest.FixtureRequest, compiled: Path) -> kernel.Kernel:
     return kernel.Kernel(handle, request.param, 0)
 
 
-def bits(scale: float) -> int:
-    return int(torch.tensor(scale).view(torch.int32))
-
-
-def entry(form: Row) -> list[int]:
-    def at(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    if form is None:
-        return [0] * 12
-    if isinstance(form, Thin):
-        rank, half = (0, 0) if form.down is None else (len(form.down), int(form.down.dtype == torch.bfloat16))
-        parts = at(form.gain), at(form.shift), at(form.inner)
-        return [at(form.down), at(form.up), rank, bits(form.scale), *parts, half, 0, 0, 0, 0]
-    biases = at(form.down_bias), at(form.up_bias), at(form.norm), at(form.norm_bias)
-    half, activation = int(form.down.dtype == torch.bfloat16), ACTIVATIONS.index(form.activation)
-    parts = at(form.down), at(form.up), len(form.down), bits(form.scale), *biases
-    return [*parts, half, activation, int(form.of_input), 0]
-
-
 def entries(forms: list[Row]) -> Tensor:
-    return torch.tensor([entry(form) for form in forms], dtype=torch.int64).view(-1, 12)
+    return torch.tensor([form.entry() if form else [0] * 12 for form in forms], dtype=torch.int64).view(-1, 12)
 
 
 @dataclass
@@ -92,6 +72,7 @@ def thin(draw: Drawn, rank: int, within: int, out: int, dtype: torch.dtype) -> T
 
 
 def neck(draw: Drawn, rank: int, width: int, dtype: torch.dtype, activation: str, of_input: bool) -> Neck:
+    """Of a stream ``width`` wide, as its input is where the neck reads that."""
     down, up = draw(rank, width, dtype=dtype, by=width**-0.5), draw(width, rank, dtype=dtype, by=rank**-0.5)
     norm, norm_bias = draw.maybe(width, dtype=dtype), draw(width, dtype=dtype)
     biases = draw.maybe(rank, dtype=dtype), draw.maybe(width, dtype=dtype)
@@ -134,7 +115,8 @@ def lines(draw: st.DrawFn) -> Line:
         else:
             forms.append(thin(drawn, rank, within, out, held))
     total = sum(counts)
-    x, y = drawn(total, out if is_neck else within, dtype=dtype), drawn(total, out, dtype=dtype)
+    reads = any(isinstance(form, Neck) and form.of_input for form in forms)
+    x, y = drawn(total, out if reads else within, dtype=dtype), drawn(total, out, dtype=dtype)
     starts = torch.tensor([0, *counts]).cumsum(0).int()
     return Line(x, y, starts, forms)
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Kernel:
         return y
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W' + b for a line x [tokens, in] and a ``weight`` [out, in]: for few tokens, which read it from memory once.
+        """x W' + b for a line x [tokens, in] and a ``weight`` [out, in], which is read from memory once: for few tokens.
 
         For processors that only emulate bfloat16, as torch does there slowly. Sums are float32, rounded once.
         """
@@ -210,7 +211,9 @@ def grouped(x: Tensor, y: Tensor, starts: Tensor, forms: Sequence[Row], entries:
     Row i has the tokens ``starts[i]`` to ``starts[i + 1] - 1`` (int32 [rows + 1]); ``entries`` int64 [rows, 12] says
     the forms again as the kernels read them. x carries a form's ``inner`` already.
     """
-    if (kernel := library()) is not None and x.dtype in _DTYPES and not x.is_cuda:
+    if x.is_cuda and (triton := kernels()) is not None:
+        return triton.grouped(x, y, starts, forms, entries)  # type: ignore[no-any-return]
+    if not x.is_cuda and (kernel := library()) is not None and x.dtype in _DTYPES:
         return kernel.grouped(x, y, starts, forms, entries)
     return reference.grouped(x, y, starts, forms)
 
@@ -219,7 +222,9 @@ def inner(x: Tensor, starts: Tensor, forms: Sequence[Row], entries: Tensor) -> T
     """``x`` [T, in] with the tokens of rows whose form has an ``inner`` scaled by it: a copy where any has, else x."""
     if not any(type(form) is Thin and form.inner is not None for form in forms):
         return x
-    if (kernel := library()) is not None and x.dtype in _DTYPES and not x.is_cuda:
+    if x.is_cuda and (triton := kernels()) is not None:
+        return triton.inner(x, starts, forms)  # type: ignore[no-any-return]
+    if not x.is_cuda and (kernel := library()) is not None and x.dtype in _DTYPES:
         return kernel.inner(x, starts, forms, entries)
     return reference.inner(x, starts, forms)
 
@@ -236,14 +241,16 @@ def attend(  # noqa: PLR0913
     softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of a line's rows over their own cached positions, [T, heads, dim]: see `reference.attend`."""
-    if (kernel := library()) is not None and q.dtype in _DTYPES and not q.is_cuda:
+    if q.is_cuda and (triton := kernels()) is not None:
+        return triton.attend(q, keys, values, tables, starts, before, scale, window, softcap)  # type: ignore[no-any-return]
+    if not q.is_cuda and (kernel := library()) is not None and q.dtype in _DTYPES:
         return kernel.attend(q, keys, values, tables, starts, before, scale, window, softcap)
     return reference.attend(q, keys, values, tables, starts, before, scale, window, softcap)
 
 
 def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write the line's ``k`` and ``v`` [T, kv heads, dim] to flat ``slots`` int64 [T] of the pools."""
-    if (kernel := library()) is not None and not k.is_cuda:
+    if not k.is_cuda and (kernel := library()) is not None:
         kernel.store(k, v, keys, values, slots)
     else:
         reference.store(k, v, keys, values, slots)
@@ -256,6 +263,19 @@ def library() -> Kernel | None:
     if status.do is not None:
         logging.getLogger(__name__).warning("serving: %s; to do: %s", status.text, status.do)
     return kernel
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """Triton's kernels (`serve.gpu`), or None where the reference runs on a GPU; why is in the log."""
+    if os.environ.get(INTERFACE.variable, "") == "reference":
+        return None
+    try:
+        from tarsia.serve import gpu
+    except ImportError as error:
+        logging.getLogger(__name__).warning("serving: on a GPU the slow reference, for there is no Triton (%s)", error)
+        return None
+    return gpu
 
 
 def status() -> Status:

@@ -57,8 +57,8 @@ static int adapter_of(const int64_t *entry, int kind, tarsia_serve_block *b) {
         b->down_bias = address(entry[4]), b->up_bias = address(entry[5]);
         b->norm = address(entry[6]), b->norm_bias = address(entry[7]);
         b->activation = (int)entry[9], b->of_input = (int)entry[10];
+        if (!b->of_input) b->in = b->out;
         if (b->rank <= 0 || b->activation < 0 || b->activation > 3 || !b->norm != !b->norm_bias) return 0;
-        if (b->in != b->out) return 0;
     } else b->gain = address(entry[4]), b->shift = address(entry[5]);
     if (dtype != TARSIA4_FLOAT32 && dtype != TARSIA4_BFLOAT16) return 0;
     return b->rank >= 0 && (!b->rank || (b->down && b->up));
@@ -94,7 +94,9 @@ static tarsia_serve_block block_of(const job *all, const unit *u) {
     return b;
 }
 
-static int64_t arranged_room(const job *all, int64_t count) { return (count + 1) * padded(all->x.n); }
+static int64_t arranged_room(const job *all, int64_t count) {
+    return (count + 1) * padded(all->x.n > all->y.n ? all->x.n : all->y.n);
+}
 
 /* Whole units, each with both of its products: nobody waits for anybody. */
 static void whole(void *data, int64_t first, int64_t last) {
