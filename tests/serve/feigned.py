@@ -37,8 +37,15 @@ class Feigned:
         return {"object": "list", "data": [base, *({"id": name, "parent": "base"} for name in self.models)]}
 
     async def metrics(self) -> Any:
-        lines = [f"hits_total {len(self.asked)}", 'by_total{adapter="a"} 7', "# HELP x", "now 3", "old_total 5"]
-        return PlainTextResponse("\n".join(lines))
+        asked = len(self.asked)
+        lines = [
+            "# TYPE hits counter", f"hits_total {asked}", "# TYPE now gauge", f"now {asked}",
+            "# TYPE by counter",
+            f'by_total{{adapter="a",kind="x"}} {asked}',
+            f'by_total{{adapter="b",kind="x"}} {asked}',
+            "# TYPE old counter", "old_total 5",
+        ]  # fmt: skip
+        return PlainTextResponse("\n".join([*lines, ""]))
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()

@@ -219,6 +219,7 @@ class Soak:
         self.errors: Counter[str] = Counter()
         self.faults: list[str] = []
         self.kills: list[float] = []
+        self.back: list[float] = []
         self.memory: list[tuple[float, int, int, int]] = []
         self.next: dict[str, int] = {}
 
@@ -297,6 +298,8 @@ class Soak:
                 continue
             answered = await client.ask(question)
             self.judge(question, answered, base, began, self.now())
+            if answered.error.startswith(("503", "429")):
+                await asyncio.sleep(0.25)  # as it is told to come again
 
     async def leave(self, client: Client, question: Question, after: float) -> None:
         """Ask, and leave in the middle."""
@@ -333,6 +336,8 @@ class Soak:
             self.counts["not compared"] += 1  # the adapter alone answers this one without being clear
             return
         self.counts["compared"] += 1
+        if self.kills and len(self.back) < len(self.kills) and began > self.kills[-1]:
+            self.back.append(round(ended - self.kills[-1], 1))
         self.answered[by] += 1
         if answered.text != allowed[0][key]:
             self.counts["wrong"] += 1
@@ -450,6 +455,7 @@ def soak(
             "answered by": dict(one.answered),
             "errors": dict(one.errors),
             "kills at": [round(kill, 1) for kill in one.kills],
+            "answers again after, s": one.back,
             "grown by %": growth,
             "counted by the server": one.metrics,
             "faults": one.faults,

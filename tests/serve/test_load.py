@@ -229,6 +229,10 @@ def test_what_flows_over_time_is_all_that_was_told() -> None:
     assert tokens[0] == 0 and running[5] == pytest.approx(2.0)
 
 
+def counted(page: str) -> str:
+    return page.partition("What the server counted")[2]
+
+
 def bench(capsys, *options):
     code = cli.main(["bench", "serve", *map(str, options)])
     said = capsys.readouterr()
@@ -245,7 +249,8 @@ def test_the_command_reports(feigned, capsys, tmp_path) -> None:
     assert {body["model"] for body in made.asked} <= set(NAMES[:10])
     assert {body["max_tokens"] for body in made.asked} == {9} and {body["temperature"] for body in made.asked} == {0}
     held = page.read_text(encoding="utf8")
-    assert "hits_total" in held and "by_total" not in held and "old_total" not in held
+    assert '<td class="text">by_total kind=x</td><td>60</td>' in held.replace("\n", "")
+    assert "hits_total" in held and "now" not in counted(held) and "old_total" not in held
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[a-z]+:""", held)
     assert "<script" not in held and list(tmp_path.iterdir()) == [page]
     picture = base64.b64decode(held.partition("data:image/svg+xml;base64,")[2].partition('"')[0])

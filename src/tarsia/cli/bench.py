@@ -98,7 +98,9 @@ async def _loaded(args: argparse.Namespace, limits: Limits) -> Told:
         show("")
         await client.close()
     grown = {
-        name: value - before.get(name, 0.0) for name, value in after.items() if name.endswith(("_total", "_count"))
+        name: value - before.get(name, 0.0)
+        for name, value in after.items()
+        if name.partition(" ")[0].endswith(("_total", "_count"))
     }
     server = {name: value for name, value in sorted(grown.items()) if value}
     return Told(args.url, when, mix, limits, figures(answered, checked, wrong), answered, server)

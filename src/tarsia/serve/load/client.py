@@ -10,6 +10,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from tarsia.core.errors import ConfigError, ServeError
 from tarsia.serve.load.asked import Question, body
@@ -111,12 +112,15 @@ class Client:
         return listed
 
     async def metrics(self) -> dict[str, float]:
-        """The server's counters that are not of one adapter, by name; {} where it has none to show."""
+        """The server's own numbers (see `counters`); {} where it shows none."""
         try:
             said = await self.held.get("/metrics")
         except httpx.TransportError:
             return {}
-        return counters(said.text) if said.status_code == 200 else {}
+        try:
+            return counters(said.text) if said.status_code == 200 else {}
+        except ValueError:
+            return {}
 
     async def ask(self, question: Question) -> Answered:
         """Ask, and read the answer to its end. Whatever fails is told in what this gives; nothing is raised for it."""
@@ -222,14 +226,14 @@ class _Stream:
 
 
 def counters(text: str) -> dict[str, float]:
-    """Prometheus' numbers by name, summed over labels; none with a label ``adapter``, ``le`` or ``quantile``."""
+    """Prometheus' numbers by name and labels, summed over adapters; no buckets. Raises ValueError for another text."""
     found: dict[str, float] = {}
-    for line in text.splitlines():
-        name, _, value = line.rpartition(" ")
-        if line.startswith("#") or not name or any(f'{label}="' in name for label in ("adapter", "le", "quantile")):
-            continue
-        try:
-            found[name.partition("{")[0]] = found.get(name.partition("{")[0], 0.0) + float(value)
-        except ValueError:
-            continue
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = {name: value for name, value in sorted(sample.labels.items()) if name != "adapter"}
+            if sample.name.endswith("_created") or labels.keys() & {"le", "quantile"}:
+                continue
+            told = ",".join(f"{name}={value}" for name, value in labels.items())
+            key = f"{sample.name} {told}".strip()
+            found[key] = found.get(key, 0.0) + sample.value
     return found
