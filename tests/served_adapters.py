@@ -45,6 +45,12 @@ def bare(family: str = "llava") -> Host:
     return Host.of(FAMILIES[family].build()[0])
 
 
+@cache
+def workshop(family: str = "llava") -> Host:
+    """The same model, another object: adapters are made with it while others are served."""
+    return Host.of(FAMILIES[family].build()[0])
+
+
 def adapter(host: Host, method: str, seed: int = 0, *, proven: Any = None, **options: Any) -> Adapter:
     """An adapter of one method, moved away from the base; ``proven`` is the batch that its probe is made with."""
     select, usual = OPTIONS.get(method, ("*", {}))

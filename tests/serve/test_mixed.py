@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -11,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from served_adapters import OPTIONS, adapter, bare, logits
+from served_adapters import OPTIONS, adapter, bare, logits, workshop
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -22,11 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from tarsia.adapter import Adapter
 from tarsia.adapter.value import put
 from tarsia.core import lead
-from tarsia.core.attach import attach, Part, detach, slots
-from tarsia.core.errors import AttachError, RouteError, ServeError, TarsiaError
+from tarsia.core.attach import detach, slots
 from tarsia.core.site import Component, Kind
-from tarsia.methods.lora import LoRAConfig
-from tarsia.serve.forms import Neck, Odd, Thin, Whole
 from tarsia.serve.mixed import Board
 from tarsia.serve.page import Page, page
 
@@ -42,7 +36,7 @@ def made(family: str) -> dict[str, Adapter]:
 def value(family: str, method: str) -> Adapter | None:
     if method.startswith("vpt") and family in TOWERS_IN_ONE:
         return None  # these towers have all pictures in one sequence
-    return adapter(bare(family), method)
+    return adapter(workshop(family), method)
 
 
 @pytest.mark.parametrize("family", SIX)

@@ -92,10 +92,11 @@ class Odd:
 Form = Thin | Neck | Whole | Odd
 
 
-def forms(host: Host, adapter: Adapter) -> dict[str, Form]:
+def forms(host: Host, adapter: Adapter, fitting: set[Hashable] | None = None) -> dict[str, Form]:
     """Every patch of the adapter as a form, by the path of its site, or of a second place of the site's tensor.
 
-    Nothing is copied that can act as it lies in the file. Raises AdapterError where a patch does not fit the base or a
+    Nothing is copied that can act as it lies in the file. ``fitting`` remembers what was found to have the shape of the
+    base, from one adapter to the next. Raises AdapterError where a patch does not fit the base or a
     tensor would not act, and ServeError (refused) for what can not act in a line of several adapters' rows.
     """
     sites = {site.path: site for site in host.sites}
@@ -106,7 +107,7 @@ def forms(host: Host, adapter: Adapter) -> dict[str, Form]:
             given=", ".join(absent[:3]) or "no patch",
             do="open the base that the adapter was trained on",
         )
-    fitting: set[Hashable] = set()
+    fitting = set() if fitting is None else fitting
     made: dict[str, Form] = {}
     with torch.no_grad():
         for path, patched in adapter.patches.items():

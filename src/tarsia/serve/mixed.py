@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +39,7 @@ class Board:
             raise AttachError("The base that is to be served has adapters of its own.", do="detach them first")
         self.host = host
         self.here: Alone | Line | None = None
+        self.fitting: set[Hashable] = set()
         self._sites = {site.path: site for site in host.sites}
         self._places: dict[str, Mixed] = {}
         self._tables: dict[tuple[int, ...], Table] = {}
@@ -98,10 +99,10 @@ class Board:
         install(self.host.model, [(site, self._patch(site)) for site in order], name=NAME, more=True)
         self._tables.clear()
 
-    @property
-    def places(self) -> int:
-        """How many patches there are."""
-        return len(self._places)
+    def with_these(self, paths: Iterable[str]) -> int:
+        """How many patches there are once these sites have some."""
+        fresh = [self._sites[path] for path in paths if path not in self._places and path in self._sites]
+        return len(self._places) + len(fresh) + sum(len(site.tied) for site in fresh)
 
     def _patch(self, site: Site) -> Mixed:
         self._places[site.path] = made = Mixed(self, site, len(self._places))

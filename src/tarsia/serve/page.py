@@ -51,7 +51,7 @@ def page(board: Board, name: str, adapter: Adapter, digest: bytes) -> Page:
 
     Raises AdapterError and ServeError as `forms` does.
     """
-    made = forms(board.host, adapter)
+    made = forms(board.host, adapter, board.fitting)
     found = Page(name, digest, made, torch.empty(0), front(board.host, adapter), adapter.card, 0)
     complete(board, found)
     return found
@@ -97,7 +97,7 @@ def foreseen(board: Board, adapter: Adapter) -> int:
     for path, patched in adapter.patches.items():
         own = sum(tensor.nbytes for tensor in patched.tensors.values())
         count += own + (_beside(board.host, sites[path], patched, own) if path in sites else 0)
-    return count + 8 * COLUMNS * (board.places + 2 * len(adapter.patches))
+    return count + 8 * COLUMNS * board.with_these(adapter.patches)
 
 
 def _beside(host: Host, site: Site, patched: Patched, own: int) -> int:
@@ -140,7 +140,8 @@ def _lead_bytes(host: Host, site: Site, patched: Patched) -> int:
 
 
 def _width(host: Host) -> int:
-    return max(p.dtype.itemsize for p in host.model.parameters() if p.is_floating_point())
+    weight: Tensor = host.model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight.dtype.itemsize
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def lead(board: Board, page: Page) -> Pairs:
         decoder = Decoder(module, site, slot.below, lambda name: None, lambda parts: nullcontext())
         with board.alone(page):
             pairs = form.patch(lambda x, before: decoder.read((), x, before), ())
-        like = next(p for p in model.parameters() if p.is_floating_point())
+        like = model.get_input_embeddings().weight  # type: ignore[operator]
         return tuple((keys.to(like), values.to(like)) for keys, values in pairs)
     return ()
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
 
 from tarsia.adapter import Adapter, Host
 from tarsia.adapter.proof import prove
 from tarsia.adapter.value import belongs
 from tarsia.core.errors import ServeError, TarsiaError
 from tarsia.library import Library
+from tarsia.library.opening import settled, stamp
 from tarsia.serve import wire
 from tarsia.serve.arrivals import Fetcher, Shelf, Version, fetch
 from tarsia.serve.mixed import Board
+from tarsia.serve.moulds import Kept, Moulds, again, in_memory, keep, read, refetched
 from tarsia.serve.page import Page, foreseen, page
 from tarsia.serve.tiers import Tier
 
@@ -22,6 +30,8 @@ __all__ = ["Page", "Pages", "Ticket", "Version"]
 
 _REFUSED: Final = 1024
 """Versions whose refusal is remembered: nobody makes the server prove the same broken adapter again and again."""
+_REMEMBERED: Final = 16 << 20
+"""Bytes of what is remembered of pages that are not here, at least; an eighth of the budget where that is more."""
 GIB: Final = 1 << 30
 
 
@@ -42,14 +52,33 @@ class Ticket:
             self._release(self)
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An adapter whose files were looked at. ``said`` is what the system says of them; None: it may change its mind."""
+
+    adapter: Adapter
+    digest: bytes
+    folder: Path | None = None
+    files: tuple[str, ...] = ()
+    said: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Warm:
+    """The bytes of a page that was here before."""
+
+    kept: Kept
+    whole: Tensor
+
+
 @dataclass(eq=False)
 class _Coming:
     """An adapter that is on its way, and who waits for it."""
 
     version: Version
+    kept: Kept | None
     tickets: list[Ticket] = field(default_factory=list)
-    adapter: Adapter | None = None
-    digest: bytes = b""
+    found: Found | Warm | None = None
     bytes: int = 0
 
     @property
@@ -80,7 +109,8 @@ class Pages:
         self._coming: OrderedDict[Version, _Coming] = OrderedDict()
         self._refused: OrderedDict[Version, TarsiaError] = OrderedDict()
         self._proved: dict[bytes, str] = {}
-        self._fetcher = Fetcher(lambda version: fetch(host, library, version))
+        self._moulds = Moulds(max(budget // 8, _REMEMBERED))
+        self._fetcher = Fetcher(self._fetched)
         self.loads = self.proofs = self.refusals = 0
 
     def resolve(self, reference: str) -> Version:
@@ -102,53 +132,81 @@ class Pages:
         else:
             coming = self._coming.get(version)
             if coming is None:
-                coming = self._coming[version] = _Coming(version)
-                self._fetcher.ask(version)
-            coming.tickets.append(ticket)
+                coming = self._coming[version] = _Coming(version, self._moulds.get(version.digest))
+                coming.tickets.append(ticket)
+                self._begin(coming)
+            else:
+                coming.tickets.append(ticket)
         return ticket
+
+    @torch.inference_mode(False)
+    def _begin(self, coming: _Coming) -> None:
+        """Have it fetched; what was here before and lies in memory needs nobody to wait for it."""
+        whole = None if coming.kept is None else refetched(coming.kept)
+        if coming.kept is None or whole is None or not in_memory(whole):
+            self._fetcher.ask(coming)
+            return
+        coming.found = Warm(coming.kept, whole)
+        if all(other is coming or other.found is None for other in self._coming.values()):
+            self._taken_in(coming, coming.found)
 
     def _released(self, ticket: Ticket) -> None:
         if ticket.page is not None:
             self._tier.release(ticket.version)
             ticket.page = None
 
+    def _fetched(self, coming: _Coming) -> Found | Warm:
+        """The work with files: on the thread that fetches."""
+        version, kept = coming.version, coming.kept
+        if kept is not None and (whole := refetched(kept)) is not None:
+            read(whole)
+            return Warm(kept, whole)
+        folder = (
+            None
+            if self.library is None or version.folder is not None
+            else self.library.places.object(version.digest.hex())
+        )
+        if folder is None:
+            return Found(*fetch(self.host, self.library, version))
+        files = tuple(sorted(os.listdir(folder))) if folder.is_dir() else ()
+        said = stamp(folder, files)
+        adapter, digest = fetch(self.host, self.library, version)
+        lasting = said == stamp(folder, files) and settled(folder, files)
+        return Found(adapter, digest, folder, files, said if lasting else None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def pump(self) -> None:
         """Take in what has come: make room, make its page, prove it. One proof a call, so that rows go on meanwhile."""
-        for version, found in self._fetcher.taken():
-            coming = self._coming[version]
+        for coming, found in self._fetcher.taken():
             if isinstance(found, TarsiaError):
                 self._refuse(coming, found, lasting=False)
             else:
-                coming.adapter, coming.digest = found
+                coming.found = found
         for coming in [*self._coming.values()]:
-            if not coming.wanted and coming.adapter is not None:
+            if coming.found is None:
+                continue
+            if not coming.wanted:
                 del self._coming[coming.version]
-            elif coming.adapter is not None:
-                known = coming.digest in self._proved
-                if not self._taken_in(coming, coming.adapter) or not known:
-                    return
+            elif not self._taken_in(coming, coming.found) or isinstance(coming.found, Found):
+                return
 
-    def _taken_in(self, coming: _Coming, adapter: Adapter) -> bool:
+    def _taken_in(self, coming: _Coming, found: Found | Warm) -> bool:
         """Make and prove a page; False where there is no room for it yet."""
         try:
-            belongs(self.host, adapter)
-            coming.bytes = coming.bytes or foreseen(self.board, adapter)
-            if coming.bytes > self._tier.budget:
-                raise ServeError(
-                    "refused",
-                    "The adapter is larger than all that there is for adapters.",
-                    given=f"{coming.version.name}: {coming.bytes:,} bytes",
-                    allowed=f"{self._tier.budget:,}",
-                    do="give the server more memory for adapters",
-                )
+            if isinstance(found, Found):
+                belongs(self.host, found.adapter)
+                coming.bytes = coming.bytes or foreseen(self.board, found.adapter)
+            else:
+                coming.bytes = found.kept.page["bytes"]
+            self._check_size(coming)
             if not self._tier.reserve(coming.version, coming.bytes):
                 return False
         except TarsiaError as error:
             self._refuse(coming, error)
             return True
         try:
-            made = page(self.board, coming.version.name, adapter, coming.digest)
-            made.version, made.unproved = coming.version.number, self._prove(made, adapter)
+            made = self._made(coming.version, found)
             self._tier.put(coming.version, made, made.bytes)
         except BaseException as error:
             self._tier.take(coming.version)
@@ -164,6 +222,29 @@ class Pages:
                 ticket.page = made
         self._tier.release(coming.version)  # the pin of the making
         return True
+
+    def _check_size(self, coming: _Coming) -> None:
+        if coming.bytes > self._tier.budget:
+            raise ServeError(
+                "refused",
+                "The adapter is larger than all that there is for adapters.",
+                given=f"{coming.version.name}: {coming.bytes:,} bytes",
+                allowed=f"{self._tier.budget:,}",
+                do="give the server more memory for adapters",
+            )
+
+    def _made(self, version: Version, found: Found | Warm) -> Page:
+        if isinstance(found, Warm):
+            made = again(found.kept, found.whole)
+            made.name, made.version = version.name, version.number
+            return made
+        made = page(self.board, version.name, found.adapter, found.digest)
+        made.version, made.unproved = version.number, self._prove(made, found.adapter)
+        if found.said is not None and found.folder is not None:
+            kept = keep(made, found.adapter, found.folder, found.files, found.said)
+            if kept is not None:
+                self._moulds.add(found.digest, kept)
+        return made
 
     def _prove(self, made: Page, adapter: Adapter) -> str:
         """Hold the page to what the adapter gave when it was saved; why it can not be, or "". Raises AdapterError."""
@@ -265,11 +346,12 @@ class Pages:
         self.board.remove()
 
 
-def waited(pages: Pages, ticket: Ticket, pause: Callable[[], Any] = lambda: None) -> Page:
+def waited(pages: Pages, ticket: Ticket) -> Page:
     """Pump until the ticket's page is here. Raises the error of its refusal."""
     while ticket.page is None:
         if ticket.error is not None:
             raise ticket.error
         pages.pump()
-        pause()
+        if ticket.page is None:
+            time.sleep(0.0002)
     return ticket.page
