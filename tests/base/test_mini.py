@@ -77,6 +77,7 @@ def test_an_installation_without_it_says_so(tmp_path, monkeypatch):
         base.resolve("mini-1")
 
 
+@pytest.mark.slow
 def test_it_answers_without_tarsia(tmp_path):
     """A process that has only Transformers: 64 image tokens a picture, as many parameters as the card says."""
     _, said, (shown,) = next(sources.digits(1, "held-out"))

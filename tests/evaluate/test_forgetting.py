@@ -342,6 +342,7 @@ def test_an_idle_adapter_is_named(tarsia: Any) -> None:
     assert err == "tarsia: warning: the adapter changes nothing on the general rows"
 
 
+@pytest.mark.slow
 def test_stages_of_adapters(tarsia: Any) -> None:
     words = ("--task", "two=pets.jsonl", "--general", "vehicles=cars.jsonl", "--json")
     two = ("forgetting", "base", "--adapter", "weak", "--adapter", "strong", "--task", "belt.jsonl", *words)

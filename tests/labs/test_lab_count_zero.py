@@ -87,6 +87,7 @@ def test_narrow_keys_that_are_taken_for_wide_fail(desk, monkeypatch):
     assert failed(count, count.real(desk)[0]) == ["smallest factor of 7 billion: a k of Qwen2.5-VL"]
 
 
+@pytest.mark.slow
 def test_zero_holds(desk, few):
     rows = zero.measure(desk).rows
     assert set(failed(zero, rows)) <= {"loss of the last steps, infrared, times"}, "5 steps are few"

@@ -148,6 +148,7 @@ def tiny(tmp_path, monkeypatch):
     return Desk(tmp_path / "work", {"data": tmp_path}, lambda share, what: None)
 
 
+@pytest.mark.slow
 def test_the_desk_goes_from_rates_to_results_and_does_nothing_twice(tiny, monkeypatch):
     found = CHAPTER.measure(tiny)
     assert found.rows["mini-1: infrared"]["rows"] == 4

@@ -30,6 +30,7 @@ def test_what_a_rank_does_not_hold() -> None:
             assert left.tolist() == pytest.approx([float(w) for w in wanted], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_it_runs_on_mini_1_alone(tmp_path, monkeypatch):
     found = measured(tmp_path, monkeypatch)
     assert set(verdicts(found).values()) == {"PASS", "not measured"}

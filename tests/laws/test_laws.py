@@ -16,8 +16,18 @@ from tarsia.core.method import METHODS
 from tarsia.core.site import Role
 
 TEXT_ONLY = {"law_model_compiles"}  # a whole vision-language model has graph breaks of its own
+COMPILED = {("text", "lora"), ("text", "dora"), ("text", "ia3"), ("packed", "loftq")}
+"""Where compiling is tried in the quick suite: it takes longest of all laws."""
+
+
+def _marks(law: str, world: str, method: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if law in TEXT_ONLY and (world, method) not in COMPILED else []
+
+
 CASES = [
-    pytest.param(law, world, method, id=f"{name.removeprefix('law_')}-{world}-{method}")
+    pytest.param(
+        law, world, method, id=f"{name.removeprefix('law_')}-{world}-{method}", marks=_marks(name, world, method)
+    )
     for name, law in laws.LAWS.items()
     for world in ("text", "packed", "pictures", "experts")
     for method in sorted(METHODS)

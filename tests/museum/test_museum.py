@@ -14,7 +14,10 @@ SAME = f"Seen with {page.versions()}," in TEXT
 """Whether the peers are of the versions that the page speaks of: others may do otherwise."""
 
 
-@pytest.mark.parametrize("key", FAULTS)
+LONG = {"damaged_checkpoint", "other_rows", "other_recipe"}
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow if key in LONG else ()) for key in FAULTS])
 def test_fault(key, tmp_path):
     found, written = page.see(FAULTS[key], tmp_path), page.kept(TEXT, FAULTS[key])
     again = "run `PYTHONPATH=src:tests:. python -m museum.page` and look at what has changed"

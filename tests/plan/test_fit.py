@@ -188,6 +188,7 @@ def test_yaml_keeps_every_text_a_text(as_it_is: Found, name: str) -> None:
     assert as_yaml(named, 1, "").count("date") == 1  # it raises where the text is read as something else
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_smallest_is_said_and_what_takes_it(values: dict[str, Any]) -> None:
     nothing = search(values | {"batch": 1}, 100_000)
     assert nothing.proposals == ()

@@ -182,6 +182,7 @@ def test_every_family_opens_and_sees_its_pictures(family, tmp_path):
     assert (batch.labels >= 0).any()
 
 
+@pytest.mark.slow
 def test_one_configuration_runs(drawn, tmp_path):
     least = min(drawn, key=lambda found: found.work * ("four_bits" in found.recipe or 3))
     line = runner.run(least.seed, tmp_path / "one")

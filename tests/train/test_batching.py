@@ -184,6 +184,7 @@ def test_rows_without_a_picture_beside_rows_with_one(name, tmp_path, monkeypatch
     assert len([event for event in events if isinstance(event, Step)]) == 6
 
 
+@pytest.mark.slow
 def test_packed_with_recomputed_activations_and_kept_features(values, tmp_path):
     """The other ways to spend less, together with packing: still the plain curve."""
     language = [part for part in values["parts"] if part["select"].startswith("language")]

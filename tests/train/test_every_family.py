@@ -43,7 +43,10 @@ def encoder(family, config):
     return Made
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("llava", "qwen2_5_vl", "idefics3", "gemma3", "mllama")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES])
 def test_a_run_on_every_family(name, rows, tmp_path, monkeypatch):
     family = FAMILIES[name]
     curves = []

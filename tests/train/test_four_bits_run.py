@@ -132,7 +132,7 @@ def test_full_training_of_a_weight_in_4_bits_is_refused(world, tmp_path):
     assert len(small.curve(small.run(values | {"parts": parts}))) == 8
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{"checkpointing": True}, {"batching": "packed"}, {"batching": "grouped"}])
 def test_it_goes_together_with_the_rest(precision, options, world, tmp_path):
     parts = [{key: value for key, value in part.items() if key != "dropout"} for part in world["parts"]]
