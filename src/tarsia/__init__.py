@@ -1,5 +1,5 @@
 """Tarsia: small trained pieces, inlaid into a frozen vision-language model."""
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 __all__ = ["__version__"]
