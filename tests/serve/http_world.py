@@ -69,6 +69,7 @@ class Fake:
         self.open: set[str] = set()
         self.cancelled: list[str] = []
         self.aliases: dict[str, str] = {}
+        self.loaded: list[str] = []
         self.chosen: str | None = "acme-ocr"
         self.running: dict[str, asyncio.Task[None]] = {}
 
@@ -161,6 +162,7 @@ class Fake:
         if source.startswith("broken"):
             raise ServeError("refused", "The adapter's outputs are not those of the day it was saved.")
         self.aliases[name] = source
+        self.loaded.append(source)
         return wire.Model(name=name, version=None, hash=HASH, source=source)
 
     async def unload(self, name: str) -> None:

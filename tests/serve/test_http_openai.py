@@ -186,6 +186,12 @@ def test_nothing_is_left_out_silently(plain: Running, more: dict[str, Any], name
     assert len(plain.fake.asked) == before
 
 
+def test_a_query_is_not_left_out_silently(plain: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match="after"):
+        ask(plain, extra_query={"api-version": "1"})
+    assert httpx.get(f"{plain.url}/v1/models?limit=1").status_code == 400
+
+
 @pytest.mark.parametrize("detail", ["low", "high"])
 def test_a_detail_that_is_not_kept_is_refused(plain: Running, detail: str) -> None:
     body = picture_chat(data_url())

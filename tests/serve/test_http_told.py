@@ -158,7 +158,9 @@ def test_without_a_document() -> None:
 
 
 def test_this_process_has_no_torch() -> None:
-    code = "import sys, tarsia.serve.http.app, tarsia.serve.http.listen; print({'torch', 'transformers'} & {*sys.modules})"
+    code = (
+        "import sys, tarsia.serve.http.app, tarsia.serve.http.listen\nprint({'torch', 'transformers'} & {*sys.modules})"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "set()"
 

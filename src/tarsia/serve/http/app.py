@@ -123,8 +123,15 @@ def app(service: Service, settings: Settings, journal: Journal | None = None) ->
     if settings.docs:
         told = document(inner)
         shown_page = page(told)
-        inner.add_api_route("/openapi.json", lambda: JSONResponse(told), include_in_schema=False)
-        inner.add_api_route("/docs", lambda: HTMLResponse(shown_page), include_in_schema=False)
+
+        async def openapi() -> Response:
+            return JSONResponse(told)
+
+        async def docs() -> Response:
+            return HTMLResponse(shown_page)
+
+        inner.add_api_route("/openapi.json", openapi, include_in_schema=False)
+        inner.add_api_route("/docs", docs, include_in_schema=False)
     return Gate(inner, settings, server.admission, server.metrics, server.journal)
 
 

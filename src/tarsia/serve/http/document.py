@@ -34,6 +34,9 @@ def document(app: FastAPI) -> dict[str, Any]:
         for operation in operations.values():
             operation["security"] = [] if path in OPEN else [{"key": []}]
             operation["responses"].pop("422", None)
+            for status, answer in operation["responses"].items():
+                if status != "200":  # FastAPI takes them to be of the type of the answer that is none of these
+                    answer["content"] = {"application/json": {"schema": {"$ref": _REF.format(model="ErrorAnswer")}}}
             for status in {"429", "503"} & operation["responses"].keys():
                 operation["responses"][status]["headers"] = {"Retry-After": _AGAIN}
     return found

@@ -102,6 +102,9 @@ class Gate:
         if scope["path"] not in OPEN:
             held.key = self._key(headers)
             self.admission.count(held.key)
+        if scope["query_string"] and scope["path"].startswith("/v1/"):
+            given = shown(scope["query_string"].decode("latin-1"))
+            raise Refusal.invalid("What stands after ? is not understood here.", given=given, do="leave it out")
         size = 0
         try:
             if b"content-length" in headers or b"transfer-encoding" in headers:
