@@ -15,7 +15,7 @@ from tarsia.serve.frames import Connection
 from tarsia.serve.house import Choice, House
 from tarsia.serve.post import Closed, Inbox, Outbox, Told
 from tarsia.serve.request import Event, Prompt
-from tarsia.serve.worker import DONE, UNTRUSTED, Worker
+from tarsia.serve.turns import DONE, UNTRUSTED, Worker
 
 READY = wire.Ready(
     model="played", family="none", form="float32", digest="0" * 64, dtype="float32", device="cpu",
@@ -93,7 +93,7 @@ class PlayedTicket:
 
 class PlayedShelf:
     def __init__(self):
-        self.names, self.tickets = {}, {}
+        self.names, self.tickets, self.wanted = {}, {}, []
 
     def models(self):
         return [wire.Model(name=name, version=1, hash="ab", source=source) for name, source in self.names.items()]
@@ -109,6 +109,9 @@ class PlayedShelf:
         del self.names[name]
 
     def want(self, reference):
+        self.wanted.append(reference)
+        if reference == "unknown":
+            raise ServeError("unknown_adapter", "There is no such adapter.", given=reference)
         return self.tickets.setdefault(reference, PlayedTicket())
 
     def stats(self):
@@ -369,6 +372,40 @@ def test_a_load_that_is_refused_leaves_no_name(talk):
     assert worker.shelf.names == {"d": "good"}
     worker.send(wire.Unload(id="u", name="b"))
     assert worker.until("answer", "u").failure.kind == "unknown_adapter"
+
+
+def test_an_adapter_is_fetched_while_its_request_is_read(talk):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(messages, pictures):
+        begun.set()
+        go.wait(10)
+        return read(messages, pictures)
+
+    worker = talk(read=slow, readers=1)
+    id_ = worker.ask("1 2", adapter="ocr")
+    begun.wait(10)
+    unknown = worker.ask("3", adapter="unknown")
+    assert worker.until("failed", unknown).kind == "unknown_adapter"  # and is never read
+    assert worker.shelf.wanted == ["ocr", "unknown"] and not worker.engine.submitted
+    left = worker.ask("4", adapter="dogs")
+    worker.send(wire.Cancel(id=left))
+    worker.send(wire.Models(id="sync"))
+    worker.until("answer", "sync")
+    assert worker.shelf.tickets["dogs"].released == 1 and worker.shelf.tickets["ocr"].released == 0
+    go.set()
+    assert worker.until("done", id_)
+    assert worker.shelf.tickets["ocr"].released == 1  # the engine has a ticket of its own
+    assert not worker.worker._early and [request.id for request in worker.engine.submitted] == [id_]
+
+
+def test_what_breaks_on_the_shelf_is_told_to_who_asked(talk, caplog):
+    worker = talk()
+    worker.shelf.models = lambda: 1 / 0
+    worker.send(wire.Models(id="m"))
+    assert worker.until("answer", "m").failure.kind == "internal"
+    assert "ZeroDivisionError" in caplog.text
+    assert worker.until("done", worker.ask("1"))
 
 
 def test_figures_are_told_without_being_asked_for(talk):

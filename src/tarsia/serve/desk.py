@@ -40,7 +40,7 @@ class Sheet:
     deadline: float
 
 
-Done = Callable[[Sheet, Prompt | BaseException], None]
+Done = Callable[[Sheet, Prompt | Exception], None]
 
 
 class Desk:
@@ -123,7 +123,7 @@ class Desk:
             self._busy.add(sheet.command.id)
             return sheet
 
-    def _prompt(self, sheet: Sheet) -> Prompt | BaseException:
+    def _prompt(self, sheet: Sheet) -> Prompt | Exception:
         try:
             self._first(sheet.command)
             messages = [message.model_dump() for message in sheet.command.messages]
@@ -142,7 +142,7 @@ def _alone() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)
 
 
-def unread(error: BaseException) -> TarsiaError:
+def unread(error: Exception) -> TarsiaError:
     """What a client is told of a request that could not be read."""
     if isinstance(error, TarsiaError):
         return error

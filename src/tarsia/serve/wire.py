@@ -192,7 +192,10 @@ class ServedAdapter(_Message):
 
 
 class Started(_Message):
-    """A request has its first step behind it. ``routed`` is what the router says of its choice, for "auto"."""
+    """A request has its place in the next step. ``routed`` is what the router says of its choice, for "auto".
+
+    ``cached_tokens`` of the prompt were read before; ``picture_hits`` None: nobody counted.
+    """
 
     event: Literal["started"] = "started"
     id: str
@@ -200,7 +203,7 @@ class Started(_Message):
     routed: dict[str, Any] | None = None
     prompt_tokens: int
     cached_tokens: int = 0
-    picture_hits: int = 0
+    picture_hits: int | None = None
 
 
 class Likely(_Message):
