@@ -1,0 +1,184 @@
+"""A worker's house over the embedded base, in 4 bits too: a picture, an adapter of a library, the router's seam."""
+
+import io
+import logging
+import socket
+import sys
+
+import pytest
+import torch
+from e2e.made_adapters import saved
+from PIL import Image
+
+from tarsia.adapter import open_base
+from tarsia.adapter.signature import view
+from tarsia.core.errors import AdapterError, LibraryError
+from tarsia.library import Library
+from tarsia.serve import opening, routing, wire, worker
+from tarsia.serve.frames import Connection
+from tarsia.serve.request import Prompt, Request, Sampling
+from tarsia.serve.routing import Chosen
+
+LORA = (("lora", "language.*.{q,v}", {"rank": 4, "alpha": 8.0}),)
+ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+
+
+def picture(colour):
+    shown = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(shown, "PNG")
+    return shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shelf")
+    made = Library.make(root / "library")
+    made.publish(saved(open_base("mini-1"), root / "cats", LORA, 1, 0.3), "cats")
+    return made
+
+
+def answer(house, **more):
+    prompt = house.read(ASKED, [picture((200, 30, 30))])
+    house.engine.submit(Request("1", prompt, sampling=Sampling(max_tokens=6, temperature=0.0), **more))
+    events = []
+    while not house.engine.idle:
+        events += house.engine.step()
+    assert events[-1].kind == "done", events
+    return "".join(event.data["text"] for event in events if event.kind == "text")
+
+
+def test_everything_is_opened_as_it_was_told(library):
+    said, threads = [], torch.get_num_threads()
+    configure = wire.Configure(
+        model="mini-1", library=str(library.places.root), dtype="float32", device="cpu", threads=1, rows=3, chunk=40,
+        cache_bytes=4 << 20, picture_bytes=1 << 20, adapter_bytes=5 << 20,
+    )  # fmt: skip
+    house = opening.opened(configure, said.append)
+    try:
+        assert (torch.get_num_threads(), len(said)) == (1, 4)
+        ready, limits = house.ready, house.engine.limits
+        assert (ready.family, ready.dtype, ready.device, ready.pictures, ready.router) == (
+            house.engine.host.anatomy.name, "float32", "cpu", True, True,
+        )  # fmt: skip
+        assert (limits.rows, limits.chunk, limits.cache_bytes, limits.picture_bytes) == (3, 40, 4 << 20, 1 << 20)
+        assert ready.most_tokens == house.engine.most <= ready.context
+        assert [model.name for model in house.shelf.models()] == ["cats"]
+        assert answer(house) != answer(house, adapter="cats")
+        prompt = house.read(ASKED, [picture((9, 9, 9))])
+        choice = house.route(prompt, None)
+        assert choice.adapter is None and choice.facts["why"] == "no adapter"  # cats was made without pictures
+    finally:
+        house.route.close()
+        house.shelf.close()
+        torch.set_num_threads(threads)
+
+
+def test_a_base_in_four_bits_is_served(library):
+    configure = wire.Configure(model="mini-1", dtype="float32", device="cpu", threads=1, four_bits={"kind": "nf4"})
+    house = opening.opened(configure, lambda what: None)
+    assert "nf4" in house.ready.form and house.ready.router is False
+    assert answer(house)
+    house.shelf.close()
+
+
+@pytest.fixture
+def looks(monkeypatch, tmp_path):
+    """A library whose versions' cards are written by the test, and a router over it that looks when it is told to."""
+    monkeypatch.setattr(routing, "_SECONDS", 3600.0)
+    host = open_base("mini-1")
+    library, cards = Library.make(tmp_path / "library"), {}
+
+    class Card:
+        def __init__(self, rest):
+            self.rest = rest
+
+    def read(library, reference):
+        if reference not in cards:
+            raise LibraryError("The card is not the one that was published.", given=reference)
+        return None, Card(cards[reference])
+
+    monkeypatch.setattr(routing, "read", read)
+    return host, library, cards
+
+
+def test_what_is_published_is_known_to_the_router_and_what_says_nothing_is_told(looks, tmp_path, caplog):
+    host, library, _ = looks
+    caplog.set_level(logging.INFO)
+    router = Chosen(host, library)
+    asked = Prompt((1,), ())
+    assert router(asked, None).facts["why"] == "no picture" and not router.look()
+    library.publish(saved(host, tmp_path / "a", LORA, 1, 0.3), "a")
+    assert router.look() and not router.look()
+    assert [record.facts["count"] for record in caplog.records if hasattr(record, "facts")] == [1]
+    library.publish(saved(host, tmp_path / "b", LORA, 2, 0.3), "b")
+    assert router.look()  # and says of b alone, once
+    assert [[*record.facts["first"]] for record in caplog.records if hasattr(record, "facts")] == [["a@1"], ["b@1"]]
+    router.close()
+
+
+def test_the_router_chooses_among_those_that_may_be_asked_for(looks, tmp_path, monkeypatch):
+    host, library, cards = looks
+    asked, real = [], routing.Router
+
+    class Played:
+        def __init__(self, view):
+            self.names = []
+
+        def fit_for(self, name, card):
+            if card.get("routing") != "good":
+                raise AdapterError("Its card says nothing.")
+
+        def add(self, name, card):
+            self.names.append(name)
+
+        def settle(self):
+            pass
+
+        def choose(self, signatures):
+            asked.append(sorted(self.names))
+            return real(view(host)).choose(signatures)
+
+    for number, name in enumerate(("ocr-a", "ocr-b", "cats", "blind")):
+        library.publish(saved(host, tmp_path / name, LORA, number, 0.3), name)
+        cards[f"{name}@1"] = {"routing": "bad" if name == "blind" else "good"}
+    monkeypatch.setattr(routing, "Router", Played)
+    router = Chosen(host, library)
+    for may in (None, ("ocr-*",), ("cats", "no*"), (), ("*",)):
+        router(Prompt((1,), ()), may)
+    assert asked == [["cats", "ocr-a", "ocr-b"], ["ocr-a", "ocr-b"], ["cats"], [], ["cats", "ocr-a", "ocr-b"]]
+    library.publish(saved(host, tmp_path / "late", LORA, 9, 0.3), "ocr-late")
+    cards["ocr-late@1"] = {"routing": "good"}
+    router.look()
+    router(Prompt((1,), ()), ("ocr-*",))
+    assert asked[-1] == ["ocr-a", "ocr-b", "ocr-late"]
+    router.close()
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (AdapterError("There is no such base.", do="check the name"), "invalid", "no such base"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "refused", "not enough memory"),
+    ],
+)
+def test_what_can_not_be_opened_is_told_and_the_worker_ends(monkeypatch, error, kind, said):
+    ours, theirs = socket.socketpair()
+
+    def opened(configure, tell):
+        tell("trying")
+        raise error
+
+    monkeypatch.setattr(opening, "opened", opened)
+    monkeypatch.setattr(worker, "bound", lambda parent: None)
+    monkeypatch.setattr(sys, "argv", ["worker", str(theirs.detach()), "1"])
+    connection = Connection(ours)
+    connection.send(wire.framed(wire.Configure(model="x")))
+    log, before = logging.getLogger("tarsia"), [*logging.getLogger("tarsia").handlers]
+    try:
+        assert worker.main() == worker.UNABLE
+    finally:
+        log.handlers[:] = before
+        log.setLevel(logging.NOTSET)
+    assert wire.event_in(connection.receive()).what == "trying"
+    unable = wire.event_in(connection.receive())
+    assert (unable.kind, said in unable.message) == (kind, True) and unable.do
