@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from tarsia.adapter import Adapter, load
 from tarsia.core.errors import ConfigError
+from tarsia.data import Batch, Encoder, Source, read
 from tarsia.labs import replay
 from tarsia.labs.merging_tasks import keep
 from tarsia.labs.routing_world import JOBS, Job, shots
@@ -36,6 +37,15 @@ class Workers(Runs):
     def _asked(self, job: Job, count: int, split: str) -> Iterator[Asked]:
         for picture in shots(job, "train" if split == "train" else "held-out", count, self.data):
             yield QUESTION, answer(job), (picture,)
+
+    def stored(self, job: Job) -> dict[str, Any]:
+        """The result of a job's adapter, which is trained."""
+        return replay.stored(self.out, job.name)
+
+    def first(self, job: Job) -> Batch:
+        """The first row that a job was trained on."""
+        rows = read(Source(path=str(self.rows(job.name, "train")), name=job.name))
+        return Encoder(self.host.processor, variables=self.host.variables).batch([rows[0]])
 
     def adapter(self, job: Job) -> Adapter:
         """A job's adapter, trained where there is none. Raises ConfigError where its result is there and it is not."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tarsia.adapter.prototypes import Look
 from tarsia.core.errors import AdapterError, BaseMismatch, ServeError
-from tarsia.serve.space import Space
+from tarsia.serve.space import Space, scatter
 
 STRANGE: Final = 0.015
 """Share of its own pictures that an adapter may lose to the base: a rarer one is taken for nobody's."""
@@ -68,6 +68,7 @@ class Router:
     def __init__(self, view: Mapping[str, str], *, strange: float = STRANGE, unsure: float = UNSURE) -> None:
         self.view, self.strange, self.unsure = dict(view), strange, unsure
         self._looks: dict[str, Look] = {}
+        self._within: Tensor | None = None
         self._space: Space | None = None
 
     @property
@@ -80,7 +81,11 @@ class Router:
         Raises AdapterError, naming it, where its card says nothing of its pictures or can not be read, and BaseMismatch
         where these were looked at by another base, with another processor or another version of the signature.
         """
-        self._looks[name] = self.fit_for(name, card)
+        look = self.fit_for(name, card)
+        if name in self._looks:
+            self.remove(name)
+        self._looks[name] = look
+        self._within = scatter(look) if self._within is None else self._within.add_(scatter(look))
         self._space = None
 
     def fit_for(self, name: str, card: Mapping[str, Any]) -> Look:
@@ -120,13 +125,14 @@ class Router:
         """Let an adapter go. Raises ServeError where it is not here."""
         if name not in self._looks:
             raise ServeError("unknown_adapter", "The router does not know this adapter.", given=name)
-        del self._looks[name]
+        gone = scatter(self._looks.pop(name))
+        self._within = self._within.sub_(gone) if self._looks and self._within is not None else None
         self._space = None
 
     def settle(self) -> None:
-        """Work out now what the next ``choose`` needs, where adapters came or went; a second for thousands of them."""
+        """Work out now what the next ``choose`` needs, where adapters came or went: a moment, for thousands seconds."""
         if self._space is None and self._looks:
-            self._space = Space.of(self._looks)
+            self._space = Space.of(self._looks, self._within)
 
     def choose(self, signatures: Sequence[Tensor]) -> Choice:
         """Whose a request's pictures are, by their signatures [width] each; several count together.

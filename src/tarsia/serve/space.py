@@ -27,6 +27,8 @@ _STEEPEST: Final = 0.1
 """The least that distances are taken to scatter by, as logarithms, beyond the farthest that was seen."""
 _MOST: Final = 4096
 """Pictures, of all that the cards keep apart, which calibrate."""
+_WARMING: Final = 1024
+"""Of these, how many decide the temperature."""
 _AT_ONCE: Final = 128
 
 
@@ -66,12 +68,16 @@ class Space:
         return int(self.axes.shape[1])
 
     @classmethod
-    def of(cls, looks: Mapping[str, Look]) -> Self:
-        """From every adapter's look, by name."""
+    def of(cls, looks: Mapping[str, Look], within: Tensor | None = None) -> Self:
+        """From every adapter's look, by name. ``within`` is the sum of ``scatter`` of all, where it is known."""
         held = list(looks.values())
+        if within is None:
+            within = scatter(held[0])
+            for look in held[1:]:
+                within += scatter(look)
         owners = torch.cat([torch.full((len(look.prototypes),), i) for i, look in enumerate(held)])
         prototypes = torch.cat([look.prototypes for look in held])
-        axes = _axes(held, prototypes)
+        axes = _axes(held, prototypes, within / len(held))
         origin = axes @ prototypes.mean(0)
         places = prototypes @ axes.T - origin
         roots, volumes = _covariances(held, axes)
@@ -130,10 +136,10 @@ class Space:
 
     def _warmed(self, kept: list[Tensor]) -> Self:
         """With the temperature under which the kept pictures' own adapters are likeliest (Guo and others 2017)."""
-        step = max(1, sum(map(len, kept)) // _MOST)
+        step = max(1, sum(map(len, kept)) // _WARMING)
         rows = []
         for i, points in enumerate(kept):
-            for point in points[::step]:
+            for point in points[i % step :: step]:
                 adapters, scores, _ = self._candidates(point[None])
                 held = torch.full((CANDIDATES,), torch.inf)
                 held[: len(scores)] = scores - scores.min()
@@ -166,17 +172,19 @@ def _rarity(usual: Tensor, units: float) -> float:
     return float(min(1 / (1 + count), tail / count * (units / start) ** (-1 / slope)))
 
 
-def _axes(looks: list[Look], prototypes: Tensor) -> Tensor:
+def scatter(look: Look) -> Tensor:
+    """The covariance of an adapter's pictures around their prototypes, [width, width] float64: sums of it are exact."""
+    found = (look.directions.T @ look.directions).double()
+    found.diagonal().add_(look.rest)
+    return found
+
+
+def _axes(looks: list[Look], prototypes: Tensor, pooled: Tensor) -> Tensor:
     """[<= AXES, width]: where prototypes lie apart once what is usual around them is taken away; then where it is most.
 
     In these coordinates the pooled covariance is the identity, but for the ridge.
     """
-    width = prototypes.shape[1]
-    within = torch.zeros(width, width)
-    for look in looks:
-        within.addmm_(look.directions.T, look.directions)
-    within.diagonal().add_(sum((look.rest for look in looks), torch.zeros(width)))
-    within /= len(looks)
+    width, within = prototypes.shape[1], pooled.float()
     scale = (within.diagonal() + prototypes.var(0, unbiased=False)).sqrt().clamp(min=1e-6)
     within = within / scale / scale[:, None]
     within.diagonal().add_(RIDGE)
