@@ -348,7 +348,8 @@ class Soak:
         self.errors[kind] += 1
         name = told.partition(":")[0]
         near = any(began - AFTER <= kill <= ended for kill in self.kills)
-        if kind.startswith("404") and None in self.world.during(name, began, ended):
+        known = name in self.world.history
+        if kind.startswith("404") and known and None in self.world.during(name, began, ended):
             return
         if near and (kind.startswith(EXPLAINED) or any(word in kind for word in EXPLAINED)):
             return

@@ -20,7 +20,10 @@ from tarsia.core.attach import Part, activate, attach, detach, patches, routed
 from tarsia.core.method import find
 from tarsia.data import Batch, Encoder, Source, read
 from tarsia.labs import sources
+from tarsia.labs.tenants import BESIDE
+from tarsia.library import Library
 from tarsia.merge.fold import fold
+from tarsia.serve.pages import Pages, waited
 
 TEN: Final = 10
 RANK: Final = 16
@@ -76,6 +79,8 @@ def measure(model: str, made: int, work: Path, show: Callable[[str], None]) -> M
     for name, step in _switches(host, folders, checkpoints, batch).items():
         show(name)
         times[name] = timed(step)
+    show("pages")
+    times |= paged(model, folders, work / "library")
     patched = list(patches(host.model, "task-0").values())
     own = sum(p.nbytes for patch in patched for p in patch.parameters())
     held = sum(p.nbytes for p in host.model.parameters()) - own * len(values)
@@ -162,6 +167,32 @@ def _switches(
         "adapter: held, made to act": lambda i: activate(host.model, f"task-{i % TEN}"),
         "adapter: held, four in one batch": route,
     }
+
+
+def paged(model: str, folders: Sequence[Path], at: Path) -> Times:
+    """A server's way: pages of a library, each proved before; with room for all of them, and for one alone."""
+    library = Library.make(at)
+    names = [f"task-{i}" for i in range(len(folders))]
+    for name, folder in zip(names, folders, strict=True):
+        library.publish(folder, name)
+    size = 4 * library.version(names[0]).numbers + BESIDE
+    found = {}
+    for way, room, reads in (("page: read from the library", size, ROUNDS + 1), ("page: held", len(names) * size, 0)):
+        pages = Pages(open_base(model, dtype="float32", device="cpu"), library, budget=room)
+
+        def step(i: int, pages: Pages = pages) -> None:
+            ticket = pages.want(names[i % len(names)])
+            waited(pages, ticket)
+            ticket.release()
+
+        for i in range(len(names)):
+            step(i)
+        before = pages.loads
+        found[way] = timed(step)
+        if pages.loads - before != reads:
+            raise AssertionError(f"{way}: {pages.loads - before} pages were read, and not {reads}")
+        pages.close()
+    return found
 
 
 def timed(step: Callable[[int], object]) -> float:

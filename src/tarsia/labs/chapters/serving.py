@@ -82,7 +82,7 @@ def measure(desk: Desk) -> Found:
         for many in NUMBERS if turn % 2 else NUMBERS[::-1]:
             _round(engine, plain, held, rates, turn, many, turns[many][turn])
     engine.pages.close()
-    return _found(rates, plain.fingerprint.weights)
+    return found(rates, plain.fingerprint.weights)
 
 
 def _proved(engine: Engine, names: Sequence[str], show: Callable[[float, str], None]) -> None:
@@ -116,7 +116,7 @@ def _round(
 
 
 def apart(
-    plain: Host, held: Library, names: Sequence[str], texts: Sequence[inside.Text]
+    plain: Host, held: Library, names: Sequence[str], texts: Sequence[inside.Text], tokens: int = TOKENS
 ) -> tuple[list[tuple[int, ...]], float]:
     """Each adapter put in, its rows as one batch of Transformers' ``generate``, and taken out: ids and seconds."""
     ids: list[tuple[int, ...]] = [()] * len(names)
@@ -127,7 +127,7 @@ def apart(
         activate(plain.model)
         put(plain, open_adapter(held, one), one)
         seconds += time.perf_counter() - began
-        ran = inside.plainly(plain, [texts[i] for i in rows], TOKENS)
+        ran = inside.plainly(plain, [texts[i] for i in rows], tokens)
         seconds += ran.seconds
         detach(plain.model, one)
         for i, said in zip(rows, ran.ids, strict=True):
@@ -135,7 +135,8 @@ def apart(
     return ids, seconds
 
 
-def _found(rates: Rates, base: str) -> Found:
+def found(rates: Rates, base: str) -> Found:
+    """Tables and series of what the rounds gave; ``base`` is the digest of the model."""
     rows: dict[str, Mapping[str, Cell]] = {}
     few = rates.mixed[5]
     for many in NUMBERS:
@@ -200,9 +201,9 @@ CHAPTER: Final = Chapter(
     name="serving",
     title="One base, 1 to 2,000 adapters",
     question="How much of a server's throughput is left when 2,000 adapters are asked for instead of five?",
-    claim=f"With {MOST:,} adapters in a pool of {POOL} the engine gives at least {100 * KEPT:g} % of the tokens a second "
-    f"that it gives with 5, and at least {AHEAD:g} times those of one adapter after the other; every answer is the "
-    "adapter's own.",
+    claim=f"With {MOST:,} adapters in a pool of {POOL} the engine gives at least {100 * KEPT:g} % of the tokens a "
+    f"second that it gives with 5, and at least {AHEAD:g} times those of one adapter after the other; every answer is "
+    "the adapter's own.",
     bounds=(
         Bound("of that with 5, %", f"rate: {MOST:,}", "of that with 5, %", 100 * KEPT, 150),
         Bound("times ahead", f"rate: {MOST:,}", "times ahead", AHEAD),

@@ -79,13 +79,17 @@ def keyed(engine: Engine, key: Key) -> None:
 
 
 def asked(
-    engine: Engine, prompts: Sequence[Prompt], names: Sequence[str], right: Sequence[Sequence[tuple[int, ...]]]
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    right: Sequence[Sequence[tuple[int, ...]]],
+    tokens: int = TOKENS,
 ) -> Round:
     """Ask every adapter about every picture, in an order that is drawn."""
     pairs = [(a, p) for a in range(len(names)) for p in range(len(prompts))]
     random.Random(0).shuffle(pairs)
     before = engine.front.misses
-    ran = inside.run(engine, [prompts[p] for _, p in pairs], [names[a] for a, _ in pairs], TOKENS)
+    ran = inside.run(engine, [prompts[p] for _, p in pairs], [names[a] for a, _ in pairs], tokens)
     return Round(
         ran.ids,
         [right[a][p] for a, p in pairs],
