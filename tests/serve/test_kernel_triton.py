@@ -19,7 +19,7 @@ def process(*command: str, **environment: str) -> subprocess.CompletedProcess[st
     """What Python says to ``command``, on one thread."""
     pytest.importorskip("triton", minversion="3.7", reason="the GPU's kernels are written in Triton")
     without = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
-    path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests", HERE, ROOT)))
+    path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests", ROOT)))
     there = {**without, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=there, cwd=ROOT, check=False)
 

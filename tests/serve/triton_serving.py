@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7", reason="kernels are in Triton")
 
-from test_kernel import ACTIVATIONS, FLOATS, Drawn, Line, cache, entries, near, neck, thin
+from served_rows import ACTIVATIONS, FLOATS, Drawn, Line, cache, entries, near, neck, thin
 
 from tarsia.serve import gpu, reference
 from tarsia.serve.reference import Row

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 import torch
-from test_kernel import Drawn, cache, entries, neck, thin
+from served_rows import Drawn, cache, entries, neck, thin
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
