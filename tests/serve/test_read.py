@@ -98,7 +98,7 @@ WORDS = st.text("ab .\n漢🙂é", max_size=6)
 SIZES = st.tuples(st.integers(8, 90), st.integers(8, 90))
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 @pytest.mark.parametrize("name", [*SERVED, "mini-1"])
 def test_a_row_in_parts_is_the_processors_whole_row(name: str, data: st.DataObject) -> None:
@@ -267,7 +267,7 @@ def sound(mode: str, form: str) -> bytes:
     return file(drawn(13, 11).convert("I").convert("I;16") if mode == "I;16" else drawn(13, 11, mode=mode), form)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_and_random_files_are_read_or_refused(data: st.DataObject) -> None:
