@@ -1,6 +1,6 @@
 """Requests of somebody who means harm, by the thousand, against a server whose every step outside is watched.
 
-    PYTHONPATH=src:tests python -m serve.hostile --cases 5000
+    PYTHONPATH=src:tests python -m serve.hostile --cases 5000 [--real]
 
 Half is made by hand (``hostile_requests``: adapters' names, another tenant's adapters, pictures, addresses, broken
 JSON, framing, wrong types, loading), half by schemathesis from the server's own OpenAPI document. All with the key of
@@ -11,37 +11,42 @@ the server's threads may open no file, list no folder, start no process, look up
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import itertools
 import json
 import logging
+import os
 import random
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from serve.hostile_requests import KINDS, Sent
-from serve.http_world import SECRETS, Running, keyring, running
+from serve.hostile_worker import EVENTS
+from serve.http_world import ADAPTERS, SECRETS, Running, keyring, running
 
+import tarsia
 from tarsia.serve.http import gate
 from tarsia.serve.http.settings import Limits, Settings
 
 STATUSES = frozenset({200, 400, 401, 403, 404, 405, 408, 413, 415, 421, 429})
 """All that may be answered."""
-LIMITS = Limits(body=300_000, structure=20_000, picture=100_000, pixels=1_000_000, text=50_000, body_seconds=5.0)
-SETTINGS = {"loading": True, "sources": ("/nowhere/allowed",), "limits": LIMITS}
-_OUTSIDE = (
-    *("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.chmod", "os.link", "os.symlink"),
-    *("os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen", "sqlite3.connect"),
-    *("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "ctypes.dlopen"),
+LIMITS = Limits(
+    body=300_000, structure=20_000, picture=100_000, pixels=1_000_000, text=50_000, tokens=16, body_seconds=5.0
 )
+SETTINGS = {"loading": True, "sources": ("/nowhere/allowed",), "limits": LIMITS}
+_OWN_PROCESS = ("/proc/self/", f"/proc/{os.getpid()}/")
+"""Where a process reads what it takes of memory."""
 
 
 class Watch:
@@ -54,7 +59,7 @@ class Watch:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: tuple[object, ...]) -> None:
-        if self.armed and event in _OUTSIDE and threading.get_ident() not in self.exempt:
+        if self.armed and event in EVENTS and threading.get_ident() not in self.exempt:
             self.seen.append(f"{event} {args!r}"[:300])
 
     @contextlib.contextmanager
@@ -78,6 +83,7 @@ class Report:
     cases: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    outside: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -85,7 +91,8 @@ class Report:
         statuses = ", ".join(f"{status}: {count}" for status, count in sorted(self.statuses.items()))
         head = f"{self.cases.total()} cases in {self.seconds:.0f} s ({kinds})\nanswers: {statuses}"
         wrong = [f"{count} x {' '.join(what.split())}" for what, count in Counter(self.wrong).most_common(20)]
-        return "\n".join([head, f"wrong: {len(self.wrong)}", *wrong])
+        outside = [f"the worker's own steps outside: {dict(self.outside.most_common(12))}"] if self.outside else []
+        return "\n".join([head, *outside, f"wrong: {len(self.wrong)}", *wrong])
 
 
 def answer(server: Running, sent: Sent) -> tuple[int, bytes]:
@@ -191,13 +198,13 @@ def by_schema(server: Running, cases: int, seed: int, report: Report) -> None:
             seeded(seed)(how(given(case=op.as_strategy(generation_mode=mode))(judge)))()
 
 
-def run(cases: int, seed: int = 0, *, schema: bool = True) -> Report:
-    """Ask that many times."""
+def run(cases: int, seed: int = 0, *, schema: bool = True, service: Any = None) -> Report:
+    """Ask that many times, of a worker that is made up where ``service`` is None."""
     report = Report()
     begun = time.monotonic()
-    with mock.patch.multiple(gate, _GRACE=0.2, _LINGER=0.2), running(Settings(keys=keyring(), **SETTINGS)) as server:
-        warm = Report()
-        by_hand(server, len(KINDS) * 3, seed + 1, warm)  # modules that are imported late are opened here
+    settings = Settings(keys=keyring(), **SETTINGS)
+    with mock.patch.multiple(gate, _GRACE=0.2, _LINGER=0.2), running(settings, service) as server:
+        by_hand(server, len(KINDS) * 3, seed + 1, Report())  # modules that are imported late are opened here
         share = cases // 2 if schema else 0
         with WATCH.over():
             by_hand(server, cases - share, seed, report)
@@ -214,6 +221,55 @@ def run(cases: int, seed: int = 0, *, schema: bool = True) -> Report:
     return report
 
 
+def real(cases: int, seed: int, folder: Path) -> Report:
+    """The same of a real worker with a real base and a library, whose process is watched as well."""
+    from tarsia.serve.supervise import Supervisor
+    from tarsia.serve.wire import Configure, Ready
+
+    library, seen = shelved(folder), folder / "seen"
+    seen.touch()
+    at: list[int] = []  # how much was seen until the worker was ready, at every start
+
+    def notice(event: object) -> None:
+        if isinstance(event, Ready):
+            at.append(seen.stat().st_size)
+
+    configure = Configure(model="mini-1", library=str(library), dtype="float32", device="cpu", threads=1)
+    command = (sys.executable, "-P", str(Path(__file__).with_name("hostile_worker.py")), str(seen))
+    supervisor = Supervisor(configure, notice=notice, command=command)
+    report = run(cases, seed, service=supervisor)
+    report.wrong += [f"the worker was lost {supervisor.restarts} times"] * (supervisor.restarts > 0)
+    inside = [sys.prefix, sys.base_prefix, str(Path(tarsia.__file__).parent), str(library)]
+    for line in seen.read_bytes()[at[0] :].decode().splitlines():
+        event, _, told = line.partition(" ")
+        path = ast.literal_eval(told)[0]
+        path = path.decode() if isinstance(path, bytes) else path
+        report.outside[f"{event} {path}" if not str(path).startswith(sys.prefix) else f"{event} (Python)"] += 1
+        if not isinstance(path, str) or not path.removeprefix("file://").startswith((*inside, *_OWN_PROCESS)):
+            report.wrong.append(f"worker: {line[:300]}")
+    return report
+
+
+def shelved(folder: Path) -> Path:
+    """A library with an adapter under each name that the made-up worker knows."""
+    from tarsia.adapter import open_base, save
+    from tarsia.core.attach import Part
+    from tarsia.core.method import find
+    from tarsia.library import Library
+    from tarsia.serve.load.drawn import Drawer, Make
+    from tarsia.serve.load.inside import Text, shown
+
+    host = open_base("mini-1", dtype="float32", device="cpu")
+    written, pictures = shown(host, Text("What is shown?", 0))
+    drawer = Drawer(host, host.processor(text=[written], images=pictures, return_tensors="pt"))
+    library = Library.make(folder / "library")
+    for number, name in enumerate(ADAPTERS):
+        parts = (Part("lora", "language.*.{q,v}; vision.*.{q,v}", find("lora").configure({"rank": 4})),)
+        save(drawer.draw(Make(parts, 0.2), number), folder / name)
+        library.publish(folder / name, name)
+    return library.places.root
+
+
 def _loadable(source: str) -> bool:
     return re.fullmatch(r"[a-z0-9][a-z0-9._-]*([@#][a-z0-9._-]+)?|/nowhere/allowed(/.*)?", source) is not None
 
@@ -227,7 +283,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--real", action="store_true", help="a real worker: mini-1 and a library of three adapters")
     given_ = parser.parse_args()
-    result = run(given_.cases, given_.seed)
+    if given_.real:
+        with tempfile.TemporaryDirectory(prefix="tarsia-hostile-") as scratch:
+            result = real(given_.cases, given_.seed, Path(scratch))
+    else:
+        result = run(given_.cases, given_.seed)
     print(result)
     sys.exit(bool(result.wrong))

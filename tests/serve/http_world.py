@@ -221,20 +221,29 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(settings: Settings | None = None) -> Iterator[Running]:
-    """A server in a thread of its own, for as long as the block."""
+def running(settings: Settings | None = None, service: Any = None) -> Iterator[Running]:
+    """A server in a thread of its own, for as long as the block; ``service`` may be a supervisor, not yet started."""
     settings = settings or Settings()
     fake, log = Fake(), io.StringIO()
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = uvicorn.Server(config(app(fake, settings, Journal(log)), settings, port=port))
+    server = uvicorn.Server(config(app(service or fake, settings, Journal(log)), settings, port=port))
     loop = asyncio.new_event_loop()
 
-    def serve() -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(server.serve(sockets=[listener]))
+    async def serve() -> None:
+        if service is not None:
+            await service.start()
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            if service is not None:
+                await service.stop()
 
-    thread = threading.Thread(target=serve, daemon=True)
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(serve())
+
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
         thread.join(0.01)
@@ -243,6 +252,6 @@ def running(settings: Settings | None = None) -> Iterator[Running]:
     finally:
         server.should_exit = True
         server.force_exit = True
-        thread.join(10)
+        thread.join(20)
         listener.close()
         assert not thread.is_alive()
