@@ -14,7 +14,7 @@ from tarsia.adapter.prototypes import Look
 
 AXES: Final = 48
 """The most directions in which signatures are compared."""
-OWN: Final = 0.5
+OWN: Final = 0.3
 """How much of an adapter's own covariance counts; the rest is the pooled one (Friedman 1989, equation 12)."""
 RIDGE: Final = 0.03
 """What is added to the pooled covariance, in units of each coordinate's own variance."""
