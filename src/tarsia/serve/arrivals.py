@@ -85,7 +85,8 @@ class Shelf:
     def _stamps(self) -> tuple[tuple[Any, ...], bool]:
         """What the system says of the index's files, and whether another change would show in that."""
         assert self.library is not None
-        places, said, last = self.library.places, [], 0
+        places, last = self.library.places, 0
+        said: list[tuple[int, int, int] | None] = []
         for path in (places.index, Path(f"{places.index}-wal"), places.journal):
             try:
                 held = os.stat(path)
@@ -98,9 +99,9 @@ class Shelf:
 
     def all(self) -> list[Version]:
         """Every name's current version, and what every alias means; aliases that mean nothing now are left out."""
-        found = {} if self.library is None else {v.name: v.name for v in self.library.search()}
+        published = [] if self.library is None else [version.name for version in self.library.search()]
         made = []
-        for name in dict.fromkeys([*found, *self.aliases]):
+        for name in dict.fromkeys([*published, *self.aliases]):
             try:
                 made.append(self.resolve(name))
             except ServeError:

@@ -109,10 +109,12 @@ def forms(host: Host, adapter: Adapter, fitting: set[Hashable] | None = None) ->
         )
     fitting = set() if fitting is None else fitting
     made: dict[str, Form] = {}
+    device = host.model.get_input_embeddings().weight.device  # type: ignore[operator]
     with torch.no_grad():
         for path, patched in adapter.patches.items():
             site = sites[path]
             patch = restored(host, site, patched, fitting, copy=False).requires_grad_(False).eval()
+            patch = patch.to(device)  # what it makes of a seed, too
             if any(value.is_meta for value in patch.state_dict().values()):
                 raise AdapterError(f"The patch at {path} is not in memory.", do="load it before it is served")
             made[path] = form = _form(host, site, patched, patch)
@@ -191,14 +193,24 @@ def _measured(host: Host, site: Site, patched: Patched, patch: Any) -> Thin:
 
 
 def _neck(patch: Any) -> Neck:
-    held = {name: value for name, value in patch.state_dict().items()}
+    held: dict[str, Tensor] = dict(patch.state_dict())
     of_input, scale = patch.neck()
     names = [one.name for one in fields(Neck) if one.name not in ("activation", "of_input", "scale")]
     odd = sorted(held.keys() - set(names))
     if odd:
         raise AdapterError("A bottleneck has no such tensor.", given=", ".join(odd), allowed=", ".join(names))
     held = dict(zip(held, _alike(*held.values()), strict=True))
-    return Neck(**{name: held.get(name) for name in names}, activation=patch.activation, of_input=of_input, scale=scale)
+    return Neck(
+        down=held["down"],
+        up=held["up"],
+        down_bias=held.get("down_bias"),
+        up_bias=held.get("up_bias"),
+        norm=held.get("norm"),
+        norm_bias=held.get("norm_bias"),
+        activation=patch.activation,
+        of_input=of_input,
+        scale=scale,
+    )
 
 
 def _folded(host: Host, site: Site, patch: Patch) -> Form:

@@ -46,7 +46,7 @@ class Board:
 
     @contextmanager
     def alone(self, page: Page | None) -> Iterator[None]:
-        """Every call inside is wholly this adapter's (None: the base's): pictures, proofs, whole batches of its rows."""
+        """Every call inside is wholly this adapter's (None: the base's): pictures, proofs, batches of its rows."""
         with self._with(Alone(page)):
             yield
 

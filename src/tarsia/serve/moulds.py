@@ -7,13 +7,10 @@ page: nothing is parsed, checked or computed a second time.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
-import sys
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,14 +20,22 @@ from torch import Tensor
 from tarsia.adapter import Adapter
 from tarsia.adapter.files import TENSORS, stored
 from tarsia.library.opening import stamp
-from tarsia.serve.forms import COLUMNS, Form, Neck, Thin, Whole
+from tarsia.serve.forms import COLUMNS, Form, Neck, Odd, Thin, Whole
 from tarsia.serve.page import Page
 
-_POPULATE: Final = 22  # madvise's MADV_POPULATE_READ, of Linux 5.14 and later
 _MOST: Final = 8192  # pages that are remembered
 
 Piece = tuple[str, torch.dtype, tuple[int, ...], int]
 """A tensor of a form: its field, dtype, shape, and byte in the file; -1 where it is none of the file's."""
+
+
+def there(adapter: Adapter, device: torch.device) -> Adapter:
+    """The adapter with copies of its tensors on another device."""
+    patches = {
+        path: replace(patched, tensors={name: tensor.to(device) for name, tensor in patched.tensors.items()})
+        for path, patched in adapter.patches.items()
+    }
+    return replace(adapter, patches=patches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +43,14 @@ class Cast:
     """One form without its numbers."""
 
     path: str
-    kind: type[Thin] | type[Neck] | type[Whole]
+    kind: Callable[..., Thin | Neck | Whole]
     pieces: tuple[Piece, ...]
     settings: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What is remembered of one page. ``mould`` is shared by all pages that are alike; ``beside`` are their own tensors.
+    """What is remembered of one page. ``mould`` is shared by all that are alike; ``beside`` are tensors of its own.
 
     ``entries`` int64 [sites, 12] has bytes of the file in place of pointers into it, where ``inside``.
     """
@@ -66,40 +71,20 @@ class Kept:
         return sum(t.nbytes for t in (*self.beside, self.entries, self.inside))
 
 
-def mapped(path: Path) -> Tensor:
-    """The bytes of a file, uint8 [size], of which nothing is copied."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+def keep(page: Page, whole: Tensor, folder: Path, files: tuple[str, ...], said: str) -> Kept | None:
+    """What is to be remembered of a page that was made of the bytes ``whole`` of a file of ``folder``.
 
-
-def read(whole: Tensor) -> None:
-    """Have the mapped bytes read now, where the system can do so ahead; else that is when somebody looks."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(whole.data_ptr()), ctypes.c_size_t(whole.numel()), _POPULATE)
-
-
-def in_memory(whole: Tensor) -> bool:
-    """Whether the system has all of the mapped bytes in memory; False where it does not say."""
-    if sys.platform != "linux" or not whole.numel():
-        return False
-    said = torch.zeros(-(-whole.numel() // mmap.PAGESIZE), dtype=torch.uint8)
-    place, size = ctypes.c_void_p(whole.data_ptr()), ctypes.c_size_t(whole.numel())
-    failed = ctypes.CDLL(None).mincore(place, size, ctypes.c_void_p(said.data_ptr()))
-    return not failed and bool((said & 1).all())
-
-
-def keep(page: Page, adapter: Adapter, folder: Path, files: tuple[str, ...], said: str) -> Kept | None:
-    """What is to be remembered of a page that was made of the mapped files of ``folder``; None where it has more in it.
-
-    ``said`` is what the system said of the files before they were looked at.
+    ``said`` is what the system said of the files before they were looked at. None where the page has more in it than
+    tensors.
     """
-    if page.lead or not all(isinstance(form, Thin | Neck | Whole) for form in page.forms.values()):
+    if page.lead:
         return None
-    first = _first(adapter, folder / TENSORS)
-    if first is None:
-        return None
-    end = first + (folder / TENSORS).stat().st_size
-    casts, beside = [], []
+    first, end = whole.data_ptr(), whole.data_ptr() + whole.numel()
+    casts: list[Cast] = []
+    beside: list[Tensor] = []
     for path, form in page.forms.items():
+        if isinstance(form, Odd):
+            return None
         pieces, settings = [], []
         for one in fields(form):
             value = getattr(form, one.name)
@@ -107,14 +92,16 @@ def keep(page: Page, adapter: Adapter, folder: Path, files: tuple[str, ...], sai
                 settings.append((one.name, value))
                 continue
             inside = first <= value.data_ptr() < end and value.is_contiguous() and value.ndim in (1, 2)
+            inside = inside and (value.data_ptr() - first) % value.itemsize == 0
             pieces.append((one.name, value.dtype, tuple(value.shape), value.data_ptr() - first if inside else -1))
             if not inside:
-                beside.append(value)
+                beside.append(value.cpu())
         casts.append(Cast(path, type(form), tuple(pieces), tuple(settings)))
     within = (page.entries >= first) & (page.entries < end) & _pointers(page)
     left = {one.name: getattr(page, one.name) for one in fields(page) if one.name not in ("forms", "entries")}
-    entries = page.entries - first * within
-    return Kept(folder, files, said, tuple(casts), tuple(beside), entries, within, left)
+    if page.device.type != "cpu" and beside:
+        return None  # pointers to what was computed would be others
+    return Kept(folder, files, said, tuple(casts), tuple(beside), page.entries - first * within, within, left)
 
 
 def _pointers(page: Page) -> Tensor:
@@ -126,8 +113,8 @@ def _pointers(page: Page) -> Tensor:
     return mask
 
 
-def _first(adapter: Adapter, path: Path) -> int | None:
-    """Where the file's first byte lies in memory; None where not all tensors of the adapter are views of the file."""
+def first_byte(adapter: Adapter, path: Path) -> int | None:
+    """Where a file's first byte lies in memory; None where not all tensors of the adapter are views of the file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         table: dict[str, Any] = json.loads(file.read(length))
@@ -136,7 +123,25 @@ def _first(adapter: Adapter, path: Path) -> int | None:
     if held.keys() != table.keys():
         return None
     places = {t.data_ptr() - 8 - length - table[key]["data_offsets"][0] for key, t in held.items() if t.numel()}
-    return places.pop() if len(places) == 1 else None
+    first = places.pop() if places else 0
+    last = first + path.stat().st_size
+    own = [tensor for patched in adapter.patches.values() for tensor in patched.tensors.values()]
+    within = all(t.is_contiguous() and first <= t.data_ptr() <= last - t.nbytes for t in own)
+    return None if places or not within else first
+
+
+def over(adapter: Adapter, first: int, whole: Tensor) -> Adapter:
+    """The adapter with its tensors, views of the file at ``first``, as views of the same bytes in ``whole``."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        place = tensor.data_ptr() - first
+        return whole[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    patches = {
+        path: replace(patched, tensors={name: moved(tensor) for name, tensor in patched.tensors.items()})
+        for path, patched in adapter.patches.items()
+    }
+    return replace(adapter, patches=patches)
 
 
 def again(kept: Kept, whole: Tensor) -> Page:
@@ -154,16 +159,8 @@ def again(kept: Kept, whole: Tensor) -> Page:
                 flats[dtype] = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
             strides = (shape[1], 1) if len(shape) == 2 else (1,)
             made[name] = flats[dtype].as_strided(shape, strides, place // dtype.itemsize)
-        absent = dict.fromkeys((one for one in _OPTIONAL[cast.kind] if one not in made), None)
-        forms[cast.path] = cast.kind(**made, **absent | dict(cast.settings))
+        forms[cast.path] = cast.kind(**made, **dict(cast.settings))
     return Page(forms=forms, entries=kept.entries + first * kept.inside, **kept.page)
-
-
-_OPTIONAL: Final = {
-    Thin: ("down", "up", "gain", "shift", "inner"),
-    Neck: ("down_bias", "up_bias", "norm", "norm_bias"),
-    Whole: ("bias",),
-}
 
 
 class Moulds:
@@ -203,9 +200,9 @@ class Moulds:
             del self._shared[gone.mould]
 
 
-def refetched(kept: Kept) -> Tensor | None:
+def refetched(kept: Kept, digest: bytes, opened: Callable[[bytes, Path], Tensor | None]) -> Tensor | None:
     """The file's bytes, None where the system says anything else of the files than when they were checked."""
     if kept.stamp != stamp(kept.folder, kept.files):
         return None
-    whole = mapped(kept.folder / TENSORS)
+    whole = opened(digest, kept.folder / TENSORS)
     return whole if kept.stamp == stamp(kept.folder, kept.files) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,15 +22,18 @@ from tarsia.core.slot import Slot
 from tarsia.serve.forms import COLUMNS, DTYPES, Form, Odd, forms, tensors
 from tarsia.serve.mixed import Board
 
+_HEADER = 1 << 20  # bytes of a file beside its tensors
+
 
 @dataclass(eq=False)
 class Page:
     """One version of an adapter, in memory.
 
-    ``version`` is its number in the library; ``digest`` is of its content. ``entries`` int64 [sites, 12] is what the kernels read of its forms. ``lead`` are the
-    keys and values before each of its rows, () where there are none. ``front`` is a digest of what of it pictures pass
-    before they come to the decoder, b"" where they pass nothing. ``bytes`` is what it takes while it is here.
-    ``unproved`` says why its outputs were not held to those of the day it was saved, "" where they were.
+    ``version`` is its number in the library; ``digest`` is of its content. ``entries`` int64 [sites, 12] is what the
+    kernels read of its forms. ``lead`` are the keys and values before each of its rows, () where there are none.
+    ``front`` is a digest of what of it pictures pass before they come to the decoder, b"" where they pass nothing.
+    ``bytes`` is what it takes while it is here. ``unproved`` says why its outputs were not held to those of the day it
+    was saved, "" where they were.
     """
 
     name: str
@@ -43,16 +46,20 @@ class Page:
     lead: Pairs = ()
     version: int | None = None
     unproved: str = ""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def page(board: Board, name: str, adapter: Adapter, digest: bytes) -> Page:
+def page(board: Board, name: str, adapter: Adapter, digest: bytes, passed: bytes | None = None) -> Page:
     """The page of an adapter, on the thread that runs the model: a prompt is read by the decoder here.
+
+    ``passed`` is its `front`, where the caller knows it.
 
     Raises AdapterError and ServeError as `forms` does.
     """
     made = forms(board.host, adapter, board.fitting)
-    found = Page(name, digest, made, torch.empty(0), front(board.host, adapter), adapter.card, 0)
+    passed = front(board.host, adapter) if passed is None else passed
+    device = board.host.model.get_input_embeddings().weight.device  # type: ignore[operator]
+    found = Page(name, digest, made, torch.empty(0), passed, adapter.card, 0, device=device)
     complete(board, found)
     return found
 
@@ -90,10 +97,13 @@ def size(page: Page) -> int:
     return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in held}.values())
 
 
-def foreseen(board: Board, adapter: Adapter) -> int:
-    """At most how many bytes the adapter's page takes, before any of it is made. Raises AdapterError as `forms` does."""
+def foreseen(board: Board, adapter: Adapter, *, carried: bool = False) -> int:
+    """At most how many bytes the adapter's page takes, before any of it is made. Raises AdapterError as `forms` does.
+
+    ``carried``: its whole file is, and not only the tensors.
+    """
     sites = {site.path: site for site in board.host.sites}
-    count = 0
+    count = _HEADER if carried else 0
     for path, patched in adapter.patches.items():
         own = sum(tensor.nbytes for tensor in patched.tensors.values())
         count += own + (_beside(board.host, sites[path], patched, own) if path in sites else 0)
@@ -107,7 +117,7 @@ def _beside(host: Host, site: Site, patched: Patched, own: int) -> int:
         return _lead_bytes(host, site, patched)
     if site.kind is Kind.STREAM:
         return 2 * own
-    whole = sum(host.model.get_parameter(name).numel() for name in site.tensors) * _width(host)
+    whole: int = sum(host.model.get_parameter(name).numel() for name in site.tensors) * _width(host)
     if site.kind is not Kind.WEIGHT:
         return whole if site.tied else 0
     if hasattr(kind, "to_lora"):
@@ -116,7 +126,7 @@ def _beside(host: Host, site: Site, patched: Patched, own: int) -> int:
         return 8 * site.shape[0] + (0 if not _other(patched) else 2 * own)
     if hasattr(kind, "delta"):
         up, down, added = restored(host, site, patched, copy=False).to("meta").delta()  # type: ignore[operator]
-        return 4 * sum(t.numel() for t in (up, down, added) if t is not None)
+        return 4 * int(sum(t.numel() for t in (up, down, added) if t is not None))
     if issubclass(kind, Scaling):
         return 2 * own
     return whole
@@ -136,12 +146,13 @@ def _lead_bytes(host: Host, site: Site, patched: Patched) -> int:
         return tuple((torch.empty(shape, device="meta"), torch.empty(shape, device="meta")) for _ in site.layers)
 
     pairs = restored(host, site, patched, copy=False)(counted, ())
-    return sum(t.numel() for pair in pairs for t in pair) * _width(host)
+    count: int = sum(t.numel() for pair in pairs for t in pair)
+    return count * _width(host)
 
 
 def _width(host: Host) -> int:
     weight: Tensor = host.model.get_input_embeddings().weight  # type: ignore[operator]
-    return weight.dtype.itemsize
+    return int(weight.dtype.itemsize)
 
 
 @torch.no_grad()
@@ -150,20 +161,19 @@ def lead(board: Board, page: Page) -> Pairs:
 
     A prompt is read by the decoder under everything else of the same adapter.
     """
-    model = board.host.model
-    for site in board.host.sites:
-        form = page.forms.get(site.path)
-        if site.kind is not Kind.SEQUENCE or not isinstance(form, Odd):
-            continue
-        module = model.get_submodule(site.module)
-        slot = module._modules["slot"]
-        assert isinstance(slot, Slot)
-        decoder = Decoder(module, site, slot.below, lambda name: None, lambda parts: nullcontext())
-        with board.alone(page):
-            pairs = form.patch(lambda x, before: decoder.read((), x, before), ())
-        like = model.get_input_embeddings().weight  # type: ignore[operator]
-        return tuple((keys.to(like), values.to(like)) for keys, values in pairs)
-    return ()
+    led = [site for site in board.host.sites if site.kind is Kind.SEQUENCE and site.path in page.forms]
+    if not led:
+        return ()
+    model: Any = board.host.model
+    (site,), form = led, page.forms[led[0].path]
+    module = model.get_submodule(site.module)
+    slot = module._modules["slot"]
+    assert isinstance(form, Odd) and isinstance(slot, Slot)
+    decoder = Decoder(module, site, slot.below, lambda name: None, lambda parts: nullcontext())
+    with board.alone(page):
+        pairs = form.patch(lambda x, before: decoder.read((), x, before), ())
+    like = model.get_input_embeddings().weight
+    return tuple((keys.to(like), values.to(like)) for keys, values in pairs)
 
 
 def front(host: Host, adapter: Adapter) -> bytes:

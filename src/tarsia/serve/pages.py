@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import OrderedDict
@@ -14,25 +15,31 @@ import torch
 from torch import Tensor
 
 from tarsia.adapter import Adapter, Host
+from tarsia.adapter.files import TENSORS
 from tarsia.adapter.proof import prove
 from tarsia.adapter.value import belongs
 from tarsia.core.errors import ServeError, TarsiaError
 from tarsia.library import Library
 from tarsia.library.opening import settled, stamp
-from tarsia.serve import wire
+from tarsia.serve import carriage, wire
 from tarsia.serve.arrivals import Fetcher, Shelf, Version, fetch
+from tarsia.serve.carriage import Ground, Laid
 from tarsia.serve.mixed import Board
-from tarsia.serve.moulds import Kept, Moulds, again, in_memory, keep, read, refetched
-from tarsia.serve.page import Page, foreseen, page
+from tarsia.serve.moulds import Kept, Moulds, again, first_byte, keep, over, refetched, there
+from tarsia.serve.page import Page, foreseen, front, page
 from tarsia.serve.tiers import Tier
 
 __all__ = ["Page", "Pages", "Ticket", "Version"]
 
+_LOG = logging.getLogger("tarsia.serve.pages")
 _REFUSED: Final = 1024
 """Versions whose refusal is remembered: nobody makes the server prove the same broken adapter again and again."""
 _REMEMBERED: Final = 16 << 20
 """Bytes of what is remembered of pages that are not here, at least; an eighth of the budget where that is more."""
 GIB: Final = 1 << 30
+
+
+_NOTHING: Final = torch.empty(0, dtype=torch.uint8)
 
 
 class Ticket:
@@ -61,6 +68,8 @@ class Found:
     folder: Path | None = None
     files: tuple[str, ...] = ()
     said: str | None = None
+    whole: Tensor | None = None
+    """The bytes of its file, where all its tensors are views of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +88,8 @@ class _Coming:
     kept: Kept | None
     tickets: list[Ticket] = field(default_factory=list)
     found: Found | Warm | None = None
-    bytes: int = 0
+    laid: Laid | None = None
+    """Its bytes where the model computes; None where there is no room for it yet."""
 
     @property
     def wanted(self) -> bool:
@@ -88,6 +98,9 @@ class _Coming:
 
 class Pages:
     """All adapters that can be asked for: those of a library and aliases, in at most ``budget`` bytes at once.
+
+    The budget is of the memory of where the model computes. Before a GPU there are ``host_budget`` bytes of pinned
+    memory more (None: four times as many), and a processor needs none.
 
     Everything but the reading of files is done by the thread that steps the engine. An adapter without a probe, or
     with one that proves nothing on this base, is refused; with ``unproved`` "allow" it is served, and its page says why
@@ -100,10 +113,14 @@ class Pages:
         library: Library | None = None,
         *,
         budget: int = GIB,
+        host_budget: int | None = None,
+        ground: Ground | None = None,
         unproved: Literal["refuse", "allow"] = "refuse",
     ) -> None:
         self.host, self.library, self.unproved = host, library, unproved
         self.board = Board(host)
+        place = host.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        self._ground = ground or carriage.ground(place, 4 * budget if host_budget is None else host_budget)
         self.shelf = Shelf(library)
         self._tier: Tier[Version, Page] = Tier(budget, self._gone)
         self._coming: OrderedDict[Version, _Coming] = OrderedDict()
@@ -140,15 +157,18 @@ class Pages:
         return ticket
 
     @torch.inference_mode(False)
+    @torch.no_grad()
     def _begin(self, coming: _Coming) -> None:
         """Have it fetched; what was here before and lies in memory needs nobody to wait for it."""
-        whole = None if coming.kept is None else refetched(coming.kept)
-        if coming.kept is None or whole is None or not in_memory(whole):
+        kept, digest = coming.kept, coming.version.digest
+        whole = None if kept is None else refetched(kept, digest, self._ground.here)
+        if kept is None or whole is None:
             self._fetcher.ask(coming)
             return
-        coming.found = Warm(coming.kept, whole)
-        if all(other is coming or other.found is None for other in self._coming.values()):
-            self._taken_in(coming, coming.found)
+        coming.found = Warm(kept, whole)
+        first = all(other is coming or other.found is None for other in self._coming.values())
+        if first and self._roomy(coming, coming.found):
+            self._finish(coming, coming.found)
 
     def _released(self, ticket: Ticket) -> None:
         if ticket.page is not None:
@@ -158,21 +178,17 @@ class Pages:
     def _fetched(self, coming: _Coming) -> Found | Warm:
         """The work with files: on the thread that fetches."""
         version, kept = coming.version, coming.kept
-        if kept is not None and (whole := refetched(kept)) is not None:
-            read(whole)
+        if kept is not None and (whole := refetched(kept, version.digest, self._ground.read)) is not None:
             return Warm(kept, whole)
-        folder = (
-            None
-            if self.library is None or version.folder is not None
-            else self.library.places.object(version.digest.hex())
-        )
-        if folder is None:
+        if self.library is None or version.folder is not None:
             return Found(*fetch(self.host, self.library, version))
+        folder = self.library.places.object(version.digest.hex())
         files = tuple(sorted(os.listdir(folder))) if folder.is_dir() else ()
         said = stamp(folder, files)
         adapter, digest = fetch(self.host, self.library, version)
+        whole = self._ground.read(digest, folder / TENSORS)
         lasting = said == stamp(folder, files) and settled(folder, files)
-        return Found(adapter, digest, folder, files, said if lasting else None)
+        return Found(adapter, digest, folder, files, said if lasting else None, whole)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -187,61 +203,87 @@ class Pages:
             if coming.found is None:
                 continue
             if not coming.wanted:
-                del self._coming[coming.version]
-            elif not self._taken_in(coming, coming.found) or isinstance(coming.found, Found):
+                self._dropped(coming)
+            elif coming.laid is None and not self._roomy(coming, coming.found):
+                return  # who came first is not passed by who needs less
+            elif self._finish(coming, coming.found) and isinstance(coming.found, Found):
                 return
 
-    def _taken_in(self, coming: _Coming, found: Found | Warm) -> bool:
-        """Make and prove a page; False where there is no room for it yet."""
+    def _dropped(self, coming: _Coming) -> None:
+        """Nobody waits for it any more."""
+        del self._coming[coming.version]
+        if coming.laid is not None:
+            self._tier.take(coming.version)
+
+    def _roomy(self, coming: _Coming, found: Found | Warm) -> bool:
+        """Make room and begin to lay it there; False where there is none yet, or it was refused."""
         try:
             if isinstance(found, Found):
                 belongs(self.host, found.adapter)
-                coming.bytes = coming.bytes or foreseen(self.board, found.adapter)
+                count = foreseen(self.board, found.adapter, carried=self._ground.device.type != "cpu")
             else:
-                coming.bytes = found.kept.page["bytes"]
-            self._check_size(coming)
-            if not self._tier.reserve(coming.version, coming.bytes):
-                return False
+                count = found.kept.page["bytes"]
+            self._check_size(coming.version, count)
         except TarsiaError as error:
             self._refuse(coming, error)
-            return True
-        try:
-            made = self._made(coming.version, found)
-            self._tier.put(coming.version, made, made.bytes)
-        except BaseException as error:
-            self._tier.take(coming.version)
-            if not isinstance(error, TarsiaError):
-                raise
-            self._refuse(coming, error)
-            return True
-        self.loads += 1
-        del self._coming[coming.version]
-        for ticket in coming.tickets:
-            if ticket.open:
-                self._tier.pin(coming.version)
-                ticket.page = made
-        self._tier.release(coming.version)  # the pin of the making
+            return False
+        if not self._tier.reserve(coming.version, count):
+            return False
+        coming.laid = Laid(_NOTHING, lambda: True) if found.whole is None else self._ground.laid(found.whole)
         return True
 
-    def _check_size(self, coming: _Coming) -> None:
-        if coming.bytes > self._tier.budget:
+    def _finish(self, coming: _Coming, found: Found | Warm) -> bool:
+        """Make and prove the page where its bytes are there; False where they are not."""
+        if coming.laid is None or not coming.laid.ready():
+            return False
+        version = coming.version
+        try:
+            made = self._made(version, found, coming.laid.whole)
+            self._tier.put(version, made, made.bytes)
+        except Exception as error:
+            self._tier.take(version)
+            if isinstance(error, TarsiaError):
+                self._refuse(coming, error)
+            else:
+                self._refuse(coming, _unforeseen(error), lasting=False)
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise  # more than this adapter is in danger
+            return True
+        self.loads += 1
+        del self._coming[version]
+        for ticket in coming.tickets:
+            if ticket.open:
+                self._tier.pin(version)
+                ticket.page = made
+        self._tier.release(version)  # the pin of the making
+        return True
+
+    def _check_size(self, version: Version, count: int) -> None:
+        if count > self._tier.budget:
             raise ServeError(
                 "refused",
                 "The adapter is larger than all that there is for adapters.",
-                given=f"{coming.version.name}: {coming.bytes:,} bytes",
+                given=f"{version.name}: {count:,} bytes",
                 allowed=f"{self._tier.budget:,}",
                 do="give the server more memory for adapters",
             )
 
-    def _made(self, version: Version, found: Found | Warm) -> Page:
+    def _made(self, version: Version, found: Found | Warm, whole: Tensor) -> Page:
         if isinstance(found, Warm):
-            made = again(found.kept, found.whole)
+            made = again(found.kept, whole)
             made.name, made.version = version.name, version.number
             return made
-        made = page(self.board, version.name, found.adapter, found.digest)
+        adapter, passed = found.adapter, front(self.host, found.adapter)
+        file = None if found.folder is None else found.folder / TENSORS
+        first = None if file is None else first_byte(adapter, file)
+        if first is not None:
+            adapter = over(adapter, first, whole)
+        elif self._ground.device.type != "cpu":
+            adapter = there(adapter, self._ground.device)
+        made = page(self.board, version.name, adapter, found.digest, passed)
         made.version, made.unproved = version.number, self._prove(made, found.adapter)
-        if found.said is not None and found.folder is not None:
-            kept = keep(made, found.adapter, found.folder, found.files, found.said)
+        if first is not None and found.said is not None and found.folder is not None:
+            kept = keep(made, whole, found.folder, found.files, found.said)
             if kept is not None:
                 self._moulds.add(found.digest, kept)
         return made
@@ -335,15 +377,20 @@ class Pages:
 
     def unproved_pages(self) -> dict[str, str]:
         """Names of what is here and unproved, and why."""
-        held = [self._tier.get(version) for version in self._tier.keys()]
+        held = [self._tier.get(version) for version in self._tier.order()]
         return {page.name: page.unproved for page in held if page is not None and page.unproved}
 
     def close(self) -> None:
         """End the thread, and leave the model as it was."""
         self._fetcher.close()
-        for version in self._tier.keys():
+        for version in self._tier.order():
             self._tier.take(version)
         self.board.remove()
+
+
+def _unforeseen(error: Exception) -> ServeError:
+    _LOG.error("an adapter could not be taken in", exc_info=error)
+    return ServeError("internal", "The adapter could not be taken in.", given=f"{type(error).__name__}: {error}"[:200])
 
 
 def waited(pages: Pages, ticket: Ticket) -> Page:

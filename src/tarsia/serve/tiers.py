@@ -80,7 +80,10 @@ class Tier(Generic[Key, Value]):
         return True
 
     def put(self, key: Key, value: Value, count: int) -> None:
-        """Lay ``value`` into the room that was reserved; it may take less of it. Raises ValueError where it takes more."""
+        """Lay ``value`` into the room that was reserved, and give back what it does not take.
+
+        Raises ValueError where it takes more.
+        """
         held = self._held[key]
         if count > held.bytes:
             raise ValueError(f"{key} takes {count} bytes, more than the {held.bytes} that were reserved")
@@ -96,6 +99,6 @@ class Tier(Generic[Key, Value]):
         if held.value is not None:
             self._gone(held.value)
 
-    def keys(self) -> tuple[Key, ...]:
-        """The least recently used first."""
+    def order(self) -> tuple[Key, ...]:
+        """All keys, the least recently used first."""
         return tuple(self._held)
