@@ -29,12 +29,12 @@ ROUNDS = 6
 CHECKED = 2
 
 
-def drawn(number: int, many: int, rows: int = ROWS) -> list[str]:
+def drawn(number: int, many: int) -> list[str]:
     """Whom a round's questions are for."""
     from tarsia.serve.load.asked import shares
 
     names = [serving.name(i) for i in range(many)]
-    return random.Random(f"{number} of {many}").choices(names, cum_weights=shares(many, ZIPF), k=rows)
+    return random.Random(f"{number} of {many}").choices(names, cum_weights=shares(many, ZIPF), k=ROWS)
 
 
 def measure() -> Values:

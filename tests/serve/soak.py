@@ -54,8 +54,10 @@ KINDS = {
     "projector": ("full", "projector", {}, 0.2),
 }
 EXPLAINED = ("503", "lost", "worker_lost", "not_ready", "overloaded", "429")
-"""What a request may be told within ``AFTER`` seconds of a kill."""
-AFTER = 30.0
+"""What a request may be told from a kill until ``AFTER`` seconds after the first answer that follows it."""
+AFTER = 5.0
+LONGEST = 180.0
+"""Seconds within which another worker must answer."""
 
 
 @dataclass
@@ -336,8 +338,8 @@ class Soak:
             self.counts["not compared"] += 1  # the adapter alone answers this one without being clear
             return
         self.counts["compared"] += 1
-        if self.kills and len(self.back) < len(self.kills) and began > self.kills[-1]:
-            self.back.append(round(ended - self.kills[-1], 1))
+        if self.kills and began > self.kills[-1] and not self.after(self.kills[-1]):
+            self.back.append(ended)
         self.answered[by] += 1
         if answered.text != allowed[0][key]:
             self.counts["wrong"] += 1
@@ -347,7 +349,10 @@ class Soak:
         """An error: one that a kill or a withdrawal explains, or a fault."""
         self.errors[kind] += 1
         name = told.partition(":")[0]
-        near = any(began - AFTER <= kill <= ended for kill in self.kills)
+        near = any(
+            kill <= ended and began <= (back[0] if (back := self.after(kill)) else kill + LONGEST) + AFTER
+            for kill in self.kills
+        )
         known = name in self.world.history
         if kind.startswith("404") and known and None in self.world.during(name, began, ended):
             return
@@ -356,6 +361,10 @@ class Soak:
         if near and kind.startswith("404") and name.startswith("alias"):
             return  # the next worker serves it again a moment later
         self.fault(f"unexplained: {told}")
+
+    def after(self, kill: float) -> list[float]:
+        """When the first answer came that was asked for after this kill; [] where none has yet."""
+        return [back for back in self.back if back > kill][:1]
 
     # what happens to the worker ------------------------------------------------------------------------------------
 
@@ -416,7 +425,7 @@ FLAT = 5.0
 
 
 def soak(
-    seconds: float, out: Path, *, each: int = 4, names: int = 4, pictures: int = 3, askers: int = 8
+    seconds: float, out: Path, *, each: int = 3, names: int = 3, pictures: int = 2, askers: int = 8
 ) -> dict[str, Any]:
     """Do it; the report. ``faults`` in it is empty where all was well."""
     from tarsia.library import Library
@@ -456,7 +465,7 @@ def soak(
             "answered by": dict(one.answered),
             "errors": dict(one.errors),
             "kills at": [round(kill, 1) for kill in one.kills],
-            "answers again after, s": one.back,
+            "answers again after, s": [round(b - k, 1) for k in one.kills for b in one.after(k)],
             "grown by %": growth,
             "counted by the server": one.metrics,
             "faults": one.faults,

@@ -77,7 +77,10 @@ def test_what_is_wrong(one, model, text, by, began, ended, told) -> None:
         ("lora-0", "503 not_ready_lost", 5.0, 6.0, [1.5], False),
         ("lora-0", "503 worker_lost", 1.0, 2.0, [], True),  # nobody killed it
         ("lora-0", "503 worker_lost", 1.0, 2.0, [2.5], True),
-        ("lora-0", "503 worker_lost", 50.0, 52.0, [2.5], True),  # too late for an excuse
+        ("lora-0", "503 not_ready_lost", 19.0, 20.0, [2.5], False),
+        ("lora-0", "503 not_ready_lost", 26.0, 27.0, [2.5], True),  # there were answers since
+        ("lora-0", "503 not_ready_lost", 226.0, 227.0, [22.0], True),  # too late for an excuse
+        ("lora-0", "503 not_ready_lost", 126.0, 127.0, [22.0], False),
         ("lora-0", "cut off", 1.0, 2.0, [1.5], True),  # lost without an error
         ("lora-0", "connection", 1.0, 2.0, [1.5], True),
         ("lora-0", "timeout", 1.0, 2.0, [1.5], True),
@@ -90,7 +93,7 @@ def test_what_is_wrong(one, model, text, by, began, ended, told) -> None:
     ],
 )
 def test_which_errors_are_explained(one, model, error, began, ended, kills, fault) -> None:
-    one.kills = kills
+    one.kills, one.back = kills, [20.0]
     assert (judged(one, model, "", None, began, ended, error) > 0) is fault
     assert one.errors == {error: 1} and one.counts["compared"] == 0
 
