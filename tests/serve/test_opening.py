@@ -4,18 +4,21 @@ import io
 import logging
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from e2e.made_adapters import saved
+from e2e.made_adapters import made, saved
 from PIL import Image
 
-from tarsia.adapter import open_base
-from tarsia.adapter.signature import view
+from tarsia.adapter import open_base, save
+from tarsia.adapter.prototypes import Look
+from tarsia.adapter.signature import signature, view
 from tarsia.core.errors import AdapterError, LibraryError
 from tarsia.library import Library
 from tarsia.serve import opening, routing, wire, worker
 from tarsia.serve.frames import Connection
+from tarsia.serve.read import Reader
 from tarsia.serve.request import Prompt, Request, Sampling
 from tarsia.serve.routing import Chosen
 
@@ -152,6 +155,42 @@ def test_the_router_chooses_among_those_that_may_be_asked_for(looks, tmp_path, m
     router(Prompt((1,), ()), ("ocr-*",))
     assert asked[-1] == ["ocr-a", "ocr-b", "ocr-late"]
     router.close()
+
+
+def colours(host, tint, count):
+    """Signatures of noisy pictures of one tint, and the last of these as a file."""
+    reader, generator, found = Reader(host), torch.Generator().manual_seed(sum(tint)), []
+    for _ in range(count):
+        pixels = (torch.tensor(tint) + torch.randint(-40, 41, (32, 32, 3), generator=generator)).clamp(0, 255).byte()
+        file = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(file, "PNG")
+        found.append(signature(host, reader.read(ASKED, [file.getvalue()]).pictures[0].inputs))
+    return torch.stack(found), file.getvalue()
+
+
+@pytest.mark.slow
+def test_a_picture_is_answered_by_the_adapter_whose_pictures_look_like_it(tmp_path):
+    host = open_base("mini-1")
+    library, files = Library.make(tmp_path / "library"), {}
+    for number, (name, tint) in enumerate((("reds", (200, 40, 40)), ("blues", (40, 60, 210)))):
+        looks, files[name] = colours(host, tint, 24)
+        adapter = made(host, LORA, number, 0.3)
+        adapter = replace(adapter, card={**adapter.card, "routing": Look.of(view(host), looks).plain()})
+        save(adapter, tmp_path / name)
+        library.publish(tmp_path / name, name)
+    configure = wire.Configure(
+        model="mini-1", library=str(library.places.root), dtype="float32", device="cpu", threads=1
+    )
+    house = opening.opened(configure, lambda what: None)
+    for name, other in (("reds", "blues"), ("blues", "reds")):
+        prompt = house.read(ASKED, [files[name]])
+        assert house.route(prompt, None).adapter == name
+        assert house.route(prompt, (f"{other}*",)).adapter != name
+        assert house.route(prompt, None).facts["nearest"] == name
+    strange = house.route(house.read(ASKED, [picture((0, 255, 0))]), None)
+    assert strange.adapter is None and strange.facts["why"] in ("strange", "unsure")
+    house.route.close()
+    house.shelf.close()
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,20 @@ def test_cancelled_at_any_time_nothing_more_is_done(talk):
     assert not worker.worker._open
 
 
+def test_what_was_refused_while_it_was_read_is_not_taken(talk):
+    worker = talk()
+    worker.engine.stepping.clear()
+    running = worker.ask("1 2")
+    while not worker.engine.submitted:
+        time.sleep(0.001)
+    refused = worker.ask("3", adapter="unknown")  # nothing is taken meanwhile: it is read before that is known
+    while worker.inbox._items.qsize() < 2:
+        time.sleep(0.001)
+    worker.engine.stepping.set()
+    assert worker.until("done", running) and worker.until("done", worker.ask("4"))
+    assert worker.of(refused) == ["failed"]
+
+
 def test_as_many_wait_as_may(talk):
     worker = talk(waiting=2)
     worker.engine.stepping.clear()
