@@ -77,7 +77,7 @@ class Slot(nn.Module):
 
     def _patches(self, part: Acting | None, site: Site) -> list[Patch]:
         """All patches that the part has at the site, whatever their order."""
-        return [patch for name in members(part) if (patch := self.held(name).get(site.key)) is not None]
+        return [patch for name in members(part) if (patch := self._patch(name, site)) is not None]
 
     def _over(self, part: Acting | None, base: Base, site: Site) -> Base:
         if isinstance(part, Stack):
@@ -88,8 +88,14 @@ class Slot(nn.Module):
             once = Once(base)
             piles = [self._over(one, once, site) for one in part.parts]
             return base if all(pile is once for pile in piles) else Mean(piles, part.weights, site.kind)
-        patch = self.held(part).get(site.key)
+        patch = self._patch(part, site)
         return base if patch is None else Over(patch, base)
+
+    def _patch(self, name: Acting | None, site: Site) -> Patch | None:
+        """One adapter's patch for a tensor: at every call of every module, so without a dictionary of them all."""
+        held = self.patches._modules.get(name) if isinstance(name, str) else None
+        patch = None if held is None else held._modules.get(site.key)
+        return patch if isinstance(patch, Patch) else None
 
     def run(self, *args: Any, **keywords: Any) -> Any:
         """The module's forward with its active, or routed, patches."""
