@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served_rows import ACTIVATIONS, FLOATS, Cache, Drawn, Line, cache, entries, near, neck, thin
+from torch import Tensor
 from torch.nn import functional as F
 
 from tarsia.cli import machine
@@ -142,18 +143,29 @@ def test_attention_is_what_the_reference_attends(
     near(found, reference.attend(it.q, *it.rest(), scale, window, softcap))
 
 
+def alone(here: kernel.Kernel, it: Cache, t: int, window: int | None) -> Tensor:
+    """What token ``t`` of the line attends in a call of its own."""
+    row = torch.repeat_interleave(torch.arange(len(it.before)), it.starts.diff().long())[t]
+    before = (it.before[row] + t - it.starts[row]).view(1).int()
+    starts, tables = torch.tensor([0, 1], dtype=torch.int32), it.tables[row][None].contiguous()
+    return here.attend(it.q[t][None], it.keys, it.values, tables, starts, before, 0.3, window)[0]
+
+
 @FEW
 @given(caches(), WINDOWS, st.integers(0, 2**10))
 def test_a_token_attends_as_it_would_alone(here: kernel.Kernel, it: Cache, window: int | None, seed: int) -> None:
+    if len(it.q):
+        t = seed % len(it.q)
+        assert torch.equal(here.attend(it.q, *it.rest(), 0.3, window)[t], alone(here, it, t, window))
+
+
+@pytest.mark.parametrize("window", [None, 90, 150])
+def test_where_a_row_is_cut_does_not_show(here: kernel.Kernel, window: int | None) -> None:
+    """Rows of several pieces of positions, and windows that begin within one."""
+    it = cache(Drawn(7), [(100, 30), (37, 150)], 4, 2, 24, 16, torch.float32)
     together = here.attend(it.q, *it.rest(), 0.3, window)
-    if not len(it.q):
-        return
-    row = torch.repeat_interleave(torch.arange(len(it.before)), it.starts.diff().long())
-    t = seed % len(it.q)
-    before = (it.before[row[t]] + t - it.starts[row[t]]).view(1).int()
-    starts, tables = torch.tensor([0, 1], dtype=torch.int32), it.tables[row[t]][None].contiguous()
-    alone = here.attend(it.q[t][None], it.keys, it.values, tables, starts, before, 0.3, window)
-    assert torch.equal(together[t], alone[0])
+    for t in range(0, len(it.q), 7):
+        assert torch.equal(together[t], alone(here, it, t, window))
 
 
 @FEW
