@@ -10,7 +10,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -202,7 +202,7 @@ class Running:
     loop: asyncio.AbstractEventLoop
     settings: Settings
     port: int
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    gate: Any
 
     def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
@@ -227,7 +227,8 @@ def running(settings: Settings | None = None, service: Any = None) -> Iterator[R
     fake, log = Fake(), io.StringIO()
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = uvicorn.Server(config(app(service or fake, settings, Journal(log)), settings, port=port))
+    gate = app(service or fake, settings, Journal(log))
+    server = uvicorn.Server(config(gate, settings, port=port))
     loop = asyncio.new_event_loop()
 
     async def serve() -> None:
@@ -248,7 +249,7 @@ def running(settings: Settings | None = None, service: Any = None) -> Iterator[R
     while not server.started and thread.is_alive():
         thread.join(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{port}", fake, log, loop, settings, port)
+        yield Running(f"http://127.0.0.1:{port}", fake, log, loop, settings, port, gate)
     finally:
         server.should_exit = True
         server.force_exit = True

@@ -152,6 +152,16 @@ def test_a_body_that_comes_slowly_or_not_at_all(tight: Running) -> None:
     assert raw(tight, head(JSON, "Transfer-Encoding: chunked") + b"1\r\n{\r\n")[:12] == b"HTTP/1.1 408"
 
 
+def test_a_body_whose_framing_breaks_off(tight: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """It is answered where it is seen, below the application, which says nothing more."""
+    sent = head(JSON, "Transfer-Encoding: chunked") + b"1\r\n{\r\n"
+    before = len(tight.logged())
+    assert raw(tight, sent + b"xyz\r\n").count(b"HTTP/1.1 400") == 1
+    assert tight.soon(lambda: len(tight.logged()) == before + 1)
+    assert tight.logged()[-1]["code"] in ("broken_framing", "gone")
+    assert "Traceback" not in caplog.text
+
+
 def test_a_head_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "_HEADER_SECONDS", 0.3)
     with running() as server:
@@ -167,15 +177,19 @@ def test_a_head_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert raw(server, b"X" * 70_000)[:12] == b"HTTP/1.1 400"
 
 
-def test_all_bodies_together(tight: Running) -> None:
+def test_all_bodies_together() -> None:
     """While one large body is being read, another of the same size finds no room; then there is room again."""
     piece = b"{" + b" " * 180_000
-    with socket.create_connection(("127.0.0.1", tight.port)) as link:
-        link.sendall(head(JSON, "Content-Length: 190000") + piece)
-        answer = post(tight, piece)
-        assert answer.status_code == 429 and answer.headers["retry-after"]
-    assert tight.soon(lambda: tight.logged()[-1]["status"] == 408)  # it has left
-    assert post(tight, piece).status_code == 400
+    with running(Settings(limits=Limits(body=200_000, bodies=300_000, body_rate=1000))) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as link:
+            link.sendall(head(JSON, "Content-Length: 190000") + piece)
+            assert server.soon(lambda: server.gate._held == len(piece))
+            answer = post(server, piece)
+            assert answer.status_code == 429 and answer.headers["retry-after"]
+        assert server.soon(lambda: server.gate._held == 0)  # it has left
+        assert post(server, piece).status_code == 400
+        assert post(server, chat()).status_code == 200
+        assert server.soon(lambda: server.gate._held == 0)
 
 
 def test_an_answer_that_takes_too_long(tight: Running) -> None:

@@ -183,6 +183,7 @@ async def completions(request: Request) -> Response:
     streamed = False
     try:
         started = await unless_gone(request.receive, _begin(server, run, body, command))
+        body = body.model_copy(update={"messages": []})  # pictures are not kept until the answer
         if body.stream:
             streamed = True
             return Events(chat.Chunks(run, started, body), chat.headers(started), limits.write_seconds)

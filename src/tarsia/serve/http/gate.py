@@ -12,6 +12,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from h11 import LocalProtocolError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tarsia.core.errors import TarsiaError
@@ -78,6 +79,7 @@ class Gate:
         try:
             await self._passed(scope, receive, out, held)
         except Refusal as refusal:
+            held.facts.setdefault("code", refusal.code)
             await _refuse(refusal, scope, receive, out)
         except Exception as error:  # noqa: BLE001 (a text of an error may hold what a client said: its place is logged)
             self.journal.write("error", {"id": held.id, "error": where(error)})
@@ -234,6 +236,13 @@ async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, out: _Out) -
     """
     if out.begun:
         return
+    try:
+        await _answered(refusal, scope, receive, out)
+    except LocalProtocolError:  # its framing broke off meanwhile, which was answered below this
+        ticket(scope).facts["code"] = "broken_framing"
+
+
+async def _answered(refusal: Refusal, scope: Scope, receive: Receive, out: _Out) -> None:
     if not refusal.close:
         await refusal.response(scope, receive, out)
         return

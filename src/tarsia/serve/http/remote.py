@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import httpx
 
@@ -91,10 +92,13 @@ class Fetcher:
     look_up: Lookup = look_up
     allowed: tuple[Allowed, ...] = field(init=False)
     _turns: asyncio.Semaphore = field(init=False)
+    _trust: ssl.SSLContext | None = None
 
     def __post_init__(self) -> None:
         self.allowed = tuple(Allowed.parse(host) for host in self.remote.hosts)
         self._turns = asyncio.Semaphore(self.remote.at_once)
+        if self.allowed:  # read once, here: certificates are many
+            self._trust = httpx.create_ssl_context(trust_env=False)
 
     async def fetch(self, text: str, where: str) -> Seen:
         """The picture at an address. Raises Refusal (400): what the host says is never repeated."""
@@ -142,8 +146,10 @@ class Fetcher:
         port = url.port or _PORTS[url.scheme]
         extensions = {"sni_hostname": url.raw_host.decode("ascii")} if _address(url.host) is None else {}
         headers = {"host": url.netloc.decode("ascii"), "accept": ", ".join(MEDIA), "accept-encoding": "identity"}
+        assert self._trust is not None
+        more: dict[str, Any] = {"trust_env": False, "follow_redirects": False, "timeout": self.remote.seconds}
         async with (
-            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self.remote.seconds) as client,
+            httpx.AsyncClient(verify=self._trust, **more) as client,
             client.stream(
                 "GET", url.copy_with(host=address, port=port, fragment=None), headers=headers, extensions=extensions
             ) as answer,
