@@ -53,10 +53,11 @@ def workshop(family: str = "llava") -> Host:
 
 def adapter(host: Host, method: str, seed: int = 0, *, proven: Any = None, **options: Any) -> Adapter:
     """An adapter of one method, moved away from the base; ``proven`` is the batch that its probe is made with."""
+    origin = options.pop("origin", None)
     select, usual = OPTIONS.get(method, ("*", {}))
     select = options.pop("select", select)
     parts = [Part(method, select, METHODS[method].config(**(dict(usual) | options)))]
-    attach(host.model, host.sites, parts, name="made", seed=seed)
+    attach(host.model, host.sites, parts, name="made", seed=seed, origin=origin)
     try:
         torch.manual_seed(seed)
         move(host, "made", 0.15)
