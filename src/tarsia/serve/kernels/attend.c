@@ -4,7 +4,7 @@
 
 #include <stdlib.h>
 
-enum { QUERIES = 48 }; /* tokens by heads that share a head of the cache, in one unit of work, about */
+enum { QUERIES = 96 }; /* tokens by heads that share a head of the cache, in one unit of work, about */
 
 typedef struct {
     int32_t row, first, count;
