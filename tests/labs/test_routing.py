@@ -83,10 +83,13 @@ def asked(router=0.98, centroid=0.8, far=0.95, confidence=0.97):
 
     rights = dict(zip(WAYS, (router, centroid, 0.94), strict=True))
     right = {name: share(value) for way, value in rights.items() for name in (way, f"{way}, never open")}
-    strangers = {way: {"bricks": share(far if way == "router" else 0.3)} for way in WAYS}
-    near = {way: {kind: share(0.1) for kind in NEAR["held-out"]} for way in WAYS}
+    groups = {"held-out": ["weave"], "first look": ["radar"], "near": NEAR["held-out"]}
+    strange = {
+        group: {way: {kind: share(far if way == "router" else 0.3) for kind in kinds} for way in WAYS}
+        for group, kinds in groups.items()
+    }
     choices = [("star-warm", choice("star-warm" if hit else "rbc-cool", confidence)) for hit in right["router"]]
-    return Asked(right, {name: share(0.02) for name in right}, strangers, near, choices)
+    return Asked(right, {name: share(0.02) for name in right}, strange, choices)
 
 
 GOOD = Measured([asked()] * 3, Answers({"oracle": [1.0] * 9, "router": [1.0] * 9}, 48e3, "ties at scale 1"), "a")
@@ -110,7 +113,7 @@ def test_each_bound_can_fail(changes, fails):
 def test_the_page_and_the_picture_can_be_made():
     result = Result("routing", compared(GOOD), (), "2026-01-01T00:00:00+00:00", {})
     shown = page.page(CHAPTER, result)
-    assert "bricks" in shown and f"{len(JOBS)} jobs" in shown
+    assert "weave" in shown and f"{len(JOBS)} jobs" in shown
     assert page.picture(CHAPTER, result).startswith(b"\x89PNG")
 
 
@@ -125,8 +128,8 @@ def test_signatures_are_kept_and_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(routing, "shots", lambda *args: [None] * args[2])
     monkeypatch.setattr(routing, "strange", lambda *args: [None] * args[2])
     host = type("H", (), {"fingerprint": type("F", (), {"weights": "a"})})
-    held = routing.seen(host, 0, "held-out", tmp_path, tmp_path, lambda what: None)
+    held = routing.seen(host, 0, tmp_path, tmp_path, lambda what: None)
     count = len(made)
     assert held.trained.shape == (len(JOBS), routing.TRAIN, 6) and held.asked.shape == (len(JOBS), routing.TEST, 6)
-    routing.seen(host, 0, "held-out", tmp_path, tmp_path, lambda what: None)
-    assert len(made) == count == 2 * len(JOBS) + len(held.far) + len(held.near)
+    routing.seen(host, 0, tmp_path, tmp_path, lambda what: None)
+    assert len(made) == count == 3 * len(JOBS) + sum(map(len, held.strange.values()))

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from tarsia.adapter import Host
 from tarsia.adapter.prototypes import Look
 from tarsia.adapter.signature import signature, view
-from tarsia.labs.routing_world import JOBS, NEAR, STRANGERS, Split, shots, strange
+from tarsia.labs.routing_world import JOBS, NEAR, STRANGERS, Job, Split, shots, strange
 from tarsia.serve.route import CARD, STRANGE, UNSURE, Choice, Router
 
-TRAIN: Final = 96
+DRAW: Final = 96
+TRAIN: Final = 2 * DRAW
+"""A seed's trained pictures are two of the seeds' draws; those that are asked are its own."""
 TEST: Final = 20
 FAR: Final = 60
 CLOSE: Final = 40
@@ -37,12 +39,11 @@ Choices = Sequence[tuple[str, Choice]]
 @dataclass(frozen=True, eq=False)
 class Seen:
     """Signatures of one seed: ``trained`` [jobs, TRAIN, width], ``asked`` [jobs, TEST, width], and of each kind that no
-    job has, ``far`` and ``near``, [pictures, width]."""
+    job has, by group ("held-out", "first look", "near"), [pictures, width]."""
 
     trained: Tensor
     asked: Tensor
-    far: Mapping[str, Tensor]
-    near: Mapping[str, Tensor]
+    strange: Mapping[str, Mapping[str, Tensor]]
 
 
 def signed(host: Host, shown: Sequence[Image.Image]) -> Tensor:
@@ -51,33 +52,32 @@ def signed(host: Host, shown: Sequence[Image.Image]) -> Tensor:
     return torch.stack([signature(host, row) for row in rows])
 
 
-def seen(host: Host, seed: int, split: Split, data: Path, work: Path, show: Show) -> Seen:
-    """One seed's signatures; ``split`` says on which conditions and strangers. What was computed before is read."""
+def seen(host: Host, seed: int, data: Path, work: Path, show: Show) -> Seen:
+    """One seed's signatures, in held-out conditions. What was computed before is read."""
 
-    def kept(name: str, draw: Callable[[], list[Image.Image]]) -> Tensor:
+    def kept(name: str, draw: Callable[[int], list[Image.Image]], seed: int = seed) -> Tensor:
         path = work / "signatures" / f"{name}-{seed}.safetensors"
         if not path.exists():
             show(f"signatures {name}, seed {seed}")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file({"signatures": signed(host, draw())}, partial, {"base": host.fingerprint.weights})
+            save_file({"signatures": signed(host, draw(seed))}, partial, {"base": host.fingerprint.weights})
             partial.replace(path)
         return load_file(path)["signatures"]
 
-    def strangers(kinds: Sequence[str], count: int) -> dict[str, Tensor]:
-        return {
-            kind: kept(f"{kind}-strange-{split}", lambda kind=kind: strange(kind, split, count, data, seed))  # type: ignore[misc]
-            for kind in kinds
-        }
+    def of(job: Job, split: Split, count: int, seed: int = seed) -> Tensor:
+        return kept(f"{job.name}-{split}", lambda seed: shots(job, split, count, data, seed), seed)
 
-    trained, asked = (
-        torch.stack([
-            kept(f"{job.name}-{part}", lambda job=job, part=part, n=n: shots(job, part, n, data, seed))  # type: ignore[misc]
-            for job in JOBS
-        ])
-        for part, n in (("train", TRAIN), (split, TEST))
-    )  # fmt: skip
-    return Seen(trained, asked, strangers(STRANGERS[split], FAR), strangers(NEAR[split], CLOSE))
+    def strangers(kind: str, count: int) -> Tensor:
+        return kept(f"{kind}-strange-held-out", lambda seed: strange(kind, "held-out", count, data, seed))
+
+    draws = (seed, SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)])
+    groups = {name: (STRANGERS[name], FAR) for name in ("held-out", "first look")} | {"near": (NEAR["held-out"], CLOSE)}
+    return Seen(
+        torch.stack([torch.cat([of(job, "train", DRAW, draw) for draw in draws]) for job in JOBS]),
+        torch.stack([of(job, "held-out", TEST) for job in JOBS]),
+        {name: {kind: strangers(kind, count) for kind in kinds} for name, (kinds, count) in groups.items()},
+    )
 
 
 def routed(host: Host, trained: Tensor) -> Router:
@@ -96,8 +96,7 @@ class Asked:
 
     right: Mapping[str, Sequence[float]]
     open: Mapping[str, Sequence[float]]
-    far: Mapping[str, Mapping[str, Sequence[float]]]
-    near: Mapping[str, Mapping[str, Sequence[float]]]
+    strange: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
     choices: Choices
 
 
@@ -109,10 +108,10 @@ def ask(router: Router, held: Seen) -> Asked:
     right = {"router": [float(choice.name == name) for name, choice in choices]}
     left = {"router": [float(choice.name is None) for _, choice in choices]}
 
-    def strangers(kinds: Mapping[str, Tensor]) -> dict[str, list[float]]:
-        return {kind: [float(router.choose([row]).name is None) for row in rows] for kind, rows in kinds.items()}
+    def given(leaves: Callable[[Tensor], list[float]]) -> dict[str, dict[str, list[float]]]:
+        return {group: {kind: leaves(rows) for kind, rows in kinds.items()} for group, kinds in held.strange.items()}
 
-    far, near = {"router": strangers(held.far)}, {"router": strangers(held.near)}
+    found = {"router": given(lambda rows: [float(router.choose([row]).name is None) for row in rows])}
     owners = torch.arange(len(JOBS))[:, None].expand(len(JOBS), held.asked.shape[1]).flatten()
     for way, scores in {
         "nearest centroid": centroids(held.trained),
@@ -124,13 +123,13 @@ def ask(router: Router, held: Seen) -> Asked:
         left[way] = (best < floor).float().tolist()
         right[f"{way}, never open"] = (chosen == owners).float().tolist()
         left[f"{way}, never open"] = [0.0] * len(owners)
-        far[way], near[way] = (
-            {kind: (scores(rows).max(1).values < floor).float().tolist() for kind, rows in kinds.items()}
-            for kinds in (held.far, held.near)
+        found[way] = given(
+            lambda rows, scores=scores, floor=floor: (scores(rows).max(1).values < floor).float().tolist()  # type: ignore[misc]
         )
     right["router, never open"] = [float(choice.nearest == name) for name, choice in choices]
     left["router, never open"] = [0.0] * len(owners)
-    return Asked(right, left, far, near, choices)
+    groups = {group: {way: found[way][group] for way in found} for group in held.strange}
+    return Asked(right, left, groups, choices)
 
 
 def centroids(trained: Tensor) -> Callable[[Tensor], Tensor]:
@@ -139,7 +138,7 @@ def centroids(trained: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda rows: -torch.cdist(rows, middles)
 
 
-def logistic(trained: Tensor, decay: float = DECAY, rounds: int = 60) -> Callable[[Tensor], Tensor]:
+def logistic(trained: Tensor, decay: float = DECAY, rounds: int = 40) -> Callable[[Tensor], Tensor]:
     """Scores [pictures, jobs]: log-probabilities of multinomial logistic regression on standardised numbers, L-BFGS."""
     rows = trained.flatten(0, 1)
     owners = torch.arange(len(trained))[:, None].expand(trained.shape[:2]).flatten()

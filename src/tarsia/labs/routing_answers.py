@@ -19,8 +19,8 @@ from tarsia.labs.runs import mean, score
 from tarsia.merge.adapters import merge
 from tarsia.serve.route import CARD, Router
 
-WAYS: Final = ("task_arithmetic", "ties", "tsv")
-SCALES: Final = (0.1, 0.3, 1.0)
+WAYS: Final = ("ties", "tsv")
+SCALES: Final = (0.3, 1.0)
 """Every way to merge is tried at these on one trained row a job; the best is held to the others."""
 
 

@@ -55,7 +55,7 @@ def measure(desk: Desk) -> Found:
     host = open_base("mini-1", dtype=PLACE["precision"], device=PLACE["device"])
     asked = []
     for seed in SEEDS:
-        held = seen(host, seed, "held-out", data, desk.work, show)
+        held = seen(host, seed, data, desk.work, show)
         asked.append(ask(routed(host, held.trained), held))
     told = answers(Workers(desk.work / "jobs", data, show))
     return compared(Measured(asked, told, host.fingerprint.weights))
@@ -80,14 +80,14 @@ def compared(m: Measured) -> Found:
     rows["strangers: all"] = {
         **_within("left to the base, %", far),
         "by seed": ", ".join(
-            f"{100 * mean([v for kind in one.far['router'].values() for v in kind]):.1f}" for one in m.asked
+            f"{100 * mean([v for kind in one.strange['held-out']['router'].values() for v in kind]):.1f}"
+            for one in m.asked
         ),
     }
-    for what, held in {"stranger": "far", "near": "near"}.items():
-        for kind in getattr(m.asked[0], held)["router"]:
-            rows[f"{what}: {kind}"] = {
-                way: _percent(_all([getattr(one, held)[way][kind] for one in m.asked]))
-                for way in getattr(m.asked[0], held)
+    for group, ways in m.asked[0].strange.items():
+        for kind in ways["router"]:
+            rows[f"{group}: {kind}"] = {
+                way: _percent(_all([one.strange[group][way][kind] for one in m.asked])) for way in ways
             }
     rows |= _ahead(m) | _sure(m) | _mistakes([pair for one in m.asked for pair in one.choices])
     for way, rights in m.answers.right.items():
@@ -101,7 +101,7 @@ def _all(parts: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _kinds(m: Measured, way: str) -> list[float]:
-    return [value for one in m.asked for kind in one.far[way].values() for value in kind]
+    return [value for one in m.asked for kind in one.strange["held-out"][way].values() for value in kind]
 
 
 def _percent(values: Sequence[float]) -> float:
@@ -215,7 +215,12 @@ than {100 * UNSURE:g} % sure. Intervals are of a bootstrap over pictures.
 Strangers, percent left to the base:
 
 {{{{ table("strangers") }}}}
-{{{{ table("stranger") }}}}
+{{{{ table("held-out") }}}}
+A first look, with 96 trained pictures a job, did not bear the claim out: 74 % of {", ".join(STRANGERS["first look"])}
+were left to the base. So settings were chosen again with these too, cards were made of {TRAIN} pictures, and the
+strangers above are others. How those of the first look fare now:
+
+{{{{ table("first look") }}}}
 Kinds that differ from a known one by a form or a material alone are another question, and mostly the tower does not
 tell them apart ({{{{ value("near: {NEAR["held-out"][0]}", "router", ".0f") }}}} % of {NEAR["held-out"][0]}s are left to
 the base). They are shown and not bound, {CLOSE} pictures a kind and seed:
@@ -238,7 +243,7 @@ Every job has an adapter of mini-1 (LoRA in three layers, {STEPS} steps) that sa
 has its own bin, so an answer is right where the right adapter answers. Their real cards,
 {{{{ value("made: each", "KiB of a card", ".1f") }}}} KiB on average of what pictures look like, make the router.
 {COUNTS["held-out"]} held-out rows a job, one seed; the merged one is
-{{{{ value("made: each", "merged") }}}}, the best of nine on trained rows:
+{{{{ value("made: each", "merged") }}}}, the best of four on trained rows:
 
 {{{{ table("answer") }}}}
 mini-1's tower is small, and jobs here differ by what it can see; a tower that sees more would tell more apart. What a
