@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from tarsia.adapter import Adapter, Host, load
 from tarsia.core.errors import LibraryError, ServeError, TarsiaError
 from tarsia.library import Library
 from tarsia.library.opening import SETTLED, open_adapter
+from tarsia.library.record import Version as Record
 
 _CURRENT: Final = 4096
 """Names whose meaning is remembered."""
@@ -36,6 +38,7 @@ class Version:
     source: str | None = None
     reference: str = ""
     folder: Path | None = None
+    bytes: int = 0
 
 
 class Shelf:
@@ -58,7 +61,7 @@ class Shelf:
         if os.path.isabs(source):
             return _folder(reference, Path(source))
         found = self._published(source, reference)
-        return Version(reference, found.number, found.digest, found.methods, source, found.reference)
+        return replace(found, name=reference, source=source)
 
     def _published(self, reference: str, asked: str) -> Version:
         if self.library is None:
@@ -72,9 +75,7 @@ class Shelf:
                 version = self.library.version(reference)
             except LibraryError as error:
                 raise _unknown(asked, error.what, self.aliases, error.do) from None
-            found = Version(
-                version.name, version.number, bytes.fromhex(version.hash), version.methods, reference=version.reference
-            )
+            found = _of(version)
             if settled:
                 self._stamp = stamp
                 if len(self._known) >= _CURRENT:
@@ -99,14 +100,16 @@ class Shelf:
 
     def all(self) -> list[Version]:
         """Every name's current version, and what every alias means; aliases that mean nothing now are left out."""
-        published = [] if self.library is None else [version.name for version in self.library.search()]
-        made = []
-        for name in dict.fromkeys([*published, *self.aliases]):
-            try:
-                made.append(self.resolve(name))
-            except ServeError:
-                continue
-        return made
+        made = {} if self.library is None else {v.name: _of(v) for v in self.library.search()}
+        for name in self.aliases:
+            with suppress(ServeError):
+                made[name] = self.resolve(name)
+        return list(made.values())
+
+
+def _of(version: Record) -> Version:
+    digest, methods = bytes.fromhex(version.hash), version.methods
+    return Version(version.name, version.number, digest, methods, None, version.reference, None, version.bytes)
 
 
 def _folder(name: str, folder: Path) -> Version:

@@ -357,6 +357,7 @@ class Pages:
                 version=version.number,
                 hash=version.digest.hex(),
                 methods=version.methods,
+                bytes=version.bytes,
                 source=version.source,
                 resident=version in self._tier,
             )
