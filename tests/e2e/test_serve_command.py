@@ -66,7 +66,7 @@ class Server:
         self.process.wait()
 
 
-def until(true: Callable[[], object], seconds: float = 60) -> None:
+def until(true: Callable[[], object], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -163,6 +163,19 @@ def test_a_folder_is_loaded_under_a_name_and_an_unproved_one_is_not(server: Serv
         server.ask("bad")
 
 
+def test_who_leaves_takes_nothing_more(server: Server) -> None:
+    def figure(name: str) -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith(f"tarsia_worker_{name} ")))
+
+    before = figure("completion_tokens_total")
+    stream = server.ask("dogs", stream=True, max_tokens=900, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    until(lambda: figure("running") == 0 and figure("completion_tokens_total") > before)
+    assert figure("completion_tokens_total") - before < 850
+
+
 def test_a_killed_worker_is_told_replaced_and_has_what_was_loaded(server: Server) -> None:
     before, mine = server.worker, server.ask("mine").choices[0].message.content
     stream = server.ask("mini-1", stream=True, max_tokens=900, extra_body={"ignore_eos": True})
@@ -189,8 +202,8 @@ def test_terminated_it_finishes_what_runs_and_leaves_nothing(server: Server) -> 
     until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
     last = [*chunks][-1]
     assert last.choices[0].finish_reason == "length"
-    assert server.process.wait(30) == 0
-    until(lambda: gone(worker), 10)
+    assert server.process.wait(120) == 0
+    until(lambda: gone(worker), 60)
 
 
 def test_no_worker_outlives_a_server_that_is_killed(tmp_path: Path) -> None:
@@ -208,7 +221,7 @@ def test_no_worker_outlives_a_server_that_is_killed(tmp_path: Path) -> None:
     assert not gone(child)
     parent.kill()
     parent.wait()
-    until(lambda: gone(child), 10)
+    until(lambda: gone(child), 60)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:

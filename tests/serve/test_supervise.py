@@ -230,6 +230,16 @@ async def test_an_ask_is_told_when_the_worker_is_lost():
 
 
 @run
+async def test_an_ask_that_nobody_answers_is_told():
+    async with supervised(patience=Patience(answer=0.05)) as supervisor:
+        hanging = await supervisor.generate(asked("hang"))
+        with pytest.raises(ServeError, match="in time") as late:
+            await supervisor.load("a", "b")
+        assert late.value.kind == "timeout" and not supervisor._loaded and not supervisor._answers
+        hanging.close()
+
+
+@run
 async def test_draining_finishes_what_runs_and_takes_nothing_new():
     async with supervised() as supervisor:
         running = await supervisor.generate(asked("finish"))

@@ -388,6 +388,19 @@ def test_a_load_that_is_refused_leaves_no_name(talk):
     assert worker.until("answer", "u").failure.kind == "unknown_adapter"
 
 
+@pytest.mark.parametrize("ticket", [PlayedTicket(object()), PlayedTicket(error=ServeError("refused", "No."))])
+def test_what_is_unloaded_while_it_comes_is_not_served(talk, ticket):
+    worker = talk()
+    worker.send(wire.Load(id="l", name="a", source="a@1"))
+    worker.send(wire.Unload(id="u", name="a"))
+    assert worker.until("answer", "u").failure is None
+    held = worker.shelf.tickets["a"]
+    held.error, held.page = ticket.error, ticket.page
+    assert "unloaded" in worker.until("answer", "l").failure.message
+    assert not worker.shelf.names and held.released == 1
+    assert worker.until("done", worker.ask("1"))
+
+
 def test_an_adapter_is_fetched_while_its_request_is_read(talk):
     begun, go = threading.Event(), threading.Event()
 

@@ -47,14 +47,15 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds: to be ``ready``, of ``silence`` of a ready worker, of ``pause`` before the next start (doubled with
-    each death in a row, up to ``longest``); a worker that was ready for ``sound`` seconds starts a new row.
+    """Seconds: to be ``ready``, of ``silence`` of a ready worker, for the ``answer`` about adapters.
 
-    ``deaths`` in a row before it was ready are the end.
+    Of ``pause`` before the next start, doubled with each death in a row, up to ``longest``; a worker that was ready for
+    ``sound`` seconds starts a new row. ``deaths`` in a row before it was ready are the end.
     """
 
     ready: float = 3600.0
     silence: float = 600.0
+    answer: float = 300.0
     pause: float = 0.25
     longest: float = 30.0
     sound: float = 60.0
@@ -219,7 +220,12 @@ class Supervisor:
         self._answers[command.id] = future
         try:
             await self._send(worker, command)
-            answer = await future
+            async with asyncio.timeout(self._patience.answer):
+                answer = await future
+        except TimeoutError:
+            if isinstance(command, wire.Load):  # what nobody knows to be there is not served later
+                worker.stream.post(wire.framed(wire.Unload(id=self._id(), name=command.name)))
+            raise ServeError("timeout", "The worker did not answer in time.", do="try again in a while") from None
         finally:
             self._answers.pop(command.id, None)
         if answer.failure is not None:

@@ -44,13 +44,14 @@ class _Encoded:
     found: Prompt | Exception
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Coming:
-    """A load that is not answered yet; ``before``: what its name was loaded from until now."""
+    """A load that is not answered yet. ``before``: what its name was loaded from; ``dropped``: unloaded meanwhile."""
 
     command: wire.Load
     ticket: Ticket
     before: str | None
+    dropped: bool = False
 
 
 class Untrusted(Exception):
@@ -169,7 +170,7 @@ class Worker:
             case wire.Load():
                 self._load(item)
             case wire.Unload():
-                self._answer(item.id, lambda: self.house.shelf.drop(item.name))
+                self._answer(item.id, lambda: self._drop(item.name))
             case wire.Models():
                 self._answer(item.id, lambda: None)
             case wire.Drain():
@@ -315,6 +316,9 @@ class Worker:
                 continue
             self._loads.remove(coming)
             ticket.release()
+            if coming.dropped:
+                self._refused(id_, ServeError("refused", "It was unloaded while it came.", given=coming.command.name))
+                continue
             if error is None:
                 self._answer(id_, lambda: None, coming.command.name)
                 continue
@@ -323,6 +327,11 @@ class Worker:
             else:
                 shelf.alias(coming.command.name, coming.before)
             self._refused(id_, error)
+
+    def _drop(self, name: str) -> None:
+        self.house.shelf.drop(name)
+        for coming in self._loads:
+            coming.dropped = coming.dropped or coming.command.name == name
 
     def _answer(self, id_: str, act: Callable[[], None], name: str | None = None) -> None:
         """Do something with the shelf and say what is on it then: all, or what is called ``name``."""
