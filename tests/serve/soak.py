@@ -220,6 +220,7 @@ class Soak:
         self.answered: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.faults: list[str] = []
+        self.kinds: Counter[str] = Counter()
         self.kills: list[float] = []
         self.back: list[float] = []
         self.memory: list[tuple[float, int, int, int]] = []
@@ -229,9 +230,11 @@ class Soak:
         return time.perf_counter() - self.began
 
     def fault(self, text: str) -> None:
-        if len(self.faults) < 100:
-            self.faults.append(f"{self.now():.1f} s: {text}")
+        kind = " ".join(text.partition(":")[2].split()[:3]) if text.startswith("unexplained") else text.split()[0]
         self.counts["faults"] += 1
+        self.kinds[kind] += 1
+        if self.kinds[kind] <= 10:
+            self.faults.append(f"{self.now():.1f} s: {text}")
 
     # what happens to the library -----------------------------------------------------------------------------------
 
