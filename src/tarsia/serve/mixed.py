@@ -142,14 +142,26 @@ class Apart:
     rows: list[int]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Here:
+    """The rows of a table at one site: forms as `kernel.grouped` takes them (None: nobody has one), and those apart.
+
+    ``scaled``: one of them scales the input. ``entries`` int64 [rows, 12].
+    """
+
+    grouped: list[Any] | None
+    scaled: bool
+    entries: Tensor
+    apart: list[Apart]
+
+
 @dataclass(eq=False)
 class Table:
     """The forms of a line's rows at every site. Rows of one adapter that lie side by side are one row here."""
 
     pages: Sequence[Page | None]
     sites: int
-    _rows: dict[str, tuple[list[Any], bool]] = field(default_factory=dict)
-    _apart: dict[str, list[Apart]] = field(default_factory=dict)
+    _here: dict[str, Here] = field(default_factory=dict)
 
     @cached_property
     def patched(self) -> frozenset[str]:
@@ -167,26 +179,22 @@ class Table:
         device = next((page.device for page in self.pages if page is not None), whole.device)
         return whole.to(device)
 
-    def thin(self, path: str) -> tuple[list[Any], bool]:
-        """Each row's form at a site as `kernel.grouped` takes them, and whether one of them scales the input."""
-        found = self._rows.get(path)
+    def at(self, path: str, number: int) -> Here:
+        """What there is at the site of this path and number."""
+        found = self._here.get(path)
         if found is None:
             forms = [None if page is None else page.forms.get(path) for page in self.pages]
-            own = [form if isinstance(form, Thin | Neck) else None for form in forms]
-            found = own, any(isinstance(form, Thin) and form.inner is not None for form in own)
-            self._rows[path] = found
-        return found
-
-    def apart(self, path: str) -> list[Apart]:
-        """The forms at a site that run over their own rows, each once."""
-        found = self._apart.get(path)
-        if found is None:
+            grouped = [form if isinstance(form, Thin | Neck) else None for form in forms]
             held: dict[int, Apart] = {}
-            for row, page in enumerate(self.pages):
-                form = None if page is None else page.forms.get(path)
+            for row, form in enumerate(forms):
                 if isinstance(form, Whole | Odd):
                     held.setdefault(id(form), Apart(form, [])).rows.append(row)
-            found = self._apart[path] = list(held.values())
+            found = self._here[path] = Here(
+                grouped=grouped if any(grouped) else None,
+                scaled=any(isinstance(form, Thin) and form.inner is not None for form in grouped),
+                entries=self.entries[number],
+                apart=list(held.values()),
+            )
         return found
 
 
@@ -266,18 +274,19 @@ class Mixed(Patch):
             return base.apply(form.weight, form.bias, x)
         entries = page.entries[self.number : self.number + 1].to(x.device)
         starts = torch.tensor([0, x.numel() // x.shape[-1]], dtype=torch.int32)
-        return _grouped(x, base, starts, ([form], isinstance(form, Thin) and form.inner is not None), entries)
+        scaled = isinstance(form, Thin) and form.inner is not None
+        return _grouped(x, base, starts, Here([form], scaled, entries, []))
 
     def _lying(self, line: Line, x: Tensor, base: Any) -> Any:
-        axis, path, table = line.axis(x, self.site, self.along), self.site.path, line.table
-        self.along = axis if x.ndim == 4 else None
-        apart = table.apart(path)
-        rows = table.thin(path)
-        if any(rows[0]):
-            out = _grouped(x, base, line.starts, rows, table.entries[self.number])
+        shape = x.shape
+        if len(shape) == 3 and shape[0] == 1 and shape[1] == line.total:
+            axis = 1
         else:
-            out = base(x)
-        for one in apart:
+            axis = line.axis(x, self.site, self.along)
+            self.along = axis if x.ndim == 4 else None
+        here = line.table.at(self.site.path, self.number)
+        out = base(x) if here.grouped is None else _grouped(x, base, line.starts, here)
+        for one in here.apart:
             self._own(one.form, x, out, base, axis, line.spans(one.rows))
         return out
 
@@ -307,15 +316,15 @@ def _lead(page: Page | None) -> Pairs:
     return () if page is None else page.lead
 
 
-def _grouped(x: Tensor, base: Any, starts: Tensor, rows: tuple[list[Any], bool], entries: Tensor) -> Any:
+def _grouped(x: Tensor, base: Any, starts: Tensor, here: Here) -> Any:
     """The base once for all tokens, and each row's Thin or Neck over its own."""
-    forms, scaled = rows
-    if scaled:
-        flat = kernel.inner(x.reshape(-1, x.shape[-1]), starts, forms, entries)
-        x = flat.view(x.shape)
+    forms = here.grouped
+    assert forms is not None
+    if here.scaled:
+        x = kernel.inner(x.reshape(-1, x.shape[-1]), starts, forms, here.entries).view(x.shape)
     out = base(x)
     y: Tensor = out[0] if isinstance(out, tuple) else out
     y = y.contiguous()
     given = x if x.shape[:-1] == y.shape[:-1] else y
-    kernel.grouped(given.reshape(-1, given.shape[-1]).contiguous(), y.view(-1, y.shape[-1]), starts, forms, entries)
+    kernel.grouped(given.contiguous().view(-1, given.shape[-1]), y.view(-1, y.shape[-1]), starts, forms, here.entries)
     return (y, *out[1:]) if isinstance(out, tuple) else y
