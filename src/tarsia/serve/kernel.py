@@ -83,7 +83,7 @@ class Kernel:
         return y
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W' + b for a line x [tokens, in] and a ``weight`` [out, in], which is read from memory once: for few tokens.
+        """x W' + b for a line x [tokens, in] and a ``weight`` [out, in] that is read from memory once: for few tokens.
 
         For processors that only emulate bfloat16, as torch does there slowly. Sums are float32, rounded once.
         """
