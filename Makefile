@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # One thread a process: the tests' models are tiny, and waiting threads would only spin.
 ONE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-slow test-wheel check bench wheel clean
+.PHONY: demo test test-slow soak test-wheel check bench wheel clean
 
 demo: $(READY)
 	$(BIN)/tarsia demo
@@ -16,6 +16,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(ONE) $(BIN)/python -m pytest -q -n 2 -m slow
+
+# Ten minutes of mixed load on a server while everything happens to it; the report is runs/soak/soak.json.
+soak: $(READY)
+	$(ONE) $(BIN)/python tests/serve/soak.py --minutes 10 --out runs/soak
 
 # A wheel for this machine, with the kernel compiled in, where a C compiler is found.
 wheel: $(READY)
