@@ -351,3 +351,23 @@ def test_a_base_in_four_bits(method: str) -> None:
     board.remove()
     assert (wanted - base).abs().max() > 0.1
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby", "full", "prompt"])
+def test_a_base_in_half_precision(method: str) -> None:
+    """In bfloat16 it is no farther from float32 than the patches' own forward is."""
+    value = replace(made("llava")[method], fingerprint=None)
+    inputs = FAMILIES["llava"].batch((1, 1))
+    half = {name: held.bfloat16() if held.is_floating_point() else held for name, held in inputs.items()}
+    host, exact = (Host.of(FAMILIES["llava"].build()[0].bfloat16().to(d)) for d in (torch.bfloat16, torch.float32))
+    for one in (host, exact):
+        put(one, value, "real")
+    wanted, truth = logits(host, half).float(), logits(exact, {**inputs, "pixel_values": half["pixel_values"].float()})
+    detach(host.model, "real")
+    board = Board(host)
+    with board.alone(page(board, "it", value, b"1")):
+        found = logits(host, half).float()
+    board.remove()
+    assert (wanted - truth).abs().max() < 0.1 * truth.abs().max()
+    assert (found - truth).abs().max() < 1.5 * (wanted - truth).abs().max()
+    assert (found - truth).square().mean() < 1.2 * (wanted - truth).square().mean()

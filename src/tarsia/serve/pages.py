@@ -34,6 +34,8 @@ __all__ = ["Page", "Pages", "Ticket", "Version"]
 _LOG = logging.getLogger("tarsia.serve.pages")
 _REFUSED: Final = 1024
 """Versions whose refusal is remembered: nobody makes the server prove the same broken adapter again and again."""
+_PROVED: Final = 1 << 16
+"""Contents that are known to have been proved."""
 _REMEMBERED: Final = 16 << 20
 """Bytes of what is remembered of pages that are not here, at least; an eighth of the budget where that is more."""
 GIB: Final = 1 << 30
@@ -304,6 +306,8 @@ class Pages:
                 do="save it with a probe (tarsia does), or let the server take unproved adapters",
             )
         self._proved[made.digest] = why
+        if len(self._proved) > _PROVED:
+            del self._proved[next(iter(self._proved))]
         return why
 
     def _refuse(self, coming: _Coming, error: TarsiaError, *, lasting: bool = True) -> None:
