@@ -420,9 +420,14 @@ def test_an_adapter_is_fetched_while_its_request_is_read(talk):
     worker.send(wire.Models(id="sync"))
     worker.until("answer", "sync")
     assert worker.shelf.tickets["dogs"].released == 1 and worker.shelf.tickets["ocr"].released == 0
+    worker.engine.stuck = True
     go.set()
+    end = time.monotonic() + 10
+    while worker.shelf.tickets["ocr"].released < 1:  # the engine has a ticket of its own
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    worker.engine.stuck = False
     assert worker.until("done", id_)
-    assert worker.shelf.tickets["ocr"].released == 1  # the engine has a ticket of its own
     assert not worker.worker._early and [request.id for request in worker.engine.submitted] == [id_]
 
 
