@@ -274,6 +274,12 @@ def test_what_json_should_not_have(body: bytes, tight: Running) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_name_twice_is_refused_where_all_else_is_right(tight: Running) -> None:
+    assert post(tight, SAID).status_code == 200
+    answer = post(tight, SAID.replace(b'{"model"', b'{"model": "acme-ocr", "model"', 1))
+    assert answer.status_code == 400 and "'model' twice" in answer.json()["error"]["message"]
+
+
 def test_a_pair_of_surrogates_is_a_letter() -> None:
     assert strict.loads(b'{"a": "\\ud83d\\ude00 \\u0000"}', Limits()) == {"a": "\U0001f600 \0"}
 

@@ -128,6 +128,14 @@ def test_data_urls_that_are_none(url: str) -> None:
     assert len(refused(url)) < 500
 
 
+@pytest.mark.parametrize("put", ["\n", " ", "!", "=", "-"])
+def test_a_good_picture_in_loose_base64(put: str) -> None:
+    url = data_url()
+    assert of_data(url, LIMITS, "").pixels == 16
+    for at in (40, len(url)):
+        assert "not base64" in refused(url[:at] + put + url[at:])
+
+
 def test_what_it_is_said_to_be_is_what_it_is() -> None:
     assert "no picture" in refused(data_url(png(4, 4, "JPEG"), "image/png"))
     assert "no picture" in refused(data_url(png(4, 4, "PNG"), "image/webp"))

@@ -23,7 +23,7 @@ class Journal:
         """One line: when, ``what``, and ``facts`` (texts are cut after 200 characters)."""
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"at": at, "what": what, **{name: _short(value) for name, value in facts.items()}})
-        self.stream.write(line.replace("\x7f", "\\u007f") + "\n")
+        self.stream.write(line + "\n")
         self.stream.flush()
 
 
