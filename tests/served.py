@@ -187,7 +187,9 @@ def engine(pages: Pages, **limits: int) -> Engine:
 def asked(prompt: Prompt, adapter: str | None, tokens: int = 12, **options: Any) -> Request:
     """A greedy request of ``tokens`` tokens, none of which stands for a picture."""
     number = next(_numbers)
-    sampling = Sampling(max_tokens=tokens, ignore_end=True, bias=dict.fromkeys(UNSAID, -100.0), **({"temperature": 0.0} | options))
+    sampling = Sampling(
+        max_tokens=tokens, ignore_end=True, bias=dict.fromkeys(UNSAID, -100.0), **({"temperature": 0.0} | options)
+    )
     return Request(f"{adapter or 'base'}-{number}", prompt, adapter, sampling)
 
 

@@ -1,4 +1,4 @@
-"""Blocks of keys and values: never two owners without a shared beginning, nothing lost, nothing found that is not so."""
+"""Blocks of keys and values: shared beginnings alone have two owners, nothing is lost, nothing found that is not so."""
 
 from __future__ import annotations
 

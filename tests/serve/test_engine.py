@@ -75,7 +75,9 @@ def test_a_prompt_that_was_read_before_is_not_read_again_and_says_the_same() -> 
     assert ids(events) == before
     assert events[0].data["cached_tokens"] >= len(again.prompt.ids) - serving.blocks.size
     assert serving.stats()["picture_misses"] == len(first.prompt.pictures)
-    assert run(serving, [other])[other.id][0].data["cached_tokens"] == 0, "another adapter's keys were taken for its own"
+    assert run(serving, [other])[other.id][0].data["cached_tokens"] == 0, (
+        "another adapter's keys were taken for its own"
+    )
     assert serving.stats()["prompt_tokens"] == 3 * read
 
 

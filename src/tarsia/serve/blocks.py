@@ -85,7 +85,9 @@ class Blocks:
         return block
 
 
-def chain(root: bytes, ids: Sequence[int], pictures: Sequence[int], keys: Sequence[bytes], size: int, skip: int) -> list[bytes]:
+def chain(
+    root: bytes, ids: Sequence[int], pictures: Sequence[int], keys: Sequence[bytes], size: int, skip: int
+) -> list[bytes]:
     """The keys of a row's full blocks of ``size`` tokens.
 
     ``root`` stands for all that is not in the row: the adapter. ``pictures`` tells which picture each of ``ids`` is of

@@ -161,7 +161,7 @@ class Engine:
             "prefix_misses": found["prefix_misses"],
             "picture_hits": self.front.hits,
             "picture_misses": self.front.misses,
-            "picture_bytes": self.front.bytes,
+            "picture_bytes": self.front.held,
         }
 
     def _expired(self) -> list[Event]:

@@ -32,7 +32,7 @@ _PIXELS: Final = "pixel_"
 _KNOWN: Final = {"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds"}
 
 
-class _Reached(Exception):  # noqa: N818 (no error: the decoder was reached)
+class _Reached(Exception):
     """The decoder was about to be called with these arguments."""
 
     def __init__(self, call: Mapping[str, Any]) -> None:
@@ -52,10 +52,10 @@ class Features:
 class Read:
     """A row as the decoder is given it.
 
-    ``embeds`` [tokens, width]; ``positions`` [axes, tokens], and ``next``, the position of the token after; ``pictures``
-    tells of each token which of the row's pictures it stands for, -1 for none. ``shape``: where tokens attend to later
-    ones, the masks that the model made for this row, by kind of layer ("" for all); None where each sees what is before
-    it. ``deep`` [layers, tokens of pictures, width] is added in the first layers.
+    ``embeds`` [tokens, width]; ``positions`` [axes, tokens], and ``next``, the position of the token after;
+    ``pictures`` tells of each token which of the row's pictures it stands for, -1 for none. ``shape``: where tokens
+    attend to later ones, the masks that the model made for this row, by kind of layer ("" for all); None where each
+    sees what is before it. ``deep`` [layers, tokens of pictures, width] is added in the first layers.
     """
 
     embeds: Tensor
@@ -98,14 +98,14 @@ class Front:
             )
         self._pixels = {*inspect.signature(type(self._inner).get_image_features).parameters}
         self._kept: OrderedDict[bytes, Features] = OrderedDict()
-        self._held = self.hits = self.misses = 0
+        self._kept_bytes = self.hits = self.misses = 0
         self._catching = False
         self.decoder.register_forward_pre_hook(self._catch, with_kwargs=True)
 
     @property
-    def bytes(self) -> int:
-        """Of all features that are kept."""
-        return self._held
+    def held(self) -> int:
+        """Bytes of all features that are kept."""
+        return self._kept_bytes
 
     def read(self, prompt: Prompt, page: Page | None) -> Read:
         """The row as the decoder is given it under the adapter of ``page``.
@@ -116,7 +116,7 @@ class Front:
         found = [self.features(picture, page) for picture in prompt.pictures]
         ids = torch.tensor([prompt.ids], device=self._device)
         owners = self._owners(prompt, ids[0], found)
-        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        call: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         call |= {name: value.to(self._device) for name, value in prompt.marks.items()}
         if found:
             call["mm_encoder_outputs"] = {"image": _joined([one.fields for one in found])}
@@ -149,7 +149,7 @@ class Front:
         return made
 
     def _aside(self, page: Page | None) -> dict[str, Tensor | None]:
-        """Tensors that the model reads of its own outside of its call (a newline's embedding, say), with their patches."""
+        """Tensors that the model reads outside of its own call (a newline's embedding, say), with their patches."""
         changed: dict[str, Tensor | None] = {}
         for site in self._own if page is not None else ():
             form = page.forms.get(site.path) if page is not None else None
@@ -161,9 +161,9 @@ class Front:
         if made.bytes > self._limit:
             return
         self._kept[key] = made
-        self._held += made.bytes
-        while self._held > self._limit:
-            self._held -= self._kept.popitem(last=False)[1].bytes
+        self._kept_bytes += made.bytes
+        while self._kept_bytes > self._limit:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].bytes
 
     def _beside(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
         """What the model is told of all pictures beside their pixels: grids, sizes."""

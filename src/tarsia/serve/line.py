@@ -1,7 +1,7 @@
 """One pass of the decoder over a line: the tokens of all rows of a step, end to end.
 
-The decoder is Transformers' own; what it attends to is not. It hands its queries, keys and values to `Line.attend`, which
-keeps keys and values in blocks of one pool a layer and lets every row attend to its own.
+The decoder is Transformers' own; what it attends to is not. It hands its queries, keys and values to `Line.attend`,
+which keeps keys and values in blocks of one pool a layer and lets every row attend to its own.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Line:
         count = pairs[0][0].shape[-2]
         slots = self._slots(blocks, 0, count).to(self._device)
         for i, (keys, values) in enumerate(pairs):
-            shaped = [t[0].transpose(0, 1).to(self._device, self._dtype).contiguous() for t in (keys, values)]
-            kernel.store(*shaped, self._keys[i], self._values[i], slots)
+            k, v = (t[0].transpose(0, 1).to(self._device, self._dtype).contiguous() for t in (keys, values))
+            kernel.store(k, v, self._keys[i], self._values[i], slots)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
@@ -210,11 +210,11 @@ class Line:
             if part.shape is not None:
                 own = slice(int(step.starts[i]), int(step.starts[i + 1]))
                 before = self._slots(part.blocks, 0, part.before).to(keys.device)
-                seen = [
+                all_k, all_v = (
                     torch.cat([pool.flatten(0, 1)[before], new[0].transpose(0, 1)[own]])
                     for pool, new in ((keys, k), (values, v))
-                ]
-                out[own] = _shaped(q[own], *seen, _mask(part.shape, part.before, window), scale)
+                )
+                out[own] = _shaped(q[own], all_k, all_v, _mask(part.shape, part.before, window), scale)
         return out[None]
 
 
@@ -235,7 +235,7 @@ def _unmasked(*args: Any, **keywords: Any) -> None:
 
 
 def _mask(shape: Mapping[str, Tensor], before: int, window: int | None) -> Tensor:
-    """Of a row that is read whole, [tokens, before + tokens]: what stands before it is seen by all, or by the window."""
+    """Of a row that is read whole, [tokens, before + tokens]: all see what stands before it, or their window of it."""
     mask = shape.get(WINDOWED if window and WINDOWED in shape else FULL)
     own = (shape[""] if mask is None else mask)[0, 0]
     places = torch.arange(len(own), device=own.device)[:, None] + before

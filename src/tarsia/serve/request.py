@@ -19,8 +19,8 @@ class Sampling:
 
     ``max_tokens`` None: as many as there is room for. ``temperature`` 0 takes the likeliest. ``logprobs`` is how many
     of the likeliest are told beside each token's own (None: nothing is told). ``schema`` is a JSON schema that the
-    answer must be an instance of, "{}" any JSON; None: free text. ``choices`` answers are given, each drawn with a seed of
-    its own that follows from ``seed``. ``ignore_end`` goes on to ``max_tokens`` whatever is said.
+    answer must be an instance of, "{}" any JSON; None: free text. ``choices`` answers are given, each drawn with a
+    seed of its own that follows from ``seed``. ``ignore_end`` goes on to ``max_tokens`` whatever is said.
     """
 
     max_tokens: int | None = None

@@ -44,7 +44,11 @@ class Job:
     def started(self, cached: int) -> Event:
         """That it has begun, with which version of which adapter."""
         page = self.page
-        adapter = None if page is None else {"name": page.name, "version": getattr(page, "version", None), "hash": page.digest.hex()}
+        adapter = (
+            None
+            if page is None
+            else {"name": page.name, "version": getattr(page, "version", None), "hash": page.digest.hex()}
+        )
         data = {"adapter": adapter, "prompt_tokens": len(self.request.prompt.ids), "cached_tokens": cached}
         return Event(self.id, "started", data)
 
@@ -160,7 +164,12 @@ class Row:
         told = self._telling.add(drawn.token)
         self.over = told.over or len(self.said) >= self.job.wanted
         text = told.text + (self._telling.flush() if self.over and not told.over else "")
-        data: dict[str, Any] = {"choice": self.choice, "text": text, "ids": [drawn.token], "logprobs": self._likely(drawn)}
+        data: dict[str, Any] = {
+            "choice": self.choice,
+            "text": text,
+            "ids": [drawn.token],
+            "logprobs": self._likely(drawn),
+        }
         events = [Event(self.job.id, "text", data)]
         if self.over:
             reason = "stop" if told.over else "length"

@@ -23,7 +23,7 @@ class Told:
 
 
 class Telling:
-    """An answer's text as it grows: over with the end of the turn, a stop string, or what a schema lets nothing follow."""
+    """An answer's text as it grows: over at the end of its turn, at a stop string, or where a schema is fulfilled."""
 
     def __init__(self, words: Words, drawer: Drawer, ends: frozenset[int]) -> None:
         self._words, self._drawer, self._ends = words, drawer, ends
