@@ -16,8 +16,8 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Final
 
 from tarsia.core.errors import ServeError
@@ -82,14 +82,17 @@ class Decoder:
     def __init__(self, limits: Limits = LIMITS) -> None:
         self.limits = limits
         self._held = bytearray()
-        self._need = _PRELUDE.size  # nothing can be said before this many bytes are held
+        self._at = 0  # where the next frame begins in what is held
+        self._need = _PRELUDE.size  # nothing can be said of it before this many bytes of it are held
 
     def feed(self, piece: bytes) -> list[Frame]:
         """The frames that are whole with this piece. Raises BrokenFrame as soon as one can not become whole."""
         self._held += piece
         frames = []
-        while len(self._held) >= self._need and (frame := self._next()) is not None:
+        while len(self._held) - self._at >= self._need and (frame := self._next()) is not None:
             frames.append(frame)
+        if self._at:
+            self._held, self._at = self._held[self._at :], 0
         return frames
 
     def end(self) -> None:
@@ -99,31 +102,25 @@ class Decoder:
 
     def _next(self) -> Frame | None:
         """The first frame that is held, or None, with what is needed for it now known."""
-        magic, text, blobs = _PRELUDE.unpack_from(self._held)
+        magic, text, blobs = _PRELUDE.unpack_from(self._held, self._at)
         if magic != MAGIC:
             raise BrokenFrame("These bytes are no frame.", given=magic, allowed=MAGIC)
         _check(text, blobs, self.limits)
+        held, lengths = len(self._held) - self._at, self._at + _PRELUDE.size
         start = _PRELUDE.size + blobs * _LENGTH.size
-        if len(self._held) < start:
+        if held < start:
             self._need = start
             return None
-        sizes = [_LENGTH.unpack_from(self._held, _PRELUDE.size + n * _LENGTH.size)[0] for n in range(blobs)]
+        sizes = [_LENGTH.unpack_from(self._held, lengths + n * _LENGTH.size)[0] for n in range(blobs)]
         _check_bytes(sum(sizes), self.limits)
         self._need = start + text + sum(sizes)
-        if len(self._held) < self._need:
+        if held < self._need:
             return None
-        with memoryview(self._held) as view:
-            parts = list(_cut(view[start : self._need], [text, *sizes]))
-        del self._held[: self._need]
+        ends = list(accumulate([text, *sizes], initial=self._at + start))
+        parts = [bytes(self._held[first:last]) for first, last in pairwise(ends)]
+        self._at += self._need
         self._need = _PRELUDE.size
         return Frame(parts[0], tuple(parts[1:]))
-
-
-def _cut(view: memoryview, sizes: Sequence[int]) -> Iterator[bytes]:
-    at = 0
-    for size in sizes:
-        yield bytes(view[at : at + size])
-        at += size
 
 
 class Connection:
