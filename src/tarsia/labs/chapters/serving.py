@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from tarsia.serve.engine import Engine
 
 MOST: Final = 2000
-NUMBERS: Final = (1, 5, 32, 200, MOST)
+NUMBERS: Final = (1, 5, 200, MOST)
 POOL: Final = 32
 ROWS: Final = 32
 TOKENS: Final = 16
 WORDS: Final = 12
-ROUNDS: Final = 5
+ROUNDS: Final = 3
 CHECKED: Final = 2
 ZIPF: Final = 1.1
 MADE: Final = tenants.lora("language.*.{q,v}; vision.*.{q,v}", 0.1)

@@ -25,9 +25,9 @@ _LONGEST: Final = 200
 class Answered:
     """What became of a question. Times are seconds since the load began; None for what did not happen.
 
-    ``first`` is when the first text came, ``gap`` the longest time between two pieces of it. ``error`` is a kind (a
-    word or two), "" where all was well, ``told`` what the server said of it. ``tokens`` and ``prompt`` are the
-    server's count. ``by`` is the adapter that answered as the server names it (name, version, hash), None for the base.
+    ``first`` is when the first text came, ``last`` when the last or the end was told, ``gap`` the longest time between
+    two pieces of text. ``error`` is a kind (a word or two), "" where all was well, ``told`` what the server said of it.
+    ``tokens`` and ``prompt`` are the server's count. ``by`` is the adapter that answered as the server names it (name, version, hash), None for the base.
     """
 
     question: Question
@@ -193,7 +193,8 @@ class _Stream:
         self.usage = event.get("usage") or self.usage
         self.by = (event.get("tarsia") or {}).get("adapter") or self.by
         for choice in event.get("choices", ()):
-            self.reason = choice.get("finish_reason") or self.reason
+            if choice.get("finish_reason"):
+                self.reason, self.last = choice["finish_reason"], now  # the end is a token too, and has no text
             text = choice.get("delta", {}).get("content")
             if text:
                 self._text(text, now)
