@@ -27,7 +27,8 @@ class Answered:
 
     ``first`` is when the first text came, ``last`` when the last or the end was told, ``gap`` the longest time between
     two pieces of text. ``error`` is a kind (a word or two), "" where all was well, ``told`` what the server said of it.
-    ``tokens`` and ``prompt`` are the server's count. ``by`` is the adapter that answered as the server names it (name, version, hash), None for the base.
+    ``tokens`` and ``prompt`` are the server's count. ``by`` is the adapter that answered as the server names it (name,
+    version, hash), None for the base.
     """
 
     question: Question
