@@ -201,7 +201,8 @@ turn, which say nothing of its job. Of the {len(CONDITIONS)} combinations of lig
 be trained in, a quarter on which everything here was chosen (the signature, the directions, what is shrunk how much,
 when to leave a picture to the base), and a quarter that was looked at once, for this page. Each job's card says what
 its {TRAIN} trained pictures look like to mini-1's own vision tower; {TEST} held-out pictures a job are asked, for each
-of {len(SEEDS)} seeds. A seed asks its own, and trains on two of {len(SEEDS)} draws. Kinds that no job has are strangers: those that settings were
+of {len(SEEDS)} seeds. A seed asks its own, and trains on two of {len(SEEDS)} draws.
+Kinds that no job has are strangers: those that settings were
 chosen on ({", ".join(STRANGERS["development"])}) are others than those here
 ({", ".join(STRANGERS["held-out"])}; cats and ships are photographs), {FAR} pictures a kind and seed.
 
@@ -217,8 +218,9 @@ Strangers, percent left to the base:
 {{{{ table("strangers") }}}}
 {{{{ table("held-out") }}}}
 A first look, with half as many trained pictures a job, did not bear the claim out: three quarters of
-{", ".join(STRANGERS["first look"])} were left to the base (`LOG.md`). So cards were made of {TRAIN} pictures, which helped
-with these and with those that settings were chosen on, and the strangers above are others. How those of the first look
+{", ".join(STRANGERS["first look"])} were left to the base (`LOG.md`).
+So cards were made of {TRAIN} pictures, which helped with these and with those that settings were chosen on, and the
+strangers above are others. How those of the first look
 fare now:
 
 {{{{ table("first look") }}}}
