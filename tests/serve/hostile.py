@@ -215,9 +215,9 @@ def run(cases: int, seed: int = 0, *, schema: bool = True, service: Any = None) 
         by_hand(server, len(KINDS) * 3, seed + 1, Report())  # modules that are imported late are opened here
         share = cases // 2 if schema else 0
         with WATCH.over():
-            by_hand(server, cases - share, seed, report)
             if schema:
                 by_schema(server, share, seed, report)
+            by_hand(server, cases - report.cases.total(), seed, report)  # schemathesis may have had less to try
         used = {command.adapter for command, _ in server.fake.asked}
         report.wrong += [f"asked the worker for {name}" for name in used if not _own(name)]
         report.wrong += [f"outside: {what}" for what in WATCH.seen]
