@@ -199,7 +199,7 @@ TEXT: Final = f"""
 before {len(CAMERAS)} cameras ({", ".join(CAMERAS)}). A picture of any job also has a light, a ground, a sensor and a
 turn, which say nothing of its job. Of the {len(CONDITIONS)} combinations of light, sensor and turn each job has half to
 be trained in, a quarter on which everything here was chosen (the signature, the directions, what is shrunk how much,
-when to leave a picture to the base), and a quarter that was looked at once, for this page. Each job's card says what
+when to leave a picture to the base), and a quarter that is held out for this page. Each job's card says what
 its {TRAIN} trained pictures look like to mini-1's own vision tower; {TEST} held-out pictures a job are asked, for each
 of {len(SEEDS)} seeds. A seed asks its own, and trains on two of {len(SEEDS)} draws.
 Kinds that no job has are strangers: those that settings were
@@ -221,7 +221,7 @@ A first look, with half as many trained pictures a job, did not bear the claim o
 {", ".join(STRANGERS["first look"])} were left to the base (`LOG.md`).
 So cards were made of {TRAIN} pictures, which helped with these and with those that settings were chosen on, and the
 strangers above are others. How those of the first look
-fare now:
+fare now (the known pictures that are asked were seen in that look too; nothing was chosen by them):
 
 {{{{ table("first look") }}}}
 Kinds that differ from a known one by a form or a material alone are another question, and mostly the tower does not
