@@ -132,7 +132,7 @@ class Talk:
 
     def __init__(self, *, route=None, **more):
         ours, theirs = socket.socketpair()
-        self.connection = Connection(ours)
+        self.connection, self.theirs = Connection(ours), theirs
         self.engine, self.shelf = PlayedEngine(), PlayedShelf()
         self.prepared, self.inbox = [], Inbox()
         house = House(self.engine, self.shelf, more.pop("read", read), self.prepared.append, READY, route)
@@ -199,6 +199,8 @@ def talk():
         each.connection.close()
         each.thread.join(10)
         assert not each.thread.is_alive()
+        each.outbox.close(5)
+        each.theirs.close()
 
 
 def test_a_request_is_read_stepped_and_told(talk):
@@ -481,6 +483,17 @@ def test_it_ends_where_what_it_hears_is_broken(talk, data):
     worker.connection._socket.sendall(data)
     worker.thread.join(10)
     assert worker.codes == [DONE]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_it_ends_where_it_is_deaf_or_mute(talk):
+    deaf, mute = talk(), talk()
+    deaf.worker._hear = lambda command, pictures: 1 / 0
+    deaf.send(wire.Models(id="m"))
+    mute.outbox.put(wire.Log(level="info", what="x" * (33 << 20)))  # no frame holds it
+    for worker in (deaf, mute):
+        worker.thread.join(20)
+        assert worker.codes == [DONE]
 
 
 def test_nothing_is_done_while_there_is_nothing_to_do(talk):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tarsia.serve import wire
-from tarsia.serve.frames import Connection
+from tarsia.serve.frames import BrokenFrame, Connection
 
 T = TypeVar("T")
 _MOST = 256
@@ -70,6 +70,7 @@ class Outbox:
         self._thread.join(seconds)
 
     def _work(self) -> None:
+        why: str | None = "the sender broke"
         try:
             while (first := self._items.get()) is not None:
                 events: list[wire.Event | None] = [first]
@@ -77,9 +78,13 @@ class Outbox:
                     events.append(self._items.get())
                 self._connection.send(*(wire.framed(event) for event in events if event is not None))
                 if events[-1] is None:
-                    return
-        except OSError as error:
-            self._lost(f"nobody listens any more: {error}")
+                    break
+            why = None
+        except (OSError, BrokenFrame) as error:
+            why = f"nothing can be sent any more: {error}"
+        finally:  # a worker that says nothing must not live on, whatever made it mute
+            if why is not None:
+                self._lost(why)
 
 
 class Told(logging.Handler):

@@ -100,13 +100,15 @@ class Worker:
     # the receiver's thread ----------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        why = "the server is gone"
+        why = "the receiver broke"
         try:
             while (frame := self.connection.receive()) is not None:
                 self._hear(wire.command_in(frame), frame.blobs)
+            why = "the server is gone"
         except (BrokenFrame, OSError) as error:
             why = str(error)
-        self.inbox.put(Closed(why))
+        finally:  # a worker that hears nothing must not live on, whatever made it deaf
+            self.inbox.put(Closed(why))
 
     def _hear(self, command: wire.Command, pictures: tuple[bytes, ...]) -> None:
         if isinstance(command, wire.Generate):
