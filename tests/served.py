@@ -83,9 +83,13 @@ class Pages:
     def pump(self) -> None:
         pass
 
-    def want(self, name: str) -> Ticket:
+    def resolve(self, name: str) -> str:
         if name not in self.adapters:
             raise ServeError("unknown_adapter", "There is no such adapter.", given=name)
+        return name
+
+    def want(self, name: str) -> Ticket:
+        self.resolve(name)
         if name not in self.held:
             self.held[name] = page(self.board, name, self.adapters[name], name.encode())
         return Ticket(self, self.held[name])

@@ -152,7 +152,7 @@ def test_a_step_that_fails_ends_its_rows_and_no_others(monkeypatch: pytest.Monke
         patch.setattr(serving.line, "run", lambda parts: torch.empty(0)[3])
         with pytest.raises(IndexError):
             serving.step()
-    (lost,) = serving.abort(ServeError("internal", "A step failed."))
+    *_, lost = serving.abort(ServeError("internal", "A step failed."))
     assert lost.id == first.id
     events: list[Event] = []
     while not serving.idle:
@@ -186,3 +186,76 @@ def test_a_base_that_answers_otherwise_is_not_served(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module.kernel, "attend", lambda q, *rest: attend(q * 1.01, *rest))
     with pytest.raises(ServeError, match="otherwise here"):
         engine(one.pages())
+
+
+def test_a_prompt_that_breaks_the_model_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    bad, good = asked(one.prompts[1], "low", 4), asked(one.prompts[0], "dora", 4)
+    alone, read = said_alone(engine(one.pages()), good), serving.front.read
+
+    def broken(prompt: Prompt, page: object) -> object:
+        if prompt is bad.prompt:
+            raise IndexError("some shape")
+        return read(prompt, page)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(serving.front, "read", broken)
+    found = run(serving, [bad, good])
+    assert found[bad.id][-1].data["error"].kind == "internal"
+    assert ids(found[good.id]) == alone
+
+
+def test_what_a_step_had_to_tell_is_told_though_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    late = replace(asked(one.prompts[0], None, 5), deadline=time.monotonic() - 1)
+    serving.submit(late)
+    serving.submit(running := asked(one.prompts[0], "low", 4))
+    monkeypatch.setattr(serving.line, "run", lambda parts: torch.empty(0)[3])
+    with pytest.raises(IndexError):
+        serving.step()
+    told = serving.abort(ServeError("internal", "A step failed."))
+    assert {(event.id, event.kind) for event in told} >= {(late.id, "failed"), (running.id, "failed")}
+    assert serving.idle
+
+
+def test_a_request_that_makes_no_sense_keeps_no_adapter() -> None:
+    one = served("llava")
+    pages = one.pages()
+    serving = engine(pages)
+    odd = asked(one.prompts[0], "low")
+    with pytest.raises(ServeError):
+        serving.submit(replace(odd, sampling=replace(odd.sampling, bias={10**6: 1.0})))
+    assert serving.idle
+    assert not any(pages.used.values())
+
+
+def test_answers_of_one_request_end_together_where_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    request = asked(one.prompts[0], "low", 6, temperature=1.0, seed=1, choices=3)
+    run_ = serving.line.run
+
+    def spoilt(parts: object) -> torch.Tensor:
+        logits = run_(parts).clone()  # type: ignore[arg-type]
+        if len(logits) > 1:
+            logits[0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(serving.line, "run", spoilt)
+    events = run(serving, [request])[request.id]
+    assert [event.kind for event in events].count("failed") == 1
+    assert events[-1].kind == "failed"
+    assert serving.blocks.available == serving.blocks.count
+
+
+def test_adapters_are_asked_for_as_far_ahead_as_rows_can_run() -> None:
+    one = served("llava")
+    pages = one.pages()
+    serving = engine(pages, rows=2)
+    for name in ("low", "high", "dora", "neck", "scales", "turned"):
+        serving.submit(asked(one.prompts[0], name, 3))
+    serving.step()
+    assert sum(pages.used.values()) <= 4
+    while not serving.idle:
+        serving.step()

@@ -11,6 +11,7 @@ as many as there is room for. Rows come and go between steps. Nothing here is ca
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,9 @@ from tarsia.serve.voice import Voice
 
 if TYPE_CHECKING:
     from tarsia.serve.pages import Pages
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._running: list[Row] = []
         self._counts: Counter[str] = Counter()
+        self._told: list[Event] = []
         rows = [*trial.texts(host), *(trial.seen(host, reader) if reader is not None else ())]
         self.difference = trial.tried(host, self.front, self.line, rows)
 
@@ -92,7 +97,7 @@ class Engine:
         return min(self.context, self.blocks.count * self.blocks.size)
 
     def submit(self, request: Request) -> None:
-        """Take a request. Raises ServeError for one that can not be served, and TarsiaError for its adapter."""
+        """Take a request. Raises ServeError for one that can not be served, for an unknown adapter too."""
         length, wanted = len(request.prompt.ids), request.sampling.max_tokens
         if request.id in self._jobs:
             raise ServeError("invalid", "This request is there already.", given=request.id)
@@ -102,9 +107,9 @@ class Engine:
         wanted = min(self.limits.answer, max(room, 1)) if wanted is None else wanted
         if wanted > room:
             raise _too_long(length, wanted, self.most)
-        ticket = None if request.adapter is None else self.pages.want(request.adapter)
-        job = Job(request, ticket, wanted, self.voice)
-        self._jobs[request.id] = job
+        if request.adapter is not None:
+            self.pages.resolve(request.adapter)
+        job = self._jobs[request.id] = Job(request, wanted, self.voice)
         for row in job.rows:
             self._queue.add(row)
 
@@ -116,19 +121,30 @@ class Engine:
             self._counts["cancelled"] += 1
 
     def abort(self, error: TarsiaError) -> list[Event]:
-        """End all that runs, after a step that failed: the events that say so. What waits goes on to wait."""
-        jobs = {row.job.id: row.job for row in self._running}
-        return [self._fail(job, error) for job in jobs.values()]
+        """End all that runs, after a step that failed: the events that say so, and what that step had to tell before.
+
+        What waits goes on to wait.
+        """
+        for job in {row.job.id: row.job for row in self._running}.values():
+            self._fail(job, error)
+        return self._news()
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Do what is next, and say what came of it; nothing where all that waits waits for its adapter."""
         self.pages.pump()
-        events = [*self._expired(), *self._admitted()]
+        self._expire()
+        self._admit()
         turn = list(self._turn())
-        if not turn:
-            return events
-        begun = time.perf_counter()
+        if turn:
+            begun = time.perf_counter()
+            self._pass(turn)
+            self._counts["steps"] += 1
+            self._counts["microseconds"] += int((time.perf_counter() - begun) * 1e6)
+        return self._news()
+
+    def _pass(self, turn: Sequence[tuple[Row, int]]) -> None:
+        """Read these rows' next tokens, and draw what follows."""
         parts = [row.part(count) for row, count in turn]
         logits = self.line.run(parts)
         drawing = [row for (row, _), part in zip(turn, parts, strict=True) if part.wanted]
@@ -136,13 +152,16 @@ class Engine:
             self._queue.charge(row.tenant, count)
             row.advance(count, self.blocks)
             self._counts["read" if part.embeds is not None else "written"] += count
-        if drawing:
-            drawn = draw(logits, [row.drawer for row in drawing])
-            for row, one in zip(drawing, drawn, strict=True):
-                events += self._said(row, one)
-        self._counts["steps"] += 1
-        self._counts["microseconds"] += int((time.perf_counter() - begun) * 1e6)
-        return events
+        if not drawing:
+            return
+        for row, one in zip(drawing, draw(logits, [row.drawer for row in drawing]), strict=True):
+            if row.job.id in self._jobs:  # else another of its answers has ended them all
+                self._say(row, one)
+
+    def _news(self) -> list[Event]:
+        """What has happened since this was asked for the last time."""
+        told, self._told = self._told, []
+        return told
 
     def stats(self) -> Mapping[str, int]:
         """Counters since the engine began, and what is now: see `wire.Stats`."""
@@ -164,52 +183,81 @@ class Engine:
             "picture_bytes": self.front.held,
         }
 
-    def _expired(self) -> list[Event]:
-        """Requests that nobody waits for any more, or whose adapter was refused."""
-        now, events = time.monotonic(), []
+    def _expire(self) -> None:
+        """End requests that nobody waits for any more, and those whose adapter was refused."""
+        now = time.monotonic()
         for job in [*self._jobs.values()]:
             if job.request.deadline < now:
                 late = ServeError(
                     "timeout", "The time of this request is over.", do="ask for fewer tokens, or wait for longer"
                 )
-                events.append(self._fail(job, late))
+                self._fail(job, late)
             elif job.ticket is not None and job.ticket.error is not None and not job.begun:
-                events.append(self._fail(job, job.ticket.error))
-        return events
+                self._fail(job, job.ticket.error)
 
-    def _admitted(self) -> list[Event]:
-        """Begin rows while there is room for them: in the table, in the cache, and in the next step."""
-        events: list[Event] = []
+    def _admit(self) -> None:
+        """Begin rows while there is room for them: in the table, in the cache, and in the next step.
+
+        As many adapters are asked for ahead as rows can run: more would keep those of other tenants out.
+        """
         unread = sum(row.unread for row in self._running)
+        ahead = sum(job.ticket is not None and not job.begun for job in self._jobs.values())
         for row in self._queue.turns():
+            job = row.job
             if len(self._running) >= self.limits.rows or unread >= self.limits.chunk:
                 break
-            job = row.job
+            if job.request.adapter is not None and job.ticket is None:
+                if ahead >= self.limits.rows:
+                    break
+                if not self._wanted(job):
+                    continue
+                ahead += 1
             if not job.ready or not row.may_begin:
                 continue
             needed = self.blocks.needed(row.most)
             if needed > self.blocks.count:
-                events.append(self._fail(job, _too_long(row.length, job.wanted, self.most)))
+                self._fail(job, _too_long(row.length, job.wanted, self.most))
                 continue
             if needed > self.blocks.available:
                 break  # who came first is not passed by who needs less
-            try:
-                if job.read is None:
-                    job.read = self.front.read(job.request.prompt, job.page)
-                row.begin(self.blocks, self.line)
-            except TarsiaError as error:
-                events.append(self._fail(job, error))
-                continue
-            self._queue.begin(row)
-            self._running.append(row)
-            self._counts["prefix_hits" if row.cached else "prefix_misses"] += 1
-            self._counts["prompt"] += row.length
-            self._counts["cached"] += row.cached
-            unread += row.unread
-            if not job.begun:
-                job.begun = True
-                events.append(job.started(row.cached))
-        return events
+            if self._begun(row):
+                unread += row.unread
+
+    def _wanted(self, job: Job) -> bool:
+        """Ask for a request's adapter; False where there is none any more, and the request has failed."""
+        try:
+            job.ticket = self.pages.want(job.request.adapter or "")
+        except TarsiaError as error:
+            self._fail(job, error)
+            return False
+        return True
+
+    def _begun(self, row: Row) -> bool:
+        """Read a row's prompt as far as the decoder, and take its blocks; False where its request has failed."""
+        job = row.job
+        try:
+            if job.read is None:
+                job.read = self.front.read(job.request.prompt, job.page)
+            row.begin(self.blocks, self.line)
+        except TarsiaError as error:
+            self._fail(job, error)
+            return False
+        except Exception as error:
+            # it is this request that brought it about: the others' rows were not touched
+            _LOG.exception("a prompt could not be read")
+            self._fail(job, ServeError("internal", "This prompt could not be read.", given=type(error).__name__))
+            if isinstance(error, torch.AcceleratorError):
+                raise  # what is on the device can not be trusted any more
+            return False
+        self._queue.begin(row)
+        self._running.append(row)
+        self._counts["prefix_hits" if row.cached else "prefix_misses"] += 1
+        self._counts["prompt"] += row.length
+        self._counts["cached"] += row.cached
+        if not job.begun:
+            job.begun = True
+            self._told.append(job.started(row.cached))
+        return True
 
     def _turn(self) -> Iterator[tuple[Row, int]]:
         """Whose tokens the next pass reads, and how many: of all who write one, then of prompts, the oldest first."""
@@ -222,17 +270,17 @@ class Engine:
             left -= count
             yield row, count
 
-    def _said(self, row: Row, drawn: Drawn | TarsiaError) -> list[Event]:
+    def _say(self, row: Row, drawn: Drawn | TarsiaError) -> None:
         """What a row's next token comes to."""
         if isinstance(drawn, TarsiaError):
-            return [self._fail(row.job, drawn)]
-        events = row.say(drawn)
+            self._fail(row.job, drawn)
+            return
+        self._told += row.say(drawn)
         self._counts["said"] += 1
         if row.over:
             self._leave(row)
             if all(one.over for one in row.job.rows):
                 self._end(row.job)
-        return events
 
     def _leave(self, row: Row) -> None:
         self._running.remove(row)
@@ -248,10 +296,10 @@ class Engine:
         if job.ticket is not None:
             job.ticket.release()
 
-    def _fail(self, job: Job, error: TarsiaError) -> Event:
+    def _fail(self, job: Job, error: TarsiaError) -> None:
         self._end(job)
         self._counts["failed"] += 1
-        return Event(job.id, "failed", {"error": error})
+        self._told.append(Event(job.id, "failed", {"error": error}))
 
 
 def _too_long(length: int, wanted: int, most: int) -> ServeError:

@@ -22,10 +22,14 @@ _BASE = b"the base"
 
 
 class Job:
-    """A request with its rows, one for each choice. ``ticket`` None: of the bare base."""
+    """A request with its rows, one for each choice.
 
-    def __init__(self, request: Request, ticket: Ticket | None, wanted: int, voice: Voice) -> None:
-        self.request, self.ticket, self.wanted, self.voice = request, ticket, wanted, voice
+    ``ticket`` is what its adapter was asked for with: None as long as it was not, and for the bare base.
+    """
+
+    def __init__(self, request: Request, wanted: int, voice: Voice) -> None:
+        self.request, self.wanted, self.voice = request, wanted, voice
+        self.ticket: Ticket | None = None
         self.id = request.id
         self.read: Read | None = None
         self.begun = False
@@ -34,7 +38,7 @@ class Job:
     @property
     def ready(self) -> bool:
         """Whether its adapter is there."""
-        return self.ticket is None or self.ticket.page is not None
+        return self.request.adapter is None or (self.ticket is not None and self.ticket.page is not None)
 
     @property
     def page(self) -> Page | None:
