@@ -259,3 +259,69 @@ def test_adapters_are_asked_for_as_far_ahead_as_rows_can_run() -> None:
     assert sum(pages.used.values()) <= 4
     while not serving.idle:
         serving.step()
+
+
+def test_a_tenant_finds_nothing_that_another_has_read() -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    cached = []
+    for tenant in ("a", "b", "a"):
+        request = replace(asked(one.prompts[2], "low", 3), tenant=tenant)
+        cached.append(run(serving, [request])[request.id][0].data["cached_tokens"])
+    assert cached[:2] == [0, 0]
+    assert cached[2] > 0
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_answers_share_a_prompt_behind_a_lead_that_fills_blocks(name: str) -> None:
+    one = served("llava")
+    serving = engine(one.pages(), block=2)
+    request = asked(one.prompts[2], name, 4, temperature=1.0, seed=3, choices=2)
+    run(serving, [request])
+    assert serving.stats()["prefix_hits"] == 1
+
+
+def test_a_lead_counts_towards_the_context() -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    prompt = one.prompts[0]
+    serving.context = len(prompt.ids) + 4
+    found = run(serving, [fits := asked(prompt, "low", 4), tight := asked(prompt, "prefix", 4)])
+    assert found[fits.id][-1].kind == "done"
+    assert found[tight.id][-1].data["error"].kind == "too_long"
+
+
+def test_a_text_that_comes_apart_ends_its_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = served("llava")
+    serving = engine(one.pages())
+    bad, good = asked(one.prompts[0], "low", 4), asked(one.prompts[0], "dora", 4)
+    alone = said_alone(engine(one.pages()), good)
+    for request in (bad, good):
+        serving.submit(request)
+
+    def torn(drawn: object) -> list[Event]:
+        raise ServeError("internal", "A text was told in parts that do not make it.")
+
+    monkeypatch.setattr(serving._jobs[bad.id].rows[0], "say", torn)
+    events: list[Event] = []
+    while not serving.idle:
+        events += serving.step()
+    assert [e.kind for e in events if e.id == bad.id][-1] == "failed"
+    assert ids([e for e in events if e.id == good.id]) == alone
+
+
+def test_an_answer_without_a_length_takes_the_room_that_is_left() -> None:
+    one = served("llava")
+    serving = engine(one.pages(), answer=5)
+    open_ = asked(one.prompts[0], None)
+    for at_most, expected in ((3, 3), (None, 5), (10**6, serving.most - len(open_.prompt.ids))):
+        serving.context = len(open_.prompt.ids) + 20
+        expected = min(expected, 20)
+        request = replace(open_, id=str(at_most), sampling=replace(open_.sampling, max_tokens=None, at_most=at_most))
+        assert len(ids(run(serving, [request])[request.id])) == expected
+
+
+def test_a_cache_too_small_to_try_is_said() -> None:
+    one = served("llava")
+    with pytest.raises(ServeError, match="too small"):
+        engine(one.pages(), cache_bytes=1 << 12)

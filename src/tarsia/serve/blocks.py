@@ -19,6 +19,8 @@ class Blocks:
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
+        self.forgotten = 0
+        """Blocks whose contents could have been found, and gave way to others."""
         self._free = list(range(count - 1, -1, -1))
         self._users = [0] * count
         self._known: dict[bytes, int] = {}
@@ -40,6 +42,7 @@ class Blocks:
             return None
         taken = []
         for _ in range(count):
+            self.forgotten += not self._free
             block = self._free.pop() if self._free else self._forget(next(iter(self._idle)))
             self._users[block] = 1
             taken.append(block)

@@ -104,7 +104,8 @@ class Engine:
         if length < 1:
             raise ServeError("invalid", "The prompt has no tokens.")
         room = self.most - length
-        wanted = min(self.limits.answer, max(room, 1)) if wanted is None else wanted
+        if wanted is None:
+            wanted = min(request.sampling.at_most or self.limits.answer, max(room, 1))
         if wanted > room:
             raise _too_long(length, wanted, self.most)
         if request.adapter is not None:
@@ -178,6 +179,7 @@ class Engine:
             "completion_tokens": found["said"],
             "prefix_hits": found["prefix_hits"],
             "prefix_misses": found["prefix_misses"],
+            "block_evictions": self.blocks.forgotten,
             "picture_hits": self.front.hits,
             "picture_misses": self.front.misses,
             "picture_bytes": self.front.held,
@@ -215,7 +217,7 @@ class Engine:
             if not job.ready or not row.may_begin:
                 continue
             needed = self.blocks.needed(row.most)
-            if needed > self.blocks.count:
+            if row.most > self.most:  # with what its adapter lays before it
                 self._fail(job, _too_long(row.length, job.wanted, self.most))
                 continue
             if needed > self.blocks.available:
@@ -237,7 +239,9 @@ class Engine:
         job = row.job
         try:
             if job.read is None:
+                hits = self.front.hits
                 job.read = self.front.read(job.request.prompt, job.page)
+                job.picture_hits = self.front.hits - hits
             row.begin(self.blocks, self.line)
         except TarsiaError as error:
             self._fail(job, error)
@@ -272,10 +276,13 @@ class Engine:
 
     def _say(self, row: Row, drawn: Drawn | TarsiaError) -> None:
         """What a row's next token comes to."""
-        if isinstance(drawn, TarsiaError):
-            self._fail(row.job, drawn)
+        try:
+            if isinstance(drawn, TarsiaError):
+                raise drawn
+            self._told += row.say(drawn)
+        except TarsiaError as error:
+            self._fail(row.job, error)
             return
-        self._told += row.say(drawn)
         self._counts["said"] += 1
         if row.over:
             self._leave(row)

@@ -146,7 +146,9 @@ def _form(host: Host, site: Site, patched: Patched, patch: Patch) -> Form:
             return _measured(host, site, patched, patch)
         if hasattr(kind, "delta"):
             up, down, added = kind.delta(patch)
-            return Thin(_factor(down), _factor(up), 1.0, shift=_float(added))
+            if up is None or down is None:
+                return Thin(None, None, 1.0, shift=_float(added))
+            return Thin(*_alike(down, up), 1.0, shift=_float(added))
         if isinstance(patch, Scaling):
             given, out = patch.scaling()
             return Thin(None, None, 1.0, gain=_float(out), inner=_float(given))
@@ -229,10 +231,6 @@ def _check_whole(path: str, patched: Patched, form: Form) -> None:
     lost = [name for name, t in patched.tensors.items() if t.numel() and t.data_ptr() not in held]
     if lost and isinstance(form, Neck) and all(t.dtype in DTYPES for t in patched.tensors.values()):
         raise AdapterError(f"Tensors of the patch at {path} would not act.", given=", ".join(lost))
-
-
-def _factor(value: Tensor | None) -> Tensor | None:
-    return None if value is None else _alike(value)[0]
 
 
 def _alike(*values: Tensor) -> tuple[Tensor, ...]:

@@ -214,7 +214,7 @@ class Line:
                     torch.cat([pool.flatten(0, 1)[before], new[0].transpose(0, 1)[own]])
                     for pool, new in ((keys, k), (values, v))
                 )
-                out[own] = _shaped(q[own], all_k, all_v, _mask(part.shape, part.before, window), scale)
+                out[own] = _shaped(q[own], all_k, all_v, _mask(part.shape, part.before, window), scale, cap)
         return out[None]
 
 
@@ -243,9 +243,14 @@ def _mask(shape: Mapping[str, Tensor], before: int, window: int | None) -> Tenso
     return torch.cat([seen, own], 1)
 
 
-def _shaped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _shaped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float | None) -> Tensor:
     """Queries [tokens, heads, width] to keys and values [all, kept heads, width] by a mask [tokens, all]."""
     groups = q.shape[1] // k.shape[1]
+    queries = q.transpose(0, 1)[None]
     keys, values = (t.transpose(0, 1).repeat_interleave(groups, 0)[None] for t in (k, v))
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale)
+    if cap is None:
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    else:
+        scores = cap * torch.tanh(queries.float() @ keys.float().mT * scale / cap)
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(values.dtype) @ values
     return out[0].transpose(0, 1)

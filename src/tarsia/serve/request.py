@@ -17,10 +17,11 @@ AUTO: Final = "auto"
 class Sampling:
     """How answers are drawn.
 
-    ``max_tokens`` None: as many as there is room for. ``temperature`` 0 takes the likeliest. ``logprobs`` is how many
-    of the likeliest are told beside each token's own (None: nothing is told). ``schema`` is a JSON schema that the
-    answer must be an instance of, "{}" any JSON; None: free text. ``choices`` answers are given, each drawn with a
-    seed of its own that follows from ``seed``. ``ignore_end`` goes on to ``max_tokens`` whatever is said.
+    ``max_tokens`` None: as many as there is room for, and no more than ``at_most``. ``temperature`` 0 takes the
+    likeliest. ``logprobs`` is how many of the likeliest are told beside each token's own (None: nothing is told).
+    ``schema`` is a JSON schema that the answer must be an instance of, "{}" any JSON; None: free text. ``choices``
+    answers are given, each drawn with a seed of its own that follows from ``seed``. ``ignore_end`` goes on to
+    ``max_tokens`` whatever is said.
     """
 
     max_tokens: int | None = None
@@ -36,6 +37,7 @@ class Sampling:
     bias: Mapping[int, float] = field(default_factory=dict)
     schema: str | None = None
     ignore_end: bool = False
+    at_most: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

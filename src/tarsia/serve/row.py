@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ class Job:
         self.id = request.id
         self.read: Read | None = None
         self.begun = False
+        self.picture_hits = 0
         self.rows = [Row(self, choice) for choice in range(request.sampling.choices)]
 
     @property
@@ -53,7 +55,12 @@ class Job:
             if page is None
             else {"name": page.name, "version": getattr(page, "version", None), "hash": page.digest.hex()}
         )
-        data = {"adapter": adapter, "prompt_tokens": len(self.request.prompt.ids), "cached_tokens": cached}
+        data: dict[str, Any] = {
+            "adapter": adapter,
+            "prompt_tokens": len(self.request.prompt.ids),
+            "cached_tokens": cached,
+        }
+        data["picture_hits"] = self.picture_hits
         return Event(self.id, "started", data)
 
 
@@ -71,6 +78,7 @@ class Row:
         self.cached = 0
         self.over = False
         self._keys: list[bytes] = []
+        self._known = 0
 
     @property
     def length(self) -> int:
@@ -112,10 +120,7 @@ class Row:
         """Take blocks; those of a prompt, or its beginning, that was read before are found."""
         read, page, prompt = self._read, self.job.page, self.job.request.prompt
         if read.shape is None:
-            root = _BASE if page is None else page.digest
-            keys = [picture.key for picture in prompt.pictures]
-            owners = read.pictures.tolist()
-            self._keys = chain(root, prompt.ids, owners, keys, blocks.size, self.ahead)
+            self._keys = self._chain(prompt.ids, blocks)
             reusable = (self.ahead + self.length - 1) // blocks.size
             found = blocks.find(self._keys[:reusable])
             if len(found) * blocks.size < self.ahead:
@@ -157,10 +162,11 @@ class Row:
 
     def advance(self, count: int, blocks: Blocks) -> None:
         """``count`` more tokens are read; blocks that are full now can be found by others."""
-        full = min(self.done // blocks.size, len(self._keys))
         self.done += count
-        for i in range(full, min(self.done // blocks.size, len(self._keys))):
+        full = min(self.done // blocks.size, len(self._keys))
+        for i in range(self._known, full):
             blocks.know(self.blocks[i], self._keys[i])
+        self._known = max(full, self._known)
 
     def say(self, drawn: Drawn) -> list[Event]:
         """Take the next token: what is told of it."""
@@ -184,15 +190,21 @@ class Row:
     def leave(self, blocks: Blocks) -> None:
         """Give the blocks back, with what can be found in them of the answer too."""
         if self._keys and self.said and not self.unread:
-            ids = [*self.job.request.prompt.ids, *self.said[:-1]]
-            owners = [*self._read.pictures.tolist(), *[-1] * (len(self.said) - 1)]
-            root = _BASE if self.job.page is None else self.job.page.digest
-            pictures = [picture.key for picture in self.job.request.prompt.pictures]
-            keys = chain(root, ids, owners, pictures, blocks.size, self.ahead)
+            keys = self._chain([*self.job.request.prompt.ids, *self.said[:-1]], blocks)
             for block, key in zip(self.blocks, keys[: self.done // blocks.size], strict=False):
                 blocks.know(block, key)
         blocks.give(self.blocks)
         self.blocks = []
+
+    def _chain(self, ids: Sequence[int], blocks: Blocks) -> list[bytes]:
+        """The keys of the blocks of the prompt, with more after it or not.
+
+        A tenant finds what it has read itself, nobody else's: the time of an answer would tell of others' prompts.
+        """
+        page, prompt = self.job.page, self.job.request.prompt
+        root = sha256(self.tenant.encode()).digest() + (_BASE if page is None else page.digest)
+        owners = [*self._read.pictures.tolist(), *[-1] * (len(ids) - len(prompt.ids))]
+        return chain(root, ids, owners, [picture.key for picture in prompt.pictures], blocks.size, self.ahead)
 
     def _likely(self, drawn: Drawn) -> Sequence[Mapping[str, Any]] | None:
         if self.job.request.sampling.logprobs is None or drawn.logprob is None:

@@ -31,6 +31,8 @@ from tarsia.serve.frames import BrokenFrame, Stream
 COMMAND: Final = (sys.executable, "-P", "-m", "tarsia.serve.worker")
 _ENDED: Final = "it ended"
 _CLOSING: Final = 1.0
+_WAITING: Final = {"GOMP_SPINCOUNT": "20000"}
+"""Threads that wait for the others' part of a product spin for microseconds only: this process has work too."""
 """Seconds for a worker whose socket is closed to end by itself."""
 _LOG = logging.getLogger("tarsia.serve")
 
@@ -285,6 +287,7 @@ class Supervisor:
                 str(os.getpid()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                env={**_WAITING, **os.environ},
                 process_group=0,  # an interruption from the keyboard is the server's to handle
             )
         worker = self._worker = _Worker(process, await Stream.of(ours))

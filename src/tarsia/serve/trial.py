@@ -85,6 +85,14 @@ def tried(host: Host, front: Front, line: Line, trials: Sequence[Trial]) -> floa
     """
     dtype = str(host.model.get_input_embeddings().weight.dtype).removeprefix("torch.")  # type: ignore[operator]
     room = max(len(trial.prompt.ids) for trial in trials) // line.size + 2
+    if room > line.count:
+        raise ServeError(
+            "invalid",
+            "The memory for keys and values is too small to try the base in.",
+            given=f"{line.bytes:,} bytes",
+            allowed=f"at least {-(-line.bytes * room // line.count):,}",
+            do="give it more (--cache-bytes)",
+        )
     worst = 0.0
     for at in range(0, len(trials), max(1, line.count // room)):
         some = trials[at : at + max(1, line.count // room)]

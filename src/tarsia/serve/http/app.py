@@ -173,7 +173,7 @@ async def completions(request: Request) -> Response:
     wanted = models.asked(body.model, server.base, held.key, routed=routed)
     choices = body.n or 1
     sampling = chat.sampling(body, server.admission.most(held.key, choices))
-    seat = server.admission.seat(held.key, (sampling.max_tokens or 0) * choices)
+    seat = server.admission.seat(held.key, (sampling.max_tokens or sampling.at_most or 0) * choices)
     run = Run(held, wanted, seat, server.metrics, limits.seconds, choices)
     command = wire.Generate(
         id=held.id, messages=chat.messages(body), adapter=wanted.adapter, sampling=sampling,

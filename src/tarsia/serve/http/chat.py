@@ -43,7 +43,8 @@ def check(asked: ChatRequest, limits: Limits) -> None:
 def sampling(asked: ChatRequest, most: int) -> Sampling:
     """How the answers are drawn; ``most`` tokens where the request does not say."""
     return Sampling(
-        max_tokens=asked.most or most,
+        max_tokens=asked.most,
+        at_most=most,
         temperature=1.0 if asked.temperature is None else asked.temperature,
         top_p=1.0 if asked.top_p is None else asked.top_p,
         top_k=max(0, asked.top_k or 0),
