@@ -62,7 +62,7 @@ def test_what_serving_found_is_judged() -> None:
         rates.different[many], rates.loads[many] = [min(many, 20)] * 2, 50
     chapter = serving.CHAPTER
     assert chapter.judge(serving.found(rates, "x")) == "PASS"
-    rates.mixed[serving.MOST] = [49.0, 49.0]
+    rates.mixed[serving.MOST] = [79.0, 79.0]
     assert chapter.judge(serving.found(rates, "x")) == "FAIL"
     rates.mixed[serving.MOST], rates.apart[serving.MOST] = [100.0, 100.0], [60.0, 60.0]
     assert chapter.judge(serving.found(rates, "x")) == "FAIL"

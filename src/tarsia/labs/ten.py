@@ -28,6 +28,8 @@ from tarsia.serve.pages import Pages, waited
 TEN: Final = 10
 RANK: Final = 16
 ROUNDS: Final = 7
+PAGES: Final = 3
+"""Adapters that a server goes to in turn: each has to be proved first, which takes longer than all else."""
 SELECT: Final = "projector; language.*.{q,k,v,o,gate,up,down}"
 _MOVED: Final = 0.02
 """Deviation of the numbers that stand for a training: bytes and times do not depend on what was learnt."""
@@ -172,8 +174,8 @@ def _switches(
 def paged(model: str, folders: Sequence[Path], at: Path) -> Times:
     """A server's way: pages of a library, each proved before; with room for all of them, and for one alone."""
     library = Library.make(at)
-    names = [f"task-{i}" for i in range(len(folders))]
-    for name, folder in zip(names, folders, strict=True):
+    names = [f"task-{i}" for i in range(PAGES)]
+    for name, folder in zip(names, folders[:PAGES], strict=True):
         library.publish(folder, name)
     size = 4 * library.version(names[0]).numbers + BESIDE
     found = {}
