@@ -23,9 +23,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +72,36 @@ class Content:
 
 
 @dataclass
+class Meant:
+    """What a name meant, and from when to when (None: nothing)."""
+
+    content: Content | None
+    since: float
+    until: float = float("inf")
+
+
+@dataclass
 class World:
-    """What may be asked for, and since when: by name, the times at which another content (None: nothing) came."""
+    """What may be asked for: by name, what it meant when."""
 
     contents: list[Content]
     base: dict[tuple[str, int | None], str]
     hashes: dict[str, Content] = field(default_factory=dict)
-    history: dict[str, list[tuple[float, Content | None]]] = field(default_factory=dict)
+    history: dict[str, list[Meant]] = field(default_factory=dict)
 
-    def becomes(self, name: str, content: Content | None, at: float) -> None:
-        self.history.setdefault(name, []).append((at, content))
+    def becomes(self, name: str, content: Content | None, since: float, until: float | None = None) -> None:
+        """The name means this; the change took from ``since`` to ``until``, and in between either may answer."""
+        held = self.history.setdefault(name, [Meant(None, float("-inf"))])
+        held[-1].until = since if until is None else until
+        held.append(Meant(content, since))
 
     def during(self, name: str, began: float, ended: float) -> list[Content | None]:
         """What the name meant at any moment from ``began`` to ``ended``."""
-        held = self.history.get(name, [])
-        found: list[Content | None] = []
-        for i, (at, content) in enumerate(held):
-            until = held[i + 1][0] if i + 1 < len(held) else float("inf")
-            if at <= ended and began <= until:
-                found.append(content)
-        return found or [None]
+        return [one.content for one in self.history.get(name, ()) if one.since <= ended and began <= one.until]
+
+    def now(self, name: str) -> Content | None:
+        """What the name means."""
+        return self.history[name][-1].content if name in self.history else None
 
 
 def questions(pictures: int) -> list[tuple[str, int | None]]:
@@ -222,19 +233,20 @@ class Soak:
         self.faults: list[str] = []
         self.kinds: Counter[str] = Counter()
         self.kills: list[float] = []
-        self.back: list[float] = []
+        self.back: dict[float, float] = {}
+        self.later: list[tuple[float, Callable[[], None]]] = []
         self.memory: list[tuple[float, int, int, int]] = []
         self.next: dict[str, int] = {}
 
     def now(self) -> float:
         return time.perf_counter() - self.began
 
-    def fault(self, text: str) -> None:
+    def fault(self, text: str, at: float | None = None) -> None:
         kind = " ".join(text.partition(":")[2].split()[:3]) if text.startswith("unexplained") else text.split()[0]
         self.counts["faults"] += 1
         self.kinds[kind] += 1
         if self.kinds[kind] <= 10:
-            self.faults.append(f"{self.now():.1f} s: {text}")
+            self.faults.append(text if at is None else f"{at:.1f} s: {text}")
 
     # what happens to the library -----------------------------------------------------------------------------------
 
@@ -244,13 +256,12 @@ class Soak:
         of_kind = [content for content in self.world.contents if content.kind == kind]
         content = of_kind[self.next.get(name, 0) % len(of_kind)]
         self.next[name] = self.next.get(name, 0) + 1
-        self.world.becomes(name, content, self.now())
+        since = self.now()
         version = self.library.publish(content.folder, name).version
         self.world.hashes[version.hash] = content
-        if (
-            self.library.version(name).hash != version.hash
-        ):  # the same content again gets no version: it is gone back to
-            self.library.rollback(name, to=version.number)
+        if self.library.version(name).hash != version.hash:
+            self.library.rollback(name, to=version.number)  # the same content again got no version of its own
+        self.world.becomes(name, content, since, self.now())
         self.counts["published"] += 1
 
     async def change(self, names: list[str], over: float) -> None:
@@ -268,12 +279,11 @@ class Soak:
 
     async def alias(self, client: httpx.AsyncClient, alias: str, name: str) -> None:
         """Serve a version under another name, or withdraw that."""
-        there = self.world.history.get(alias, [(0.0, None)])[-1][1]
-        if there is not None:
+        if self.world.now(alias) is not None:
             at = self.now()
             said = await client.post("/v1/unload_lora_adapter", json={"lora_name": alias})
             if said.status_code == 200:
-                self.world.becomes(alias, None, at)
+                self.world.becomes(alias, None, at, self.now())
                 self.counts["withdrawn"] += 1
                 return
         else:
@@ -281,10 +291,11 @@ class Soak:
             asked = {"lora_name": alias, "lora_path": f"{name}@{version.number}"}
             said = await client.post("/v1/load_lora_adapter", json=asked)
             if said.status_code == 200:
-                self.world.becomes(alias, self.world.hashes[version.hash], at)
+                self.world.becomes(alias, self.world.hashes[version.hash], at, self.now())
                 self.counts["loaded"] += 1
                 return
-        self.unanswered(f"{alias}: {said.status_code} {said.text[:200]}", at, self.now(), str(said.status_code))
+        told, kind, ended = f"{alias}: {said.status_code} {said.text[:200]}", str(said.status_code), self.now()
+        self.later.append((ended, partial(self.unanswered, told, at, ended, kind)))
 
     # what is asked -------------------------------------------------------------------------------------------------
 
@@ -302,7 +313,9 @@ class Soak:
                 await self.leave(client, question, drawn.random() * 0.5)
                 continue
             answered = await client.ask(question)
-            self.judge(question, answered, base, began, self.now())
+            # what a name meant is known once the change has ended: it is judged after all
+            ended = self.now()
+            self.later.append((ended, partial(self.judge, question, answered, base, began, ended)))
             if answered.error.startswith(("503", "429")):
                 await asyncio.sleep(0.25)  # as it is told to come again
 
@@ -325,37 +338,36 @@ class Soak:
         if question.model == base:
             allowed, by = [self.world.base], "base"
             if answered.by is not None:
-                self.fault(f"the base was asked, and {answered.by} answered")
+                self.fault(f"the base was asked, and {answered.by} answered", ended)
         else:
             hash_ = str((answered.by or {}).get("hash", "")).rpartition(":")[2]
             content = self.world.hashes.get(hash_)
             if content is None:
-                self.fault(f"{question.model} was asked, and {answered.by} answered")
+                self.fault(f"{question.model} was asked, and {answered.by} answered", ended)
                 return
             if content not in self.world.during(question.model, began, ended):
-                self.fault(
-                    f"{question.model} was asked, and answered by {content.kind} {content.number}: not to be had then"
-                )
+                who = f"{content.kind} {content.number}"
+                self.fault(f"{question.model} was asked, and answered by {who}: not to be had then", ended)
             allowed, by = [content.said], content.kind
         if key not in allowed[0]:
             self.counts["not compared"] += 1  # the adapter alone answers this one without being clear
             return
         self.counts["compared"] += 1
-        if self.kills and began > self.kills[-1] and not self.after(self.kills[-1]):
-            self.back.append(ended)
+        for kill in self.kills:
+            if began > kill:
+                self.back.setdefault(kill, ended)
         self.answered[by] += 1
         if answered.text != allowed[0][key]:
             self.counts["wrong"] += 1
-            self.fault(f"wrong answer: {question} by {answered.by}: {answered.text!r} is not {allowed[0][key]!r}")
+            self.fault(
+                f"wrong answer: {question} by {answered.by}: {answered.text!r} is not {allowed[0][key]!r}", ended
+            )
 
     def unanswered(self, told: str, began: float, ended: float, kind: str) -> None:
         """An error: one that a kill or a withdrawal explains, or a fault."""
         self.errors[kind] += 1
         name = told.partition(":")[0]
-        near = any(
-            kill <= ended and began <= (back[0] if (back := self.after(kill)) else kill + LONGEST) + AFTER
-            for kill in self.kills
-        )
+        near = any(kill <= ended and began <= self.back.get(kill, kill + LONGEST) + AFTER for kill in self.kills)
         known = name in self.world.history
         if kind.startswith("404") and known and None in self.world.during(name, began, ended):
             return
@@ -363,11 +375,7 @@ class Soak:
             return
         if near and kind.startswith("404") and name.startswith("alias"):
             return  # the next worker serves it again a moment later
-        self.fault(f"unexplained: {told}")
-
-    def after(self, kill: float) -> list[float]:
-        """When the first answer came that was asked for after this kill; [] where none has yet."""
-        return [back for back in self.back if back > kill][:1]
+        self.fault(f"unexplained: {told}", ended)
 
     # what happens to the worker ------------------------------------------------------------------------------------
 
@@ -392,7 +400,7 @@ class Soak:
     async def run(self, names: list[str], askers: int, kills: list[float]) -> None:
         self.began = time.perf_counter()
         for name, held in self.world.history.items():
-            self.world.history[name] = [(0.0, held[-1][1])]
+            self.world.history[name] = [Meant(held[-1].content, 0.0)]
         client = Client(self.url, max_tokens=TOKENS, seconds=120, connections=2 * askers)
         base = next(str(model["id"]) for model in await client.models() if not model.get("parent"))
         over = self.seconds
@@ -403,6 +411,8 @@ class Soak:
                 self.kill(kills),
                 self.watch(over),
             )
+            for _, judge in sorted(self.later, key=lambda pair: pair[0]):
+                judge()
             self.metrics = await client.metrics()
         finally:
             await client.close()
@@ -468,7 +478,7 @@ def soak(
             "answered by": dict(one.answered),
             "errors": dict(one.errors),
             "kills at": [round(kill, 1) for kill in one.kills],
-            "answers again after, s": [round(b - k, 1) for k in one.kills for b in one.after(k)],
+            "answers again after, s": [round(back - kill, 1) for kill, back in one.back.items()],
             "grown by %": growth,
             "counted by the server": one.metrics,
             "faults": one.faults,

@@ -19,7 +19,7 @@ def one():
     contents = [Content("lora", i, Path(f"lora-{i}"), {KEY: f"answer {i}"}) for i in range(3)]
     world = World(contents, {KEY: "the base's"}, {f"hash{i}": content for i, content in enumerate(contents)})
     world.becomes("lora-0", contents[0], 0.0)
-    world.becomes("lora-0", contents[1], 10.0)
+    world.becomes("lora-0", contents[1], 10.0, 10.5)  # the change takes half a second
     world.becomes("alias-0", contents[2], 1.0)
     world.becomes("alias-0", None, 5.0)
     return Soak(world, None, "", 0, 60.0)
@@ -39,6 +39,8 @@ def judged(one, model, text, by, began, ended, error=""):
     [
         ("lora-0", "answer 0", "hash0", 1.0, 2.0),
         ("lora-0", "answer 1", "hash1", 11.0, 12.0),
+        ("lora-0", "answer 0", "hash0", 10.4, 12.0),  # while it was replaced, either
+        ("lora-0", "answer 1", "hash1", 10.1, 10.2),
         ("lora-0", "answer 0", "hash0", 9.0, 12.0),  # begun before it was replaced
         ("lora-0", "answer 1", "hash1", 9.0, 12.0),
         ("alias-0", "answer 2", "sha256:hash2", 2.0, 3.0),
@@ -93,7 +95,7 @@ def test_what_is_wrong(one, model, text, by, began, ended, told) -> None:
     ],
 )
 def test_which_errors_are_explained(one, model, error, began, ended, kills, fault) -> None:
-    one.kills, one.back = kills, [20.0]
+    one.kills, one.back = kills, {kill: 20.0 for kill in kills if kill < 20}
     assert (judged(one, model, "", None, began, ended, error) > 0) is fault
     assert one.errors == {error: 1} and one.counts["compared"] == 0
 
