@@ -1,5 +1,6 @@
 """A worker's house over the embedded base, in 4 bits too: a picture, an adapter of a library, the router's seam."""
 
+import base64
 import io
 import logging
 import socket
@@ -20,6 +21,7 @@ from tarsia.serve import opening, routing, wire, worker
 from tarsia.serve.frames import Connection
 from tarsia.serve.read import Reader
 from tarsia.serve.request import Prompt, Request, Sampling
+from tarsia.serve.route import Choice
 from tarsia.serve.routing import Chosen
 
 LORA = (("lora", "language.*.{q,v}", {"rank": 4, "alpha": 8.0}),)
@@ -119,41 +121,91 @@ def test_what_is_published_is_known_to_the_router_and_what_says_nothing_is_told(
     router.close()
 
 
+def looked_like(host, seed, scale=1.0, count=40):
+    """A card of pictures around a place of their own, ``scale`` times as far from it as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    width = len(signature(host, Reader(host).read(ASKED, [picture((9, 9, 9))]).pictures[0].inputs))
+    card = Look.of(view(host), 3 * torch.randn(1, width, generator=generator) + torch.randn(count, width)).plain()
+    held = torch.frombuffer(bytearray(base64.b64decode(card["directions"]["scale"])), dtype=torch.float32)
+    card["directions"]["scale"] = base64.b64encode((held * scale).numpy().tobytes()).decode()
+    return {"routing": card}
+
+
 def test_the_router_chooses_among_those_that_may_be_asked_for(looks, tmp_path, monkeypatch):
     host, library, cards = looks
-    asked, real = [], routing.Router
+    asked = []
 
-    class Played:
-        def __init__(self, view):
-            self.names = []
-
-        def fit_for(self, name, card):
-            if card.get("routing") != "good":
-                raise AdapterError("Its card says nothing.")
-
-        def add(self, name, card):
-            self.names.append(name)
-
-        def settle(self):
-            pass
-
-        def choose(self, signatures):
-            asked.append(sorted(self.names))
-            return real(view(host)).choose(signatures)
+    def choose(router, signatures, among=None):
+        asked.append(sorted(router.names if among is None else among))
+        return Choice(None, 0.0, 0.0, "no picture")
 
     for number, name in enumerate(("ocr-a", "ocr-b", "cats", "blind")):
         library.publish(saved(host, tmp_path / name, LORA, number, 0.3), name)
-        cards[f"{name}@1"] = {"routing": "bad" if name == "blind" else "good"}
-    monkeypatch.setattr(routing, "Router", Played)
+        cards[f"{name}@1"] = {"routing": {"none": "no"}} if name == "blind" else looked_like(host, number)
+    monkeypatch.setattr(routing.Router, "choose", choose)
     router = Chosen(host, library)
     for may in (None, ("ocr-*",), ("cats", "no*"), (), ("*",)):
         router(Prompt((1,), ()), may)
     assert asked == [["cats", "ocr-a", "ocr-b"], ["ocr-a", "ocr-b"], ["cats"], [], ["cats", "ocr-a", "ocr-b"]]
     library.publish(saved(host, tmp_path / "late", LORA, 9, 0.3), "ocr-late")
-    cards["ocr-late@1"] = {"routing": "good"}
+    cards["ocr-late@1"] = looked_like(host, 9)
     router.look()
     router(Prompt((1,), ()), ("ocr-*",))
     assert asked[-1] == ["ocr-a", "ocr-b", "ocr-late"]
+    router.close()
+
+
+def told(caplog):
+    return [record.facts["first"] for record in caplog.records if hasattr(record, "facts")]
+
+
+def test_a_card_with_which_nothing_can_be_computed_is_left_out_by_name(looks, tmp_path, caplog, monkeypatch):
+    host, library, cards = looks
+    caplog.set_level(logging.INFO)
+    for number, name in enumerate(("a", "b", "narrow", "far", "odd")):
+        library.publish(saved(host, tmp_path / name, LORA, number, 0.3), name)
+        cards[f"{name}@1"] = looked_like(host, number, 1e25 if name == "far" else 1.0)
+    cards["narrow@1"] = {"routing": Look.of(view(host), torch.randn(40, 8)).plain()}
+    real = routing.Router.settle
+
+    def settle(router):
+        if "odd" in router.names:
+            raise torch.linalg.LinAlgError("not positive-definite")
+        real(router)
+
+    monkeypatch.setattr(routing.Router, "settle", settle)
+    router = Chosen(host, library)
+    assert router._router.names == ("a", "b")
+    (named,) = told(caplog)
+    assert {*named} == {"narrow@1", "far@1", "odd@1"} and "nothing can be computed" in named["odd@1"]
+    assert "can not be read" in named["far@1"]
+    library.publish(saved(host, tmp_path / "c", LORA, 9, 0.3), "c")
+    cards["c@1"] = looked_like(host, 9)
+    assert router.look() and router._router.names == ("a", "b", "c") and len(told(caplog)) == 1
+    router.close()
+
+
+def test_the_router_lives_on_whatever_breaks_and_forgets_what_is_gone(looks, tmp_path, caplog, monkeypatch):
+    host, library, cards = looks
+    clock = [1000.0]
+    monkeypatch.setattr(routing.time, "monotonic", lambda: clock[0])
+    library.publish(saved(host, tmp_path / "a", LORA, 1, 0.3), "a")
+    router = Chosen(host, library)  # whose card can not be read yet
+    assert router._router.names == () and not router.look()
+    cards["a@1"] = looked_like(host, 1)
+    clock[0] += routing._AGAIN
+    assert router.look() and router._router.names == ("a",) and not router.look()
+    clock[0] += routing._AGAIN
+    assert not router.look()
+    with monkeypatch.context() as broken:
+        broken.setattr(Library, "search", lambda library: 1 / 0)
+        router._stamp = None
+        router._looked()
+    assert "ZeroDivisionError" in caplog.text and router._router.names == ("a",)
+    old = [*router._looks]
+    library.publish(saved(host, tmp_path / "again", LORA, 2, 0.3), "a")
+    cards["a@2"] = {"routing": {"none": "no"}}
+    assert router.look() and router._router.names == () and not {*old} & {*router._looks}
     router.close()
 
 

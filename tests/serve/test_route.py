@@ -96,6 +96,23 @@ def test_no_picture_and_no_adapter_are_the_bases(ten):
     assert Router(VIEW).choose(list(pictures(0, 1))).why == "no adapter"
 
 
+def test_only_those_that_may_be_are_chosen(ten):
+    shown = [*pictures(3, 1, seed=5)]
+    assert ten.choose(shown, {"job-3", "job-4"}).name == "job-3"
+    other = ten.choose(shown, {"job-4", "job-5", "nobody"})
+    assert other.name is None and {other.nearest, other.runner_up} == {"job-4", "job-5"}
+    alone = ten.choose(shown, {"job-3"})
+    assert (alone.name, alone.confidence, alone.runner_up) == ("job-3", 1.0, None)
+    assert ten.choose(shown, set()).why == ten.choose(shown, {"nobody"}).why == "no adapter"
+
+
+def test_what_is_no_number_is_told_and_not_compared():
+    router = made(range(3))
+    router._looks["job-1"].apart.fill_(torch.inf)
+    with pytest.raises((ArithmeticError, RuntimeError)):
+        router.settle()
+
+
 def test_one_adapter_alone_still_knows_strangers():
     router = made([3])
     assert sum(router.choose([one]).name == "job-3" for one in pictures(3, 40, seed=2)) >= 34

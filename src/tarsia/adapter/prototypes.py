@@ -34,6 +34,7 @@ _TIGHTER: Final = 0.5
 """One more prototype is taken where it leaves at most this share of the squared distances."""
 _ROUNDS: Final = 25
 _LEVELS: Final = 127
+_LARGEST: Final = 2 * torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +133,10 @@ class Look:
             rest=rest[0].square(),
             apart=apart + prototypes[0],
         )
-        if not all(bool(t.isfinite().all()) for t in (found.prototypes, found.rest, found.directions, found.apart)):
-            raise ValueError("not all of it is numbers")
+        # as large as 16 bits can say at most, as prototypes and `rest` are: what is farther would hide all others
+        parts = (found.prototypes, found.rest.sqrt(), found.directions, found.apart)
+        if not all(bool((part.abs() <= _LARGEST).all()) for part in parts):
+            raise ValueError("not all of it is numbers that a signature has")
         return found
 
 

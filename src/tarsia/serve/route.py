@@ -14,7 +14,7 @@ from the cards; an adapter comes or goes without another's pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -63,10 +63,15 @@ class Choice:
 
 
 class Router:
-    """Adapters that can be chosen among, by name; ``view`` is that of the base which makes the signatures."""
+    """Adapters that can be chosen among, by name; ``view`` is that of the base which makes the signatures.
 
-    def __init__(self, view: Mapping[str, str], *, strange: float = STRANGE, unsure: float = UNSURE) -> None:
-        self.view, self.strange, self.unsure = dict(view), strange, unsure
+    ``width`` is how many numbers these have; None: as many as the first card's.
+    """
+
+    def __init__(
+        self, view: Mapping[str, str], *, strange: float = STRANGE, unsure: float = UNSURE, width: int | None = None
+    ) -> None:
+        self.view, self.strange, self.unsure, self.width = dict(view), strange, unsure, width
         self._looks: dict[str, Look] = {}
         self._within: Tensor | None = None
         self._space: Space | None = None
@@ -111,12 +116,12 @@ class Router:
                 allowed="; ".join(f"{part} {self.view.get(part, 'none')[:32]}" for part in differing),
                 do="serve the base that it was trained on, or name the adapter in requests",
             )
-        known = next(iter(self._looks.values()), look)
-        if look.width != known.width:
+        known = self.width or next(iter(self._looks.values()), look).width
+        if look.width != known:
             raise AdapterError(
                 f"The signatures in the card of the adapter {name} have another width.",
                 given=f"{look.width} numbers",
-                allowed=f"{known.width} numbers",
+                allowed=f"{known} numbers",
                 do="train it again, or name it in requests",
             )
         return look
@@ -130,22 +135,27 @@ class Router:
         self._space = None
 
     def settle(self) -> None:
-        """Work out now what the next ``choose`` needs, where adapters came or went: a moment, for thousands seconds."""
+        """Work out now what the next ``choose`` needs, where adapters came or went: a moment, for thousands seconds.
+
+        Raises ArithmeticError where that are no numbers, and what torch raises where it can not be solved.
+        """
         if self._space is None and self._looks:
             self._space = Space.of(self._looks, self._within)
 
-    def choose(self, signatures: Sequence[Tensor]) -> Choice:
+    def choose(self, signatures: Sequence[Tensor], among: Collection[str] | None = None) -> Choice:
         """Whose a request's pictures are, by their signatures [width] each; several count together.
 
-        A request whose pictures are not all like one adapter's is nobody's; so is one without any. Raises ServeError
-        where a signature has another width than the cards'.
+        ``among`` are the names that may be chosen (None: all). A request whose pictures are not all like one adapter's
+        is nobody's; so is one without any. Raises ServeError where a signature has another width than the cards'.
         """
         if not signatures:
             return Choice(None, 0.0, 0.0, "no picture")
         self.settle()
-        if self._space is None:
+        space, may = self._space, None
+        if space is not None and among is not None:
+            may = torch.tensor([name in among for name in space.names])
+        if space is None or (may is not None and not bool(may.any())):
             return Choice(None, 0.0, 0.0, "no adapter")
-        space = self._space
         wrong = next((s for s in signatures if s.shape != (space.width,)), None)
         if wrong is not None:
             raise ServeError(
@@ -154,7 +164,7 @@ class Router:
                 given=str(tuple(wrong.shape)),
                 allowed=str((space.width,)),
             )
-        found = space.nearest(torch.stack(list(signatures)))
+        found = space.nearest(torch.stack(list(signatures)), may)
         name = space.names[found.best]
         second = None if found.second is None else space.names[found.second]
         why = "strange" if found.typical < self.strange else "unsure" if found.confidence < self.unsure else "nearest"

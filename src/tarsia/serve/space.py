@@ -69,7 +69,10 @@ class Space:
 
     @classmethod
     def of(cls, looks: Mapping[str, Look], within: Tensor | None = None) -> Self:
-        """From every adapter's look, by name. ``within`` is the sum of ``scatter`` of all, where it is known."""
+        """From every adapter's look, by name. ``within`` is the sum of ``scatter`` of all, where it is known.
+
+        Raises ArithmeticError where what comes out are no numbers.
+        """
         held = list(looks.values())
         if within is None:
             within = scatter(held[0])
@@ -83,12 +86,19 @@ class Space:
         roots, volumes = _covariances(held, axes)
         ones = torch.ones(len(held))
         bare = cls(tuple(looks), axes, origin, owners, places, roots, volumes, ones, torch.zeros(1), 1.0)
-        return bare._calibrated(held)
+        found = bare._calibrated(held)
+        parts = (found.axes, found.origin, found.places, found.roots, found.volumes, found.scales, found.usual)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ArithmeticError("directions, places or distances are no numbers")
+        return found
 
-    def nearest(self, signatures: Tensor) -> Nearest:
-        """Of one request's pictures, [pictures, width]: their scores add up, and the strangest says how strange."""
+    def nearest(self, signatures: Tensor, may: Tensor | None = None) -> Nearest:
+        """Of one request's pictures, [pictures, width]: their scores add up, and the strangest says how strange.
+
+        ``may`` [adapters] says which of them can be found, one at least; None: all.
+        """
         points = signatures.float() @ self.axes.T - self.origin
-        adapters, scores, distances = self._candidates(points)
+        adapters, scores, distances = self._candidates(points, may)
         order = torch.argsort(scores)
         best = int(order[0])
         second = int(adapters[order[1]]) if len(order) > 1 else None
@@ -98,10 +108,13 @@ class Space:
         typical = min(1.0, _rarity(self.usual, units) * len(points))
         return Nearest(int(adapters[best]), second, float(shares[best]), typical)
 
-    def _candidates(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, points: Tensor, may: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Adapters near ``points`` [n, axes], their scores added over these, and squared distances [n, adapters]."""
-        rough = torch.cdist(points, self.places).square().sum(0)
-        taken = rough.topk(min(CANDIDATES, len(rough)), largest=False, sorted=False).indices
+        rough, count = torch.cdist(points, self.places).square().sum(0), len(self.places)
+        if may is not None:
+            allowed = may[self.owners]
+            rough, count = rough.masked_fill(~allowed, torch.inf), int(allowed.sum())
+        taken = rough.topk(min(CANDIDATES, count), largest=False, sorted=False).indices
         owners = self.owners[taken]
         offsets = points[:, None] - self.places[taken]
         squares = torch.einsum("pkl,npl->npk", self.roots[owners], offsets).square().sum(2)
