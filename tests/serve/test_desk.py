@@ -18,6 +18,14 @@ def sheet(id_, tenant="", text="x"):
     return Sheet(wire.Generate(id=id_, messages=(message,), tenant=tenant), (), 0.0)
 
 
+def lost(why):
+    raise AssertionError(why)
+
+
+class Panic(BaseException):
+    """As those of tokenizers: no Exception."""
+
+
 class Done:
     def __init__(self):
         self.found, self._change = [], threading.Condition()
@@ -38,7 +46,7 @@ def desk():
     made = []
 
     def begin(*args):
-        made.append(Desk(*args))
+        made.append(Desk(*args, *([lost] if len(args) < 5 else [])))
         return made[-1]
 
     yield begin
@@ -90,18 +98,62 @@ def test_errors_are_handed_on_and_the_thread_goes_on(desk):
         text = messages[0]["content"][0]["text"]
         if text == "x":
             return Prompt((1,))
-        raise {"refused": DataError("No."), "defect": ZeroDivisionError()}[text]
+        raise {"refused": DataError("No."), "defect": ZeroDivisionError(), "panic": Panic("at 3")}[text]
 
     def first(command):
         if command.id == "schema":
             raise DataError("No schema.")
 
     readers = desk(read, first, done, 1)
-    for id_, text in (("1", "refused"), ("2", "defect"), ("schema", "x"), ("3", "x")):
+    for id_, text in (("1", "refused"), ("2", "defect"), ("schema", "x"), ("4", "panic"), ("3", "x")):
         readers.add(sheet(id_, text=text))
-    done.wait(4)
+    done.wait(5)
     kinds = {id_: type(found).__name__ for id_, found in done.found}
-    assert kinds == {"1": "DataError", "2": "ZeroDivisionError", "schema": "DataError", "3": "Prompt"}
+    assert kinds == {
+        "1": "DataError",
+        "2": "ZeroDivisionError",
+        "schema": "DataError",
+        "4": "RuntimeError",
+        "3": "Prompt",
+    }
+    assert [str(found) for id_, found in done.found if id_ == "4"] == ["Panic: at 3"]
+
+
+def test_who_is_behind_already_stays_behind_and_a_refused_priority_is_no_end(desk, monkeypatch, caplog):
+    asked, done = [], Done()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 10, raising=False)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, to: asked.append(to), raising=False)
+    desk(lambda messages, pictures: Prompt((1,)), lambda command: None, done, 1)
+    assert asked == [15]
+
+    def refuse(which, who, to):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "setpriority", refuse, raising=False)
+    readers = desk(lambda messages, pictures: Prompt((1,)), lambda command: None, done, 1)
+    readers.add(sheet("1"))
+    assert done.wait(1) == ["1"] and "Permission denied" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("where", ["at the start", "at the end of a request"])
+def test_a_reader_that_dies_is_told(desk, monkeypatch, where):
+    told, heard = [], threading.Event()
+
+    def say(why):
+        told.append(why)
+        heard.set()
+
+    def broken(*args):
+        raise ZeroDivisionError
+
+    if where == "at the start":
+        monkeypatch.setattr("tarsia.serve.desk._alone", broken)
+    readers = desk(lambda messages, pictures: Prompt((1,)), lambda command: None, broken, 1, say)
+    readers.add(sheet("1"))
+    assert heard.wait(10) and told == ["a reader broke"]
+    readers._threads[0].join(10)
 
 
 def test_a_reader_computes_with_one_thread_behind_the_engine(desk):

@@ -486,14 +486,18 @@ def test_it_ends_where_what_it_hears_is_broken(talk, data):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_it_ends_where_it_is_deaf_or_mute(talk):
-    deaf, mute = talk(), talk()
+def test_it_ends_where_it_is_deaf_or_mute_or_blind(talk, caplog):
+    deaf, mute, blind = talk(), talk(), talk(readers=1)
+    blind.worker._desk._done = lambda sheet, found: 1 / 0
+    blind.ask("1")
     deaf.worker._hear = lambda command, pictures: 1 / 0
     deaf.send(wire.Models(id="m"))
     mute.outbox.put(wire.Log(level="info", what="x" * (33 << 20)))  # no frame holds it
-    for worker in (deaf, mute):
+    for worker in (deaf, mute, blind):
         worker.thread.join(20)
         assert worker.codes == [DONE]
+    for why in ("the receiver broke", "nothing can be sent any more", "a reader broke"):
+        assert f"the worker ends: {why}" in caplog.text
 
 
 def test_nothing_is_done_while_there_is_nothing_to_do(talk):

@@ -7,6 +7,7 @@ engine's, and where the system knows priorities the engine goes first.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -23,6 +24,8 @@ from tarsia.serve.wire import Generate
 
 _BEHIND = 5
 """How far behind the engine's thread a reader's priority is (its niceness)."""
+_LAST = 19
+_LOG = logging.getLogger("tarsia.serve.desk")
 
 
 class Read(Protocol):
@@ -46,11 +49,14 @@ Done = Callable[[Sheet, Prompt | Exception], None]
 class Desk:
     """``threads`` readers. ``done`` is called, on one of these, with each request and its prompt or why there is none.
 
-    ``first`` is what else a request needs before it is read, the grammar of its schema say.
+    ``first`` is what else a request needs before it is read, the grammar of its schema say. ``lost`` is called, with
+    why, where a reader is no more: nothing can be trusted to be read then.
     """
 
-    def __init__(self, read: Read, first: Callable[[Generate], None], done: Done, threads: int) -> None:
-        self._read, self._first, self._done = read, first, done
+    def __init__(
+        self, read: Read, first: Callable[[Generate], None], done: Done, threads: int, lost: Callable[[str], None]
+    ) -> None:
+        self._read, self._first, self._done, self._lost = read, first, done, lost
         self._tenants: dict[str, deque[Sheet]] = {}
         self._busy: set[str] = set()
         self._gone: set[str] = set()
@@ -97,8 +103,22 @@ class Desk:
             self._change.notify_all()
 
     def _work(self) -> None:
-        _alone()
-        self._seated.wait()
+        why: str | None = "a reader broke"
+        try:
+            self._sit()
+            self._serve()
+            why = None
+        finally:
+            if why is not None:
+                self._lost(why)
+
+    def _sit(self) -> None:
+        try:
+            _alone()
+        finally:  # whatever comes of it, nobody waits for this one in vain
+            self._seated.wait()
+
+    def _serve(self) -> None:
         while (sheet := self._next()) is not None:
             found = self._prompt(sheet)
             with self._change:
@@ -132,6 +152,10 @@ class Desk:
             return error
         except Exception as error:  # noqa: BLE001 - a defect here ends one request, and the log tells of it
             return error
+        except BaseException as error:  # noqa: BLE001 - what a library of another language panics with
+            found = RuntimeError(f"{type(error).__name__}: {error}")
+            found.__cause__ = error
+            return found
 
 
 def _alone() -> None:
@@ -139,7 +163,11 @@ def _alone() -> None:
     torch.get_num_threads()  # the first question sets up the thread, with what is the default then
     torch.set_num_threads(1)
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)
+        own = threading.get_native_id()
+        try:
+            os.setpriority(os.PRIO_PROCESS, own, min(_LAST, os.getpriority(os.PRIO_PROCESS, own) + _BEHIND))
+        except OSError as error:  # it then reads beside the engine, not behind it
+            _LOG.warning("a reader goes as fast as the engine: its priority could not be lowered: %s", error)
 
 
 def unread(error: Exception) -> TarsiaError:

@@ -81,6 +81,7 @@ class Worker:
             lambda command: self.house.prepare(command.sampling),
             lambda sheet, found: self.inbox.put(_Encoded(sheet, found)),
             self.configure.readers,
+            lambda why: self.inbox.put(Closed(why)),
         )
         self._stats = Every(0.5)
 
@@ -180,6 +181,7 @@ class Worker:
             case wire.Stop():
                 return DONE
             case Closed():
+                _LOG.error("the worker ends: %s", item.why)
                 return DONE
             case _:
                 raise BrokenFrame("A worker is configured once.", given=type(item).__name__)
