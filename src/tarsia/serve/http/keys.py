@@ -96,6 +96,8 @@ class Keyring:
             raise ConfigError(
                 "The file of keys has a key that is none.",
                 given=f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+                allowed=", ".join(Key.model_fields),
+                do="see docs/serving.md",
             ) from None
         return cls.of(written.keys)
 
