@@ -203,6 +203,7 @@ class Running:
     settings: Settings
     port: int
     gate: Any
+    connections: set[Any]
 
     def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
@@ -249,7 +250,9 @@ def running(settings: Settings | None = None, service: Any = None) -> Iterator[R
     while not server.started and thread.is_alive():
         thread.join(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{port}", fake, log, loop, settings, port, gate)
+        yield Running(
+            f"http://127.0.0.1:{port}", fake, log, loop, settings, port, gate, server.server_state.connections
+        )
     finally:
         server.should_exit = True
         server.force_exit = True

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serve.http_world import SECRETS, Running, chat, keyring, running
+from uvicorn.server import ServerState
 
 from tarsia.core.errors import ConfigError
 from tarsia.serve.http import gate, listen, strict
@@ -18,11 +25,12 @@ from tarsia.serve.http import running as http_running
 from tarsia.serve.http.errors import Refusal
 from tarsia.serve.http.keys import ANYBODY, Key, Keyring, new_key
 from tarsia.serve.http.limits import Admission, Bucket
+from tarsia.serve.http.room import Room, Share
 from tarsia.serve.http.settings import Limits, Settings
 
 LIMITS = Limits(
     body=200_000, structure=5000, messages=5, text=5000, tokens=64, choices=4, stops=3, stop=10, biases=5, schema=500,
-    seconds=0.4, body_seconds=1.0, body_rate=100_000_000, bodies=300_000, write_seconds=0.4,
+    seconds=0.4, body_seconds=1.0, rate=100_000_000, bodies=600_000, write_seconds=0.4,
 )  # fmt: skip
 
 
@@ -174,22 +182,79 @@ def test_a_head_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
             link.sendall(b"GET /hea")  # a second one on the same connection
             while link.recv(65536):
                 pass
-        assert raw(server, b"X" * 70_000)[:12] == b"HTTP/1.1 400"
+        answer = raw(server, b"X" * 70_000)
+        assert answer[:12] == b"HTTP/1.1 400"
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_request"
+
+
+def sending(server: Running, size: int, *lines: str) -> socket.socket:
+    """A client that has sent so much of a body, and does not go on."""
+    link = socket.create_connection(("127.0.0.1", server.port))
+    before = server.gate.room.held
+    link.sendall(head(JSON, f"Content-Length: {size + 10_000}", *lines) + b" " * size)
+    assert server.soon(lambda: server.gate.room.held == before + size)
+    return link
 
 
 def test_all_bodies_together() -> None:
     """While one large body is being read, another of the same size finds no room; then there is room again."""
     piece = b"{" + b" " * 180_000
-    with running(Settings(limits=Limits(body=200_000, bodies=300_000, body_rate=1000))) as server:
-        with socket.create_connection(("127.0.0.1", server.port)) as link:
-            link.sendall(head(JSON, "Content-Length: 190000") + piece)
-            assert server.soon(lambda: server.gate._held == len(piece))
+    with running(Settings(limits=Limits(body=200_000, bodies=400_000, rate=1000))) as server:
+        with sending(server, 180_000):
             answer = post(server, piece)
             assert answer.status_code == 429 and answer.headers["retry-after"]
-        assert server.soon(lambda: server.gate._held == 0)  # it has left
+        assert server.soon(lambda: server.gate.room.held == 0)  # it has left
         assert post(server, piece).status_code == 400
         assert post(server, chat()).status_code == 200
-        assert server.soon(lambda: server.gate._held == 0)
+        assert server.soon(lambda: server.gate.room.held == 0)
+
+
+def test_one_tenant_can_not_take_all_the_room_for_bodies() -> None:
+    with running(Settings(keys=keyring(), limits=Limits(body=200_000, bodies=300_000, rate=1000))) as server:
+        acme, root = (f"Authorization: Bearer {SECRETS[name]}" for name in ("acme", "root"))
+        with sending(server, 140_000, acme):
+            more = post(server, b" " * 100_000, authorization=f"Bearer {SECRETS['acme']}")
+            assert (more.status_code, more.json()["error"]["code"]) == (429, "overloaded")
+            with sending(server, 70_000, root):
+                third = post(server, b" " * 40_000, authorization=f"Bearer {SECRETS['rival']}")
+                assert third.status_code == 400  # it was read, and is no JSON
+        assert server.soon(lambda: server.gate.room.held == 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400)), max_size=60))
+def test_there_is_always_room_for_one_more_tenant(takes: list[tuple[str, int]]) -> None:
+    room = Room(1000)
+    shares = {name: Share(room, name) for name in "abc"}
+    for name, count in takes:
+        with contextlib.suppress(Refusal):
+            shares[name].take(count)
+    assert room.held == sum(share.held for share in shares.values()) <= 875
+    held = room.held
+    Share(room, "d").take((1000 - held) // 2)
+    for share in shares.values():
+        share.leave()
+        share.leave()
+    assert room.held == (1000 - held) // 2
+    Share(room, "e").take(200)
+
+
+def test_an_answer_that_has_begun_holds_no_body() -> None:
+    with running() as server, socket.create_connection(("127.0.0.1", server.port)) as link:
+        sent = json.dumps(chat("!stall", stream=True)).encode() + b" " * 100_000
+        link.sendall(head(JSON, f"Content-Length: {len(sent)}") + sent)
+        assert link.recv(100).startswith(b"HTTP/1.1 200")
+        assert server.soon(lambda: server.gate.room.held == 0) and server.fake.open
+
+
+@pytest.mark.parametrize("line", ["Content-Length: 100000", "Transfer-Encoding: chunked", "Content-Length: 1"])
+@pytest.mark.parametrize("path", sorted(gate.OPEN))
+def test_no_body_is_read_from_who_needs_no_key(keyed: Running, path: str, line: str) -> None:
+    """It is refused before anything of it has come."""
+    answer = raw(keyed, head(JSON, line, path=path).replace(b"POST", b"GET"), half=True)
+    assert answer.startswith(b"HTTP/1.1 400") and b"send no body" in answer and b"connection: close" in answer
+    answer = raw(keyed, head("Content-Length: 0", "Connection: close", path=path).replace(b"POST", b"GET"))
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 def test_an_answer_that_takes_too_long(tight: Running) -> None:
@@ -207,6 +272,67 @@ def test_a_client_that_does_not_read_is_left(tight: Running) -> None:
         link.sendall(head(JSON, f"Content-Length: {len(sent)}") + sent)
         assert tight.soon(lambda: bool(tight.fake.open))
         assert tight.soon(lambda: not tight.fake.open)
+
+
+def pages(link: socket.socket, count: int) -> None:
+    """Ask for as many pages of some tens of kB one after the other, without a key."""
+    link.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * count)
+
+
+@pytest.mark.parametrize("how", ["stream", "pages", "half"])
+def test_a_client_that_does_not_read_has_no_connection(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a stream, not of answers that wait for each other, and not where it has said that it says no more."""
+    monkeypatch.setattr(listen, "_CLOSE_SECONDS", 0.2)
+    with (
+        running(Settings(limits=Limits(write_seconds=0.3 if how != "half" else 60))) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as link,
+    ):
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        if how != "pages":
+            sent = json.dumps(chat("!flood", stream=True)).encode()
+            link.sendall(head(JSON, f"Content-Length: {len(sent)}") + sent)
+        else:
+            pages(link, 300)
+        assert server.soon(lambda: any(one.transport.get_write_buffer_size() > 65_536 for one in server.connections))
+        if how == "half":
+            link.shutdown(socket.SHUT_WR)
+        assert server.soon(lambda: not server.connections)
+
+
+def test_a_client_that_reads_slowly_is_waited_for() -> None:
+    """As long as it takes 1024 bytes a second of what is too much to wait with."""
+    timers: list[Callable[[], None]] = []
+    left = [200_000]
+    loop = SimpleNamespace(call_later=lambda seconds, what, *args: timers.append(partial(what, *args)) or MagicMock())
+    ends = MagicMock(**{"get_write_buffer_size.side_effect": lambda: left[0]})
+    made = listen.config(MagicMock(), Settings())
+    made.loaded, made.loaded_app, made.ws_protocol_class, made.interface = True, MagicMock(), None, "asgi3"
+    protocol = listen.Protocol(made, ServerState(), {}, loop)
+    protocol.connection_made(ends)
+    timers.clear()
+    protocol.pause_writing()
+    for _ in range(3):
+        left[0] -= 31_000
+        timers.pop()()
+    assert not ends.abort.called
+    left[0] -= 30_000
+    timers.pop()()
+    assert ends.abort.called and not timers
+
+
+def test_too_many_connections() -> None:
+    """The answer is an error object as any other's, and says when to come again."""
+    with running(Settings(limits=Limits(connections=2))) as server:
+        links = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+        assert server.soon(lambda: len(server.connections) == 2)
+        answer = post(server, chat())
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert answer.json()["error"]["code"] == "overloaded" and answer.headers["connection"] == "close"
+        assert server.soon(lambda: [line["status"] for line in server.logged()] == [503])
+        links[0].close()
+        assert server.soon(lambda: len(server.connections) == 1)
+        assert post(server, chat()).status_code == 200
+        links[1].close()
 
 
 # Leaving -------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import ipaddress
+import json
 import struct
 import threading
 import time
@@ -24,6 +25,7 @@ from tarsia.core.errors import ConfigError
 from tarsia.serve.http.errors import Refusal
 from tarsia.serve.http.pictures import MEDIA, checked, of_data
 from tarsia.serve.http.remote import Allowed, Fetcher, is_public
+from tarsia.serve.http.room import Room, Share
 from tarsia.serve.http.settings import Limits, Remote, Settings
 
 LIMITS = Limits(picture=20_000, pixels=10_000)
@@ -155,11 +157,14 @@ def test_broken_pictures_are_refused_or_taken_and_nothing_else(kind: str, data: 
 
 
 def test_all_pictures_together() -> None:
-    limits = Limits(pictures=3, all_pixels=30)
-    with running(Settings(limits=limits)) as server:
-        for count, status in ((1, 200), (2, 400), (4, 400)):
-            answer = httpx.post(f"{server.url}/v1/chat/completions", json=picture_chat(*[data_url()] * count))
-            assert answer.status_code == status
+    for limits, why in (
+        (Limits(pictures=3, all_pixels=30), "too many pixels together"),
+        (Limits(pictures=3, all_pictures=2 * len(png()) - 1), "too many bytes together"),
+    ):
+        with running(Settings(limits=limits)) as server:
+            for count, status, said in ((1, 200, "you said"), (2, 400, why), (4, 400, "too many pictures")):
+                answer = httpx.post(f"{server.url}/v1/chat/completions", json=picture_chat(*[data_url()] * count))
+                assert answer.status_code == status and said in answer.text
 
 
 # From other hosts ----------------------------------------------------------------------------------------------------
@@ -230,10 +235,10 @@ def host() -> Iterator[type[Host]]:
     server.server_close()
 
 
-def fetch(fetcher: Fetcher, url: str) -> Any:
+def fetch(fetcher: Fetcher, url: str, share: Share | None = None) -> Any:
     import asyncio
 
-    return asyncio.run(fetcher.fetch(url, "here"))
+    return asyncio.run(fetcher.fetch(url, "here", share or Share(Room(10**6), "a")))
 
 
 def told(fetcher: Fetcher, url: str) -> str:
@@ -263,6 +268,31 @@ def test_an_address_that_the_owner_allowed(host: type[Host]) -> None:
     ):  # fmt: skip
         assert why in told(fetcher, f"{url}/{path}"), path
     assert "too long" in told(allowing(f"127.0.0.1:{host.port}", seconds=0.5), f"{url}/slow")
+
+
+def test_what_is_fetched_takes_of_the_room_for_what_is_sent(host: type[Host]) -> None:
+    url = f"http://127.0.0.1:{host.port}/png"
+    fetcher, room = allowing(f"127.0.0.1:{host.port}"), Room(2 * len(png()) + 1)
+    share = Share(room, "a")
+    fetch(fetcher, url, share)
+    assert share.held == room.held == len(png())
+    with pytest.raises(Refusal) as caught:
+        fetch(fetcher, url, share)
+    assert (caught.value.status, caught.value.code) == (429, "overloaded")
+    share.leave()
+    fetch(fetcher, url, share)
+
+
+@pytest.mark.parametrize("room, status", [(0, 429), (1, 200)])
+def test_who_asks_for_pictures_of_other_hosts_has_room_for_them(host: type[Host], room: int, status: int) -> None:
+    """Its body and the picture are as many bytes as it may hold, or one more; nothing is left over."""
+    body = json.dumps(picture_chat(f"http://127.0.0.1:{host.port}/png")).encode()
+    limits = Limits(bodies=2 * (len(png()) + len(body)) - 1 + room)
+    with running(Settings(limits=limits, remote=Remote((f"127.0.0.1:{host.port}",), seconds=30))) as server:
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == status and len(server.fake.asked) == room and len(host.asked) == 1
+        assert server.soon(lambda: server.gate.room.held == 0)
 
 
 def test_redirects_lead_only_to_what_is_allowed(host: type[Host]) -> None:

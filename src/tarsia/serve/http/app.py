@@ -184,6 +184,7 @@ async def completions(request: Request) -> Response:
     try:
         started = await unless_gone(request.receive, _begin(server, run, body, command))
         body = body.model_copy(update={"messages": []})  # pictures are not kept until the answer
+        held.share.leave()
         if body.stream:
             streamed = True
             return Events(chat.Chunks(run, started, body), chat.headers(started), limits.write_seconds)
@@ -201,7 +202,7 @@ async def completions(request: Request) -> Response:
 
 
 async def _begin(server: Server, run: Run, body: schema.ChatRequest, command: wire.Generate) -> wire.Started:
-    pictures = await chat.pictures(body, server.settings.limits, server.fetcher)
+    pictures = await chat.pictures(body, server.settings.limits, server.fetcher, run.ticket.share)
     if pictures and server.service.ready is not None and not server.service.ready.pictures:
         raise Refusal.invalid("This base does not see: it takes no pictures.", "messages", given=len(pictures))
     return await run.begin(server.service, command, pictures)

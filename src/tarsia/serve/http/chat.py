@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from tarsia.core.errors import TarsiaError
 from tarsia.serve import wire
 from tarsia.serve.http import answers
 from tarsia.serve.http.errors import Refusal
 from tarsia.serve.http.pictures import Seen, of_data
 from tarsia.serve.http.remote import Fetcher
+from tarsia.serve.http.room import Share
 from tarsia.serve.http.running import Run
 from tarsia.serve.http.schema import ChatRequest, ImagePart, TextPart
 from tarsia.serve.http.settings import Limits
@@ -76,21 +76,22 @@ def messages(asked: ChatRequest) -> tuple[wire.ChatMessage, ...]:
     )
 
 
-async def pictures(asked: ChatRequest, limits: Limits, fetcher: Fetcher) -> list[bytes]:
-    """The pictures as they came, in the order of their places. Raises Refusal (400)."""
+async def pictures(asked: ChatRequest, limits: Limits, fetcher: Fetcher, share: Share) -> list[bytes]:
+    """The pictures as they came, in the order of their places. Raises Refusal (400, 429)."""
     found: list[bytes] = []
-    pixels = 0
+    size = pixels = 0
     for place, part in _images(asked):
         url = part.image_url.url
         if url[:5].lower() == "data:":
             seen: Seen = await asyncio.to_thread(of_data, url, limits, place)
         else:
-            seen = await fetcher.fetch(url, place)
+            seen = await fetcher.fetch(url, place, share)
         found.append(seen.raw)
-        pixels += seen.pixels
+        size, pixels = size + len(seen.raw), pixels + seen.pixels
         if pixels > limits.all_pixels:
-            error = TarsiaError("The pictures have too many pixels together.", allowed=limits.all_pixels)
-            raise Refusal(400, error, code="invalid_request", param="messages")
+            raise Refusal.invalid("The pictures have too many pixels together.", "messages", allowed=limits.all_pixels)
+        if size > limits.all_pictures:
+            raise Refusal.invalid("The pictures have too many bytes together.", "messages", allowed=limits.all_pictures)
     return found
 
 

@@ -21,10 +21,13 @@ from tarsia.serve.http.keys import ANYBODY, Key
 from tarsia.serve.http.limits import Admission
 from tarsia.serve.http.logs import Journal, where
 from tarsia.serve.http.metrics import Metrics
+from tarsia.serve.http.room import Room, Share
 from tarsia.serve.http.settings import Limits, Settings
 
 OPEN: Final = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
-"""Paths that need no key."""
+"""Paths that need no key, and take no body."""
+CROWDED: Final = "crowded"
+"""In a scope's state: whether there are too many connections."""
 _ONCE: Final = (b"host", b"authorization", b"content-length", b"content-type", b"transfer-encoding")
 _GRACE: Final = 2.0
 _LINGER: Final = 2.0
@@ -41,6 +44,8 @@ class Ticket:
 
     id: str
     key: Key
+    share: Share
+    """What of the memory for bodies it holds; given back when all that came is handed on, or it is over."""
     facts: dict[str, Any] = field(default_factory=dict)
     status: int | None = None
 
@@ -61,7 +66,10 @@ class Gate:
     admission: Admission
     metrics: Metrics
     journal: Journal
-    _held: int = 0
+    room: Room = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.room = Room(self.settings.limits.bodies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,7 +81,7 @@ class Gate:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.monotonic()
-        held = Ticket(f"chatcmpl-{secrets.token_hex(16)}", ANYBODY)
+        held = Ticket(f"chatcmpl-{secrets.token_hex(16)}", ANYBODY, Share(self.room, ANYBODY.tenant))
         scope.setdefault("state", {})["ticket"] = held
         out = _Out(send, held)
         try:
@@ -88,6 +96,7 @@ class Gate:
                 Refusal(500, "Something went wrong in the server.", code="internal_error"), scope, receive, out
             )
         finally:
+            held.share.leave()
             self._tell(scope, held, time.monotonic() - begun)
 
     def _tell(self, scope: Scope, held: Ticket, seconds: float) -> None:
@@ -99,24 +108,24 @@ class Gate:
         self.journal.write("request", {**facts, "seconds": seconds, **held.facts})
 
     async def _passed(self, scope: Scope, receive: Receive, send: Send, held: Ticket) -> None:
+        if scope["state"].get(CROWDED, False):
+            error = TarsiaError("There are too many connections.", do="come again")
+            raise Refusal(503, error, code="overloaded", again=AGAIN, close=True)
         headers = _headers(scope)
         self._check_host(headers)
         if scope["path"] not in OPEN:
             held.key = self._key(headers)
+            held.share = Share(self.room, held.key.tenant)
             self.admission.count(held.key)
+        elif b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0":
+            error = TarsiaError("Nothing is to be sent here.", do="send no body")
+            raise Refusal(400, error, code="invalid_request", close=True)
         if scope["query_string"] and scope["path"].startswith("/v1/"):
             given = shown(scope["query_string"].decode("latin-1"))
             raise Refusal.invalid("What stands after ? is not understood here.", given=given, do="leave it out")
-        size = 0
-        try:
-            if b"content-length" in headers or b"transfer-encoding" in headers:
-                body = await self._body(headers, receive)
-                size = len(body)
-                receive = _replayed(body, receive)
-                del body
-            await self.app(scope, receive, send)
-        finally:
-            self._held -= size
+        if b"content-length" in headers or b"transfer-encoding" in headers:
+            receive = _replayed(await self._body(headers, receive, held.share), receive)
+        await self.app(scope, receive, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         called = self.settings.called
@@ -136,8 +145,8 @@ class Gate:
             raise Refusal(401, error, code="invalid_api_key", close=True)
         return found
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """All of a body; counted in ``_held`` while it is here. Raises Refusal: 413, 408, 429."""
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, share: Share) -> bytes:
+        """All of a body, which ``share`` then holds. Raises Refusal: 413, 408, 429."""
         limits = self.settings.limits
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
@@ -145,24 +154,17 @@ class Gate:
         if len(length) > 15 or int(length) > limits.body:
             raise _too_large(limits)
         body, begun = bytearray(), time.monotonic()
-        try:
-            while True:
-                message = await _next(receive, begun, len(body), limits)
-                piece = message.get("body", b"")
-                body += piece
-                self._held += len(piece)
-                if message["type"] == "http.disconnect":
-                    raise Refusal(408, "The client left before its request was whole.", code="gone", close=True)
-                if len(body) > limits.body:
-                    raise _too_large(limits)
-                if self._held > limits.bodies:
-                    error = TarsiaError("Too many bodies are read at once.", do="come again")
-                    raise Refusal(429, error, code="overloaded", again=AGAIN, close=True)
-                if not message.get("more_body", False):
-                    return bytes(body)
-        except BaseException:
-            self._held -= len(body)
-            raise
+        while True:
+            message = await _next(receive, begun, len(body), limits)
+            if message["type"] == "http.disconnect":
+                raise Refusal(408, "The client left before its request was whole.", code="gone", close=True)
+            piece = message.get("body", b"")
+            share.take(len(piece))
+            body += piece
+            if len(body) > limits.body:
+                raise _too_large(limits)
+            if not message.get("more_body", False):
+                return bytes(body)
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:
@@ -185,7 +187,7 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
 async def _next(receive: Receive, begun: float, received: int, limits: Limits) -> Message:
     """More of a body. Raises Refusal (408) where it comes too slowly."""
     passed = time.monotonic() - begun
-    patience = min(limits.body_seconds, _GRACE + received / limits.body_rate) - passed
+    patience = min(limits.body_seconds, _GRACE + received / limits.rate) - passed
     try:
         async with asyncio.timeout(max(0.0, patience)):
             return await receive()

@@ -21,6 +21,7 @@ import httpx
 from tarsia.core.errors import ConfigError
 from tarsia.serve.http.errors import Refusal, shown
 from tarsia.serve.http.pictures import MEDIA, Seen, checked
+from tarsia.serve.http.room import Share
 from tarsia.serve.http.settings import Limits, Remote
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -100,24 +101,27 @@ class Fetcher:
         if self.allowed:  # read once, here: certificates are many
             self._trust = httpx.create_ssl_context(trust_env=False)
 
-    async def fetch(self, text: str, where: str) -> Seen:
-        """The picture at an address. Raises Refusal (400): what the host says is never repeated."""
+    async def fetch(self, text: str, where: str, share: Share) -> Seen:
+        """The picture at an address, which ``share`` then holds.
+
+        Raises Refusal: 400, what the host says is never repeated; 429 where there is no room for it now.
+        """
         if not self.allowed:
             raise Refusal.invalid(
                 "Pictures are not fetched from other hosts here.", where, do="send the picture as a data URL"
             )
         try:
             async with asyncio.timeout(self.remote.seconds), self._turns:
-                return await self._follow(text, where)
+                return await self._follow(text, where, share)
         except TimeoutError:
             raise _failed("it took too long", where) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, ValueError) as error:
             raise _failed(type(error).__name__, where) from None
 
-    async def _follow(self, text: str, where: str) -> Seen:
+    async def _follow(self, text: str, where: str, share: Share) -> Seen:
         url = _parsed(text, where)
         for _ in range(self.remote.redirects + 1):
-            found = await self._get(url, await self._pinned(url, where), where)
+            found = await self._get(url, await self._pinned(url, where), where, share)
             if isinstance(found, Seen):
                 return found
             url = _parsed(str(url.join(found)), where)
@@ -141,7 +145,7 @@ class Fetcher:
             raise _failed("its name leads to an address that is not the public's", where)
         return str(found[0])
 
-    async def _get(self, url: httpx.URL, address: str, where: str) -> Seen | str:
+    async def _get(self, url: httpx.URL, address: str, where: str, share: Share) -> Seen | str:
         """The picture, or where it is said to be instead."""
         port = url.port or _PORTS[url.scheme]
         extensions = {"sni_hostname": url.raw_host.decode("ascii")} if _address(url.host) is None else {}
@@ -161,13 +165,14 @@ class Fetcher:
             media = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
             if media not in MEDIA or answer.headers.get("content-encoding", "identity") != "identity":
                 raise _failed("it is no picture of a type that is taken", where)
-            raw = await self._body(answer, where)
+            raw = await self._body(answer, where, share)
         return checked(raw, media, self.limits, where)
 
-    async def _body(self, answer: httpx.Response, where: str) -> bytes:
+    async def _body(self, answer: httpx.Response, where: str, share: Share) -> bytes:
         """All that is sent, where it is not more than a picture may have."""
         raw = bytearray()
         async for piece in answer.aiter_raw():
+            share.take(len(piece))
             raw += piece
             if len(raw) > self.limits.picture:
                 raise _failed(f"it has more than {self.limits.picture} bytes", where)

@@ -26,6 +26,8 @@ class Limits:
     picture: int = 16 * MIB
     pixels: int = 32_000_000
     all_pixels: int = 128_000_000
+    all_pictures: int = 64 * MIB
+    """Bytes of a request's pictures together."""
     tokens: int = 4096
     choices: int = 8
     logprobs: int = 20
@@ -35,14 +37,15 @@ class Limits:
     schema: int = 64 * 1024
     seconds: float = 600.0
     body_seconds: float = 60.0
-    body_rate: int = 1024
-    """Bytes a second that a body must come with, after its first two seconds."""
+    rate: int = 1024
+    """Bytes a second that a body must come with, after its first two seconds, and an answer be read with."""
     write_seconds: float = 30.0
     """How long a client may take to read what is sent."""
+    connections: int = 768
     queue: int = 512
     tenant_queue: int = 256
     bodies: int = 512 * MIB
-    """All bodies that are read or worked on at one time."""
+    """All that came from clients, or for them from other hosts, and is not with the worker yet (see ``room``)."""
 
 
 @dataclass(frozen=True, slots=True)
