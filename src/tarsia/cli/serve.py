@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ def configure(args: argparse.Namespace) -> Configure:
     if not Places(library).marker.is_file():
         if args.library is not None:
             raise ConfigError(
-                "There is no library.", given=library, do=f"tarsia library --library {library} add FOLDER"
+                "There is no library.", given=library, do=f"tarsia library add ADAPTER NAME --library {library}"
             )
         library = None
     return Configure(
@@ -179,7 +180,7 @@ def _new_key(name: str) -> int:
     except ValidationError as error:
         why = error.errors(include_url=False)[0]["msg"]
         raise ConfigError("This is no name for a key.", given=f"--new-key {name!r}", allowed=why) from None
-    print(f"secret, which nobody can tell again: {secret}")
+    print(f"secret, which nobody can tell again: {secret}", file=sys.stderr)
     print(f"# below keys: in the file of --keys; adapters: ['*'] for all\n{entry}", end="")
     return 0
 

@@ -94,7 +94,7 @@ _BRANCH: Final = re.compile(r"str|dict\[.*|list\[.*|constrained-str|function-.*"
 _KINDS: Final = {
     "extra_forbidden": "This is not supported here, and nothing is left out silently.",
     "missing": "This has to be said.",
-    "union_tag_invalid": "There is no part of this type.",
+    "union_tag_invalid": "There is none of this kind.",
 }
 
 
@@ -103,7 +103,7 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> Refusal:
 
     Of several things it is the deepest: where a field may be of two types, one of them was meant.
     """
-    found = error.errors(include_url=False, include_input=False, include_context=False)
+    found = error.errors(include_url=False, include_input=False)
     first = max(found, key=lambda one: len(one["loc"]))
     place = ".".join(
         str(part) if isinstance(part, int) or part.isidentifier() else shown(part)
@@ -112,10 +112,11 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> Refusal:
     )
     names = sorted(model.model_fields)
     top = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
+    kinds = first.get("ctx", {}).get("expected_tags")
     return Refusal.invalid(
         _KINDS.get(first["type"], f"{first['msg'].removeprefix('Value error, ')}."),
         place[:200] or None,
         given=place[:200] or "the body",
-        allowed=", ".join(names) if top else None,
+        allowed=", ".join(names) if top else kinds,
         do="leave it out" if first["type"] == "extra_forbidden" else None,
     )
