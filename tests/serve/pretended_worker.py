@@ -75,6 +75,8 @@ class Pretended:
         if command.source == "bad" or Path(command.source + ".gone").exists():
             error = ServeError("refused", "There is no such adapter.", given=command.source)
             return self.say(wire.Answer(id=command.id, failure=wire.Failure.of(error)))
+        if command.source == "nothing":
+            return self.say(wire.Answer(id=command.id))
         self.names[command.name] = command.source
         return self.say(wire.Answer(id=command.id, models=[model(command.name, command.source)]))
 

@@ -377,6 +377,36 @@ def test_an_alias_of_a_reference_follows_it(shop: Shop, at_once: None) -> None:
         pages.drop("mine")
 
 
+def test_what_is_brought_changes_no_name_until_it_is_one(shop: Shop, at_once: None) -> None:
+    shop.publish("a", proven(seed=0))
+    shop.publish("b", proven(seed=1))
+    pages = shop.pages()
+    pages.alias("mine", "a")
+    ticket = pages.bring("mine", "b")
+    page = waited(pages, ticket)
+    assert pages.resolve("mine").source == "a"
+    pages.alias("mine", "b")
+    assert waited(pages, pages.want("mine")) is page
+    for name, source in (("a", "b"), ("mine", "nobody")):
+        with pytest.raises(ServeError):
+            pages.bring(name, source)
+    assert pages.resolve("mine").source == "b"
+
+
+def test_what_is_published_later_ends_an_alias_of_its_name(
+    shop: Shop, at_once: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop.publish("a", proven(seed=0))
+    pages = shop.pages()
+    pages.alias("mine", "a")
+    assert pages.resolve("mine").source == "a" and pages.resolve("mine").source == "a"
+    shop.publish("mine", proven(seed=1))
+    assert pages.resolve("mine").source is None
+    assert pages.resolve("mine").digest != pages.resolve("a").digest
+    assert "served now" in caplog.text and not pages.shelf.aliases
+    assert [model.source for model in pages.models()] == [None, None]
+
+
 def test_an_alias_takes_nobody_elses_name(shop: Shop) -> None:
     shop.publish("a", proven())
     shop.publish("b", proven())

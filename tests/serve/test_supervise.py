@@ -230,12 +230,39 @@ async def test_an_ask_is_told_when_the_worker_is_lost():
 
 
 @run
+async def test_a_journal_that_can_not_be_written_ends_no_worker(caplog):
+    async with supervised() as supervisor:
+        before = supervisor.pid
+
+        def full(event):
+            raise OSError(28, "No space left on device")
+
+        supervisor._notice = full
+        for text in ("wait for nobody", "one two"):
+            async with await supervisor.generate(asked(text)) as conversation:
+                await anext(conversation)  # and leaving the first one is told by a log event
+        assert text_of(await whole(supervisor, asked("three"))) == "three"
+        assert supervisor.pid == before and caplog.text.count("No space left") == 1
+
+
+@run
+async def test_a_load_of_what_is_gone_at_once_is_refused():
+    async with supervised() as supervisor:
+        with pytest.raises(ServeError, match="gone"):
+            await supervisor.load("a", "nothing")
+        assert not supervisor._loaded
+
+
+@run
 async def test_an_ask_that_nobody_answers_is_told():
     async with supervised(patience=Patience(answer=0.05)) as supervisor:
         hanging = await supervisor.generate(asked("hang"))
         with pytest.raises(ServeError, match="in time") as late:
             await supervisor.load("a", "b")
         assert late.value.kind == "timeout" and not supervisor._loaded and not supervisor._answers
+        (id_,) = supervisor._late
+        supervisor._heard(supervisor._worker, wire.Answer(id=id_))  # it was there before it could be called off
+        assert supervisor._loaded == {"a": "b"} and not supervisor._late
         hanging.close()
 
 

@@ -98,9 +98,12 @@ class PlayedShelf:
     def models(self):
         return [wire.Model(name=name, version=1, hash="ab", source=source) for name, source in self.names.items()]
 
-    def alias(self, name, source):
+    def bring(self, name, source):
         if source == "nowhere":
             raise LibraryError("There is nothing there.", given=source)
+        return self.tickets.setdefault(f"{name}={source}", PlayedTicket())
+
+    def alias(self, name, source):
         self.names[name] = source
 
     def drop(self, name):
@@ -366,10 +369,11 @@ def test_a_load_is_answered_once_the_adapter_is_proved(talk):
     worker.send(wire.Models(id="m1"))
     worker.until("answer", "m1")
     assert "answer" not in worker.of("l1")
-    worker.shelf.tickets["a"].page = object()
+    assert not worker.shelf.names
+    worker.shelf.tickets["a=a@1"].page = object()
     answer = worker.until("answer", "l1")
     assert [model.name for model in answer.models] == ["a"] and answer.failure is None
-    assert worker.shelf.tickets["a"].released == 1
+    assert worker.shelf.tickets["a=a@1"].released == 1
 
 
 def test_a_load_that_is_refused_leaves_no_name(talk):
@@ -377,17 +381,35 @@ def test_a_load_that_is_refused_leaves_no_name(talk):
     worker.send(wire.Load(id="l1", name="b", source="b"))
     worker.send(wire.Load(id="l2", name="c", source="nowhere"))
     assert worker.until("answer", "l2").failure.kind == "refused"
-    worker.shelf.tickets["b"].error = ServeError("refused", "Its outputs are others.")
+    worker.shelf.tickets["b=b"].error = ServeError("refused", "Its outputs are others.")
     assert worker.until("answer", "l1").failure.message == "Its outputs are others."
-    worker.shelf.tickets["d"] = PlayedTicket(object())
+    worker.shelf.tickets["d=good"] = PlayedTicket(object())
     worker.send(wire.Load(id="l3", name="d", source="good"))
     assert worker.until("answer", "l3").failure is None
-    worker.shelf.tickets["d"] = PlayedTicket(error=ServeError("refused", "It is worse."))
+    worker.shelf.tickets["d=worse"] = PlayedTicket(error=ServeError("refused", "It is worse."))
     worker.send(wire.Load(id="l4", name="d", source="worse"))
     assert worker.until("answer", "l4").failure.message == "It is worse."
     assert worker.shelf.names == {"d": "good"}
     worker.send(wire.Unload(id="u", name="b"))
     assert worker.until("answer", "u").failure.kind == "unknown_adapter"
+
+
+def test_a_name_means_what_it_did_until_what_is_loaded_is_proved(talk):
+    worker = talk()
+    worker.shelf.names["a"] = "old"
+    for id_, source in (("l1", "first"), ("l2", "second"), ("l3", "third")):
+        worker.send(wire.Load(id=id_, name="a", source=source))
+    worker.send(wire.Cancel(id="l3"))
+    worker.send(wire.Models(id="m"))
+    assert [model.source for model in worker.until("answer", "m").models] == ["old"]
+    worker.shelf.tickets["a=second"].page = worker.shelf.tickets["a=third"].page = object()
+    worker.until("done", worker.ask("1"))
+    assert worker.shelf.names == {"a": "old"}  # what was asked first is answered first
+    worker.shelf.tickets["a=first"].error = ServeError("refused", "It is worse.")
+    assert worker.until("answer", "l1").failure.message == "It is worse."
+    assert [model.source for model in worker.until("answer", "l2").models] == ["second"]
+    assert "Nobody waited" in worker.until("answer", "l3").failure.message
+    assert worker.shelf.names == {"a": "second"}
 
 
 @pytest.mark.parametrize("ticket", [PlayedTicket(object()), PlayedTicket(error=ServeError("refused", "No."))])
@@ -396,7 +418,7 @@ def test_what_is_unloaded_while_it_comes_is_not_served(talk, ticket):
     worker.send(wire.Load(id="l", name="a", source="a@1"))
     worker.send(wire.Unload(id="u", name="a"))
     assert worker.until("answer", "u").failure is None
-    held = worker.shelf.tickets["a"]
+    held = worker.shelf.tickets["a=a@1"]
     held.error, held.page = ticket.error, ticket.page
     assert "unloaded" in worker.until("answer", "l").failure.message
     assert not worker.shelf.names and held.released == 1

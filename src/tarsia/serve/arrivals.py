@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import queue
 import threading
@@ -21,6 +22,7 @@ from tarsia.library.record import Version as Record
 
 _CURRENT: Final = 4096
 """Names whose meaning is remembered."""
+_LOG = logging.getLogger("tarsia.serve.pages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Version:
 class Shelf:
     """What names mean: those of a library, and aliases. Every answer is of now: what others publish is seen.
 
-    The index is asked again only where one of its files is another than it was.
+    The index is asked again only where one of its files is another than it was. Where somebody publishes under the
+    name of an alias, the alias ends there, and the log tells of it.
     """
 
     def __init__(self, library: Library | None) -> None:
@@ -52,16 +55,44 @@ class Shelf:
         self.aliases: dict[str, str] = {}
         self._known: dict[str, Version] = {}
         self._stamp: tuple[Any, ...] = ()
+        self._untaken: set[str] = set()
+        self._untaken_stamp: tuple[Any, ...] = ()
 
     def resolve(self, reference: str) -> Version:
         """The version that a reference means now. Raises ServeError (unknown_adapter) where there is none."""
         source = self.aliases.get(reference)
-        if source is None:
-            return self._published(reference, reference)
+        if source is not None and self.published(reference):
+            del self.aliases[reference]
+            facts = {"name": reference, "source": source}
+            _LOG.warning(
+                "an adapter was published under a name that was loaded: it is served now", extra={"facts": facts}
+            )
+            source = None
+        return self._published(reference, reference) if source is None else self.meaning(reference, source)
+
+    def meaning(self, name: str, source: str) -> Version:
+        """The version that ``name`` would mean as an alias of ``source``. Raises as ``resolve`` does."""
         if os.path.isabs(source):
-            return _folder(reference, Path(source))
-        found = self._published(source, reference)
-        return replace(found, name=reference, source=source)
+            return _folder(name, Path(source))
+        return replace(self._published(source, name), name=name, source=source)
+
+    def published(self, name: str) -> bool:
+        """Whether the library has an adapter of this name now."""
+        if self.library is None:
+            return False
+        stamp, settled = self._stamps()
+        if stamp != self._untaken_stamp:
+            self._untaken.clear()
+        if name in self._untaken:
+            return False
+        try:
+            self._published(name, name)
+        except ServeError:
+            if settled:
+                self._untaken_stamp = stamp
+                self._untaken.add(name)
+            return False
+        return True
 
     def _published(self, reference: str, asked: str) -> Version:
         if self.library is None:
@@ -101,7 +132,7 @@ class Shelf:
     def all(self) -> list[Version]:
         """Every name's current version, and what every alias means; aliases that mean nothing now are left out."""
         made = {} if self.library is None else {v.name: _of(v) for v in self.library.search()}
-        for name in self.aliases:
+        for name in [*self.aliases]:
             with suppress(ServeError):
                 made[name] = self.resolve(name)
         return list(made.values())

@@ -141,7 +141,16 @@ class Pages:
 
         Raises ServeError (unknown_adapter) where there is none of this name.
         """
-        version = self.resolve(reference)
+        return self._wanted(self.resolve(reference))
+
+    def bring(self, name: str, source: str) -> Ticket:
+        """Ask for what ``name`` would be as an alias of ``source``; what the name means stays as it is.
+
+        Raises ServeError as ``alias`` does.
+        """
+        return self._wanted(self._meant(name, source))
+
+    def _wanted(self, version: Version) -> Ticket:
         ticket = Ticket(version, self._released)
         if self._tier.get(version) is not None:
             self._tier.pin(version)
@@ -328,24 +337,15 @@ class Pages:
 
         Raises ServeError where the name is one of the library's, or the source means nothing.
         """
-        if self.library is not None and name not in self.shelf.aliases:
-            try:
-                self.shelf.resolve(name)
-            except ServeError:
-                pass
-            else:
-                raise ServeError(
-                    "refused", "The library has an adapter of this name.", given=name, do="choose another name"
-                )
-        before = self.shelf.aliases.get(name)
+        self._meant(name, source)
         self.shelf.aliases[name] = source
-        try:
-            self.shelf.resolve(name)
-        except ServeError:
-            del self.shelf.aliases[name]
-            if before is not None:
-                self.shelf.aliases[name] = before
-            raise
+
+    def _meant(self, name: str, source: str) -> Version:
+        if self.shelf.published(name):
+            raise ServeError(
+                "refused", "The library has an adapter of this name.", given=name, do="choose another name"
+            )
+        return self.shelf.meaning(name, source)
 
     def drop(self, name: str) -> None:
         """Take no new wishes for an alias; who has its page keeps it. Raises ServeError (unknown_adapter)."""

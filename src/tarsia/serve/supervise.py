@@ -31,9 +31,9 @@ from tarsia.serve.frames import BrokenFrame, Stream
 COMMAND: Final = (sys.executable, "-P", "-m", "tarsia.serve.worker")
 _ENDED: Final = "it ended"
 _CLOSING: Final = 1.0
+"""Seconds for a worker whose socket is closed to end by itself."""
 _WAITING: Final = {"GOMP_SPINCOUNT": "20000"}
 """Threads that wait for the others' part of a product spin for microseconds only: this process has work too."""
-"""Seconds for a worker whose socket is closed to end by itself."""
 _LOG = logging.getLogger("tarsia.serve")
 
 
@@ -79,7 +79,7 @@ class _Worker:
 class Supervisor:
     """One worker at a time, the requests that it has, and what it last said of itself.
 
-    ``notice`` is told every event that belongs to no request: opening, ready, stats, log. It must not raise.
+    ``notice`` is told every event that belongs to no request: opening, ready, stats, log. What it raises ends nothing.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class Supervisor:
         self._conversations: dict[str, Conversation] = {}
         self._answers: dict[str, asyncio.Future[wire.Answer]] = {}
         self._loaded: dict[str, str] = {}
+        self._late: dict[str, wire.Load] = {}
+        self._unheard = False
         self._ids = itertools.count(1)
 
     @property
@@ -162,6 +164,10 @@ class Supervisor:
     async def load(self, name: str, source: str) -> wire.Model:
         """Serve ``source`` as ``name``, by workers that are started later too. Raises ServeError for a refusal."""
         answer = await self._ask(wire.Load(id=self._id(), name=name, source=source))
+        if not answer.models:
+            raise ServeError(
+                "refused", "The adapter was gone as soon as it was loaded.", given=name, do="load it again"
+            )
         self._loaded[name] = source
         return answer.models[0]
 
@@ -226,7 +232,8 @@ class Supervisor:
                 answer = await future
         except TimeoutError:
             if isinstance(command, wire.Load):  # what nobody knows to be there is not served later
-                worker.stream.post(wire.framed(wire.Unload(id=self._id(), name=command.name)))
+                self._late[command.id] = command
+                worker.stream.post(wire.framed(wire.Cancel(id=command.id)))
             raise ServeError("timeout", "The worker did not answer in time.", do="try again in a while") from None
         finally:
             self._answers.pop(command.id, None)
@@ -350,6 +357,10 @@ class Supervisor:
             case wire.Answer():
                 if (future := self._answers.get(event.id)) is not None and not future.done():
                     future.set_result(event)
+                late = self._late.pop(event.id, None)
+                if late is not None and event.failure is None:  # it came before it could be called off
+                    self._loaded[late.name] = late.source
+                    _LOG.warning("%s is served now, though it came too late for who asked", late.name)
                 return
             case wire.Ready():
                 worker.ready = event
@@ -361,11 +372,23 @@ class Supervisor:
                 worker.drained = True
             case wire.Log():
                 _LOG.log(logging.getLevelName(event.level.upper()), event.what, extra={"facts": event.facts})
-        self._notice(event)
+        self._tell(event)
+
+    def _tell(self, event: wire.Event) -> None:
+        """Have an event noticed; where that can not be, a full disk say, it is nothing of the worker's."""
+        try:
+            self._notice(event)
+        except Exception as error:  # noqa: BLE001 - whoever listens does not end whoever speaks
+            if not self._unheard:
+                _LOG.error("what the worker says is not written down: %s: %s", type(error).__name__, error)
+            self._unheard = True
+        else:
+            self._unheard = False
 
     async def _end(self, worker: _Worker, why: str) -> None:
         """See that the process is gone, and tell everybody who waits on it."""
         self._worker = self.stats = self.ready = None
+        self._late.clear()
         if self.state is State.READY:
             self.state = State.LOST
         worker.stream.close()

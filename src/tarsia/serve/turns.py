@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -46,12 +47,11 @@ class _Encoded:
 
 @dataclass(eq=False)
 class _Coming:
-    """A load that is not answered yet. ``before``: what its name was loaded from; ``dropped``: unloaded meanwhile."""
+    """A load that is not answered yet. ``dropped``: why it is not to be served once it has come."""
 
     command: wire.Load
     ticket: Ticket
-    before: str | None
-    dropped: bool = False
+    dropped: str = ""
 
 
 class Untrusted(Exception):
@@ -170,6 +170,9 @@ class Worker:
             case wire.Cancel():
                 self.house.engine.cancel(item.id)
                 self._over(item.id)
+                for coming in self._loads:
+                    if coming.command.id == item.id:
+                        coming.dropped = "Nobody waited for it any more."
             case wire.Load():
                 self._load(item)
             case wire.Unload():
@@ -302,40 +305,38 @@ class Worker:
     # adapters by name ---------------------------------------------------------------------------------------------
 
     def _load(self, command: wire.Load) -> None:
-        """Begin to load; it is answered once the adapter is there and proved."""
-        shelf = self.house.shelf
+        """Begin to load; it is answered once the adapter is there and proved. Until then its name means what it did."""
         try:
-            before = next((model.source for model in shelf.models() if model.name == command.name), None)
-            shelf.alias(command.name, command.source)
-            self._loads.append(_Coming(command, shelf.want(command.name), before))
+            self._loads.append(_Coming(command, self.house.shelf.bring(command.name, command.source)))
         except Exception as error:  # noqa: BLE001 - as in `_answer`
             self._refused(command.id, error)
 
     def _loaded(self) -> None:
-        """Answer those whose adapter has come, or was refused: the name then means what it did before."""
-        shelf = self.house.shelf
+        """Answer those whose adapter has come, or was refused: of one name in the order in which they were asked."""
+        pending = set[str]()
         for coming in [*self._loads]:
-            id_, ticket, error = coming.command.id, coming.ticket, coming.ticket.error
-            if ticket.page is None and error is None:
+            command, ticket = coming.command, coming.ticket
+            if (ticket.page is None and ticket.error is None) or command.name in pending:
+                pending.add(command.name)
                 continue
             self._loads.remove(coming)
-            ticket.release()
-            if coming.dropped:
-                self._refused(id_, ServeError("refused", "It was unloaded while it came.", given=coming.command.name))
-                continue
-            if error is None:
-                self._answer(id_, lambda: None, coming.command.name)
-                continue
-            if coming.before is None:
-                shelf.drop(coming.command.name)
+            if ticket.error is not None or coming.dropped:
+                error = ServeError("refused", coming.dropped, given=command.name) if coming.dropped else ticket.error
+                self._refused(command.id, error or ServeError("internal", "It was not loaded."))
             else:
-                shelf.alias(coming.command.name, coming.before)
-            self._refused(id_, error)
+                alias = partial(self.house.shelf.alias, command.name, command.source)
+                self._answer(command.id, alias, command.name)
+            ticket.release()
 
     def _drop(self, name: str) -> None:
-        self.house.shelf.drop(name)
-        for coming in self._loads:
-            coming.dropped = coming.dropped or coming.command.name == name
+        coming = [each for each in self._loads if each.command.name == name]
+        for each in coming:
+            each.dropped = each.dropped or "It was unloaded while it came."
+        try:
+            self.house.shelf.drop(name)
+        except ServeError:
+            if not coming:
+                raise
 
     def _answer(self, id_: str, act: Callable[[], None], name: str | None = None) -> None:
         """Do something with the shelf and say what is on it then: all, or what is called ``name``."""
