@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ import torch
 from tarsia.core.errors import DataError
 from tarsia.serve import wire
 from tarsia.serve.desk import Desk, Sheet
-from tarsia.serve.request import Prompt
+from tarsia.serve.request import Picture, Prompt
 
 
-def sheet(id_, tenant="", text="x"):
+def sheet(id_, tenant="", text="x", deadline=float("inf")):
     message = wire.ChatMessage(role="user", content=(wire.TextPart(text=text),))
-    return Sheet(wire.Generate(id=id_, messages=(message,), tenant=tenant), (), 0.0)
+    return Sheet(wire.Generate(id=id_, messages=(message,), tenant=tenant), (), deadline)
 
 
 def lost(why):
@@ -134,6 +135,57 @@ def test_who_is_behind_already_stays_behind_and_a_refused_priority_is_no_end(des
     readers = desk(lambda messages, pictures: Prompt((1,)), lambda command: None, done, 1)
     readers.add(sheet("1"))
     assert done.wait(1) == ["1"] and "Permission denied" in caplog.text
+
+
+def test_what_was_read_and_waits_is_bounded_and_shared(desk):
+    done, lock = Done(), threading.Lock()
+    largest, now = [0], {}
+
+    def read(messages, pictures):
+        return Prompt((1,), (Picture(b"k", {"pixels": torch.zeros(40, dtype=torch.uint8)}),) * 2)
+
+    def told(sheet, found):
+        with lock:
+            now[sheet.command.id] = 40  # the two are one
+            largest[0] = max(largest[0], sum(now.values()))
+        done(sheet, found)
+
+    readers = desk(read, lambda command: None, told, 1, lost, 100)
+    for id_ in ("a1", "a2", "a3", "a4", "b1", "b2"):
+        readers.add(sheet(id_, id_[0]))
+    ids = [done.wait(1)[0]]
+    while len(ids) < 6:  # each that is over lets another one be read
+        settled(readers, done)
+        ids = [id_ for id_, _ in done.found]
+        assert 0 < sum(now.values()) <= 160
+        with lock:
+            first = next(iter(now))
+            del now[first]
+        readers.release(first)
+    assert {"a1", "a2", "b1"} <= {*ids[:4]} and largest[0] <= 160
+    readers.release("nobody")
+
+
+def settled(readers, done):
+    """Wait until nothing more is read."""
+    end, before = time.monotonic() + 10, -1
+    while before != len(done.found) or readers._busy:
+        assert time.monotonic() < end
+        before = len(done.found)
+        time.sleep(0.01)
+
+
+def test_what_is_too_late_is_not_read(desk):
+    read, done = [], Done()
+
+    def reading(messages, pictures):
+        read.append(messages)
+        return Prompt((1,))
+
+    readers = desk(reading, lambda command: None, done, 1)
+    readers.add(sheet("late", deadline=0.0))
+    done.wait(1)
+    assert done.found[0][1].kind == "timeout" and not read
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

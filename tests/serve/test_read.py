@@ -370,6 +370,19 @@ def test_pictures_count_among_the_tokens() -> None:
     assert f"{17 * 64} of them for pictures" in str(caught.value.given)
 
 
+def test_pictures_are_processed_no_further_than_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [file(drawn(9, 9, seed)) for seed in range(24)]
+    for limits, most, kind in ((Limits(), 17, "longer than"), (Limits(bytes=3 * 64 * 64 * 3 * 4), 4, "larger")):
+        made_, seen = Reader(mini(), limits), []
+        real = made_._processed
+        monkeypatch.setattr(
+            made_, "_processed", lambda pictures, real=real, seen=seen: seen.append(1) or real(pictures)
+        )
+        with pytest.raises(ServeError, match=kind) as caught:
+            made_.read([user(*[None] * 24)], files)
+        assert caught.value.kind == "too_long" and len(seen) == most
+
+
 def test_a_system_prompt_and_several_turns() -> None:
     talk = [
         {"role": "system", "content": "Be kind."},

@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ from tarsia.serve.wire import Generate
 _BEHIND = 5
 """How far behind the engine's thread a reader's priority is (its niceness)."""
 _LAST = 19
+ROOM = 1 << 30
+"""Bytes of pictures, as the model is given them, that prompts which were read may hold."""
 _LOG = logging.getLogger("tarsia.serve.desk")
 
 
@@ -51,12 +54,23 @@ class Desk:
 
     ``first`` is what else a request needs before it is read, the grammar of its schema say. ``lost`` is called, with
     why, where a reader is no more: nothing can be trusted to be read then.
+
+    What was read is counted until it is given back with ``release``. A tenant whose prompts hold its share of ``room``
+    bytes of pictures, all tenants' being alike, has no further one read before that.
     """
 
     def __init__(
-        self, read: Read, first: Callable[[Generate], None], done: Done, threads: int, lost: Callable[[str], None]
+        self,
+        read: Read,
+        first: Callable[[Generate], None],
+        done: Done,
+        threads: int,
+        lost: Callable[[str], None],
+        room: int = ROOM,
     ) -> None:
-        self._read, self._first, self._done, self._lost = read, first, done, lost
+        self._read, self._first, self._done, self._lost, self._room = read, first, done, lost, room
+        self._held: dict[str, tuple[str, int]] = {}
+        self._bytes: Counter[str] = Counter()
         self._tenants: dict[str, deque[Sheet]] = {}
         self._busy: set[str] = set()
         self._gone: set[str] = set()
@@ -95,6 +109,14 @@ class Desk:
                         return True
         return False
 
+    def release(self, id_: str) -> None:
+        """A prompt that was read is needed no more. May be called for what holds nothing."""
+        with self._change:
+            tenant, count = self._held.pop(id_, ("", 0))
+            self._bytes[tenant] -= count
+            self._bytes += Counter()  # without tenants that hold nothing
+            self._change.notify_all()
+
     def close(self) -> None:
         """Take nothing more, and let the threads end."""
         with self._change:
@@ -125,17 +147,19 @@ class Desk:
                 self._busy.discard(sheet.command.id)
                 wanted = sheet.command.id not in self._gone
                 self._gone.discard(sheet.command.id)
+                if wanted and isinstance(found, Prompt) and (count := _size(found)):
+                    self._held[sheet.command.id] = (sheet.command.tenant, count)
+                    self._bytes[sheet.command.tenant] += count
             if wanted:
                 self._done(sheet, found)
 
     def _next(self) -> Sheet | None:
         """The oldest of the tenant whose turn it is; None at the end."""
         with self._change:
-            while self._open and not self._tenants:
+            while self._open and (tenant := self._turn()) is None:
                 self._change.wait()
-            if not self._open:
+            if not self._open or tenant is None:
                 return None
-            tenant = next(iter(self._tenants))
             waiting = self._tenants.pop(tenant)
             sheet = waiting.popleft()
             if waiting:
@@ -143,7 +167,14 @@ class Desk:
             self._busy.add(sheet.command.id)
             return sheet
 
+    def _turn(self) -> str | None:
+        """The first tenant in turn that holds less than its share of the room."""
+        active = len({*self._tenants, *self._bytes})
+        return next((each for each in self._tenants if self._bytes[each] * active < self._room), None)
+
     def _prompt(self, sheet: Sheet) -> Prompt | Exception:
+        if sheet.deadline < time.monotonic():
+            return ServeError("timeout", "The time of this request is over.", do="try again in a while")
         try:
             self._first(sheet.command)
             messages = [message.model_dump() for message in sheet.command.messages]
@@ -156,6 +187,12 @@ class Desk:
             found = RuntimeError(f"{type(error).__name__}: {error}")
             found.__cause__ = error
             return found
+
+
+def _size(prompt: Prompt) -> int:
+    """Bytes of a prompt's pictures, each counted once."""
+    once = {picture.key: picture for picture in prompt.pictures}
+    return sum(value.nbytes for picture in once.values() for value in picture.inputs.values())
 
 
 def _alone() -> None:

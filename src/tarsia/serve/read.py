@@ -32,11 +32,12 @@ _HEAD: Final = "Row 0 of the request: "
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may hold. ``tokens`` of a prompt: None, as many as the model has positions. ``kept`` is how
-    many bytes of pictures' inputs are kept for when the same file comes again."""
+    """What one request may hold. ``tokens`` of a prompt: None, as many as the model has positions. ``bytes`` of its
+    pictures' inputs, all together; ``kept`` is how many of these are kept for when the same file comes again."""
 
     pictures: int = 32
     tokens: int | None = None
+    bytes: int = 1 << 30
     kept: int = 1 << 28
     bounds: shown.Bounds = field(default_factory=shown.Bounds)
 
@@ -106,7 +107,7 @@ class Reader:
             )
         text = self._text(sample)
         groups = [[i] for i in range(len(pictures))] if self._apart(len(pictures)) else [[*range(len(pictures))]]
-        found = [self._made(pictures, group) for group in groups]
+        found = self._all(pictures, groups)
         ids = self._ids(text, found)
         if (given := ids.count(self._image)) != (places := sum(made.places for made in found)):
             raise ServeError(
@@ -115,6 +116,24 @@ class Reader:
         if len(ids) > self.tokens:
             raise self._too_long(len(ids), places)
         return Prompt(ids, tuple(made.picture for made in found), self._marks(ids, bool(pictures)))
+
+    def _all(self, pictures: Sequence[bytes], groups: Sequence[Sequence[int]]) -> list[Made]:
+        """All that a request shows, each made once: as far as that is no more than a request may hold."""
+        found, held = list[Made](), dict[bytes, int]()
+        for group in groups:
+            found.append(made := self._made(pictures, group))
+            held[made.picture.key] = made.bytes
+            if (places := sum(each.places for each in found)) > self.tokens:
+                raise self._too_long(places, places)
+            if (count := sum(held.values())) > self._limits.bytes:
+                raise ServeError(
+                    "too_long",
+                    "The pictures are larger, all together, than one request's may be.",
+                    given=f"{count} bytes as the model is given them, or more",
+                    allowed=f"{self._limits.bytes} bytes",
+                    do="show fewer or smaller pictures",
+                )
+        return found
 
     def _apart(self, count: int) -> bool:
         return count < 2 or not self._together

@@ -298,6 +298,7 @@ class Worker:
 
     def _over(self, id_: str) -> None:
         self._let(id_)
+        self._desk.release(id_)
         request = self._open.pop(id_, None)
         if request is not None:
             self._counts.over(request)
