@@ -7,7 +7,7 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tarsia.serve import wire
 from tarsia.serve.http.app import app
 from tarsia.serve.http.listen import config
 from tarsia.serve.http.logs import Journal
-from tarsia.serve.http.models import base_name
+from tarsia.serve.http.models import base_name, check_names
 from tarsia.serve.http.settings import Settings
 from tarsia.serve.supervise import Supervisor
 
@@ -110,7 +110,8 @@ class _Run:
         with self.screen:
             if not await _unless(self._interrupted, self.supervisor.start()):
                 return 128 + self._code
-        await self._greet()
+        if (models := await self._models()) is not None:
+            self._greet(models)
         await _unless(self._interrupted, self.supervisor.ended())
         running = self.supervisor.outstanding
         self.screen.line(f"finishing {running} requests; interrupt again to end now" if running else "ends")
@@ -133,23 +134,31 @@ class _Run:
                 facts["traceback"] = str(facts["traceback"]).splitlines()
             self.journal.write(event.what, {"level": event.level, **facts})
 
-    async def _greet(self) -> None:
+    async def _models(self) -> Sequence[wire.Model] | None:
+        """What may be asked for beside the base, if the worker is still there to say it.
+
+        Raises ConfigError where one of them would never answer.
+        """
+        try:
+            found = await self.supervisor.models()
+        except ServeError:  # the worker is lost already, which the log tells; another one starts
+            return None
+        check_names(found, base_name(self.asked.settings.name, self.supervisor.ready))
+        return found
+
+    def _greet(self, models: Sequence[wire.Model]) -> None:
         """Say where it serves what."""
         ready = self.supervisor.ready
-        try:
-            adapters = len(await self.supervisor.models())
-        except ServeError:  # the worker is lost already, which the log tells; another one starts
-            return
         assert ready is not None
         host, port = self.sock.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         base = base_name(self.asked.settings.name, ready) or ready.model
         if self.asked.as_json:
-            output.line({"address": address, "base": base, "adapters": adapters, **ready.model_dump()})
+            output.line({"address": address, "base": base, "adapters": len(models), **ready.model_dump()})
             return
         library = self.asked.configure.library
         print(f"{base}, {ready.form}, {ready.dtype} on {ready.device}; {ready.most_tokens:,} tokens a request")
-        print(f"{adapters} adapters of {library}" if library else "no library: the base alone")
+        print(f"{len(models)} adapters of {library}" if library else "no library: the base alone")
         print(f"serves at {address}" + (f", documented at {address}/docs" if self.asked.settings.docs else ""))
         print(_example(address, base, self.asked.settings), flush=True)
 

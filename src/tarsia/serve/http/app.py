@@ -42,13 +42,13 @@ _TEXTS: Final = {
     421: "The server is not called what the Host header says.",
     429: "Too often, too much or too many at once: Retry-After says when to come again.",
     500: "The server's own fault.",
-    503: "The worker starts, starts again or stops: Retry-After says when to come again.",
+    503: "The worker starts, starts again or stops, or connections are too many: Retry-After says when to come again.",
     504: "The answer took too long.",
 }
 
 
 def _errors(*statuses: int) -> _Responses:
-    return {status: {"model": ErrorAnswer, "description": _TEXTS[status]} for status in (400, 421, 500, *statuses)}
+    return {status: {"model": ErrorAnswer, "description": _TEXTS[status]} for status in (400, 421, 500, 503, *statuses)}
 
 
 _ANSWERS: Final = (
@@ -76,6 +76,7 @@ class Server:
         self.metrics = Metrics(self.settings.counted, lambda: self.service.stats, lambda: self.service.restarts)
         self.fetcher = Fetcher(self.settings.remote, self.settings.limits)
         self._base: str | None = None
+        self._hidden: set[str] = set()
 
     @property
     def base(self) -> str | None:
@@ -84,13 +85,21 @@ class Server:
         return self._base
 
     async def models(self) -> Sequence[wire.Model]:
-        """What may be asked for. Raises Refusal."""
+        """What may be asked for; the log tells of adapters that have come, and that their names do not lead to.
+
+        Raises Refusal.
+        """
         if (refusal := unready(self.service)) is not None:
             raise refusal
         try:
-            return await self.service.models()
+            found = await self.service.models()
         except ServeError as error:
             raise unready(self.service) or Refusal.of(error) from None
+        hidden = set(models.hidden(found, self.base))
+        for name in hidden - self._hidden:
+            self.journal.write("hidden", {"level": "warning", "adapter": name, "do": "publish it under another name"})
+        self._hidden = hidden
+        return found
 
 
 def app(service: Service, settings: Settings, journal: Journal | None = None) -> ASGIApp:
@@ -156,7 +165,7 @@ def _body(model: str) -> dict[str, Any]:
     openapi_extra=_body("ChatRequest"),
     responses={
         200: {"model": ChatAnswer, "description": _ANSWERS, "content": {"text/event-stream": {"schema": _TEXT}}},
-        **_errors(*_KEYED, *_BODY, 403, 503, 504),
+        **_errors(*_KEYED, *_BODY, 403, 504),
     },
 )  # fmt: skip
 async def completions(request: Request) -> Response:
@@ -234,14 +243,14 @@ class Events(Response):
             self._chunks.run.close()
 
 
-@_ROUTES.get("/v1/models", summary="What this key may ask for", responses=_errors(*_KEYED, 503))
+@_ROUTES.get("/v1/models", summary="What this key may ask for", responses=_errors(*_KEYED))
 async def list_models(request: Request) -> ModelList:
     """The base and the adapters of the library that this key may use, each as its current version, and aliases."""
     server = _server(request)
     return models.listed(await server.models(), server.base, server.service.ready, ticket(request.scope).key)
 
 
-@_ROUTES.get("/v1/models/{model:path}", summary="One of them", responses=_errors(*_KEYED, 503))
+@_ROUTES.get("/v1/models/{model:path}", summary="One of them", responses=_errors(*_KEYED))
 async def one_model(request: Request, model: str) -> ModelFacts:
     """By its name, name@version or name#hash."""
     return models.find(await list_models(request), model)
@@ -252,7 +261,7 @@ async def one_model(request: Request, model: str) -> ModelFacts:
     summary="Serve an adapter under a name",
     response_class=PlainTextResponse,
     openapi_extra=_body("LoadRequest"),
-    responses=_errors(*_KEYED, *_BODY, 403, 503, 504),
+    responses=_errors(*_KEYED, *_BODY, 403, 504),
 )
 async def load(request: Request) -> PlainTextResponse:
     """vLLM's; off unless the server's owner allows it, and then for keys of administrators."""
@@ -274,7 +283,7 @@ async def load(request: Request) -> PlainTextResponse:
     summary="Serve a name no more",
     response_class=PlainTextResponse,
     openapi_extra=_body("UnloadRequest"),
-    responses=_errors(*_KEYED, *_BODY, 403, 503, 504),
+    responses=_errors(*_KEYED, *_BODY, 403, 504),
 )
 async def unload(request: Request) -> PlainTextResponse:
     """vLLM's; adapters of the library are withdrawn with ``tarsia library``, not here."""
@@ -298,7 +307,7 @@ async def health() -> Health:
     return Health(status="ok")
 
 
-@_ROUTES.get("/ready", summary="Whether requests are taken", responses=_errors(503))
+@_ROUTES.get("/ready", summary="Whether requests are taken", responses=_errors())
 async def ready(request: Request) -> Health:
     """The worker has its base and takes requests."""
     if (refusal := unready(_server(request).service)) is not None:
