@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from serve.http_world import data_url, picture_chat, png, running
 
-from tarsia.core.errors import ConfigError
+from tarsia.core.errors import ConfigError, ServeError
+from tarsia.serve import frames, read, shown
+from tarsia.serve.bounds import Bounds
 from tarsia.serve.http.errors import Refusal
 from tarsia.serve.http.pictures import MEDIA, checked, of_data
 from tarsia.serve.http.remote import Allowed, Fetcher, is_public
@@ -93,6 +95,31 @@ def test_bombs_are_refused_by_their_header(bomb: bytes, media: str) -> None:
     begun = time.process_time()
     assert "pixels" in refused(data_url(bomb, f"image/{media}"))
     assert time.process_time() - begun < 1
+
+
+def test_what_the_worker_may_show_is_what_is_handed_on_to_it() -> None:
+    limits, worker = Limits(), read.Limits()
+    assert (limits.pictures, limits.picture, limits.pixels, limits.stretch) == (
+        worker.pictures, worker.bounds.bytes, worker.bounds.pixels, worker.bounds.stretch,
+    )  # fmt: skip
+    assert limits.body + limits.all_pictures <= frames.LIMITS.bytes and limits.pictures <= frames.LIMITS.blobs
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(70, 120))
+def test_no_picture_is_handed_on_that_the_worker_would_not_decode(width: int, height: int, size: int) -> None:
+    bounds, raw = Bounds(pixels=1000, stretch=7, bytes=size), png(width, height)
+    taken = []
+    for look in (
+        lambda: checked(raw, "image/png", Limits(picture=size, pixels=1000, stretch=7), "here"),
+        lambda: shown.decoded(raw, 1, bounds, None),
+    ):
+        try:
+            look()
+            taken.append("")
+        except (Refusal, ServeError) as error:
+            taken.append(str(error))
+    assert (taken[0] == "") == (taken[1] == ""), taken
 
 
 def test_a_png_with_a_text_that_unpacks_to_much() -> None:

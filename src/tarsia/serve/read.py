@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,6 +21,7 @@ from tarsia.data import PICTURE, Message, Placeholder, Sample
 from tarsia.data import Picture as Shown
 from tarsia.evaluate.chat import Chat
 from tarsia.serve import shown
+from tarsia.serve.bounds import BOUNDS, PICTURES, Bounds
 from tarsia.serve.request import Picture, Prompt
 
 _ROLES: Final = ("system", "user", "assistant")
@@ -35,11 +36,11 @@ class Limits:
     """What one request may hold. ``tokens`` of a prompt: None, as many as the model has positions. ``bytes`` of its
     pictures' inputs, all together; ``kept`` is how many of these are kept for when the same file comes again."""
 
-    pictures: int = 32
+    pictures: int = PICTURES
     tokens: int | None = None
     bytes: int = 1 << 30
     kept: int = 1 << 28
-    bounds: shown.Bounds = field(default_factory=shown.Bounds)
+    bounds: Bounds = BOUNDS
 
 
 @dataclass(frozen=True, eq=False)

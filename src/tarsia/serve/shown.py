@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
 from typing import Final
 
 from PIL import Image
 
 from tarsia.core.errors import DataError, ServeError
 from tarsia.data import Picture
+from tarsia.serve.bounds import Bounds
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 """What is decoded. Other formats' decoders are not even asked whether a file is theirs."""
 _SCANS: Final = 256
 # A JPEG may go over all its pixels once more for some ten bytes: after this marker, which its data never have.
 _SCAN: Final = b"\xff\xda"
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a picture may be. ``pixels`` are counted as its header declares them, before any is decoded; ``stretch`` is
-    its longer side against its shorter: processors that give the shorter side a length would make a narrow one huge.
-    """
-
-    pixels: int = 1 << 24
-    stretch: float = 50.0
-    bytes: int = 1 << 25
 
 
 class _File(Picture):

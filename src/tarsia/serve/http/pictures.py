@@ -66,6 +66,9 @@ def checked(raw: bytes, media: str, limits: Limits, where: str) -> Seen:
         raise Refusal.invalid(
             "The picture has too many pixels.", where, given=f"{width} x {height}", allowed=f"{limits.pixels} in all"
         )
+    if max(width, height) > limits.stretch * min(width, height):
+        allowed = f"one side at most {limits.stretch:g} times the other"
+        raise Refusal.invalid("The picture is too narrow.", where, given=f"{width} x {height}", allowed=allowed)
     if frames != 1:
         raise Refusal.invalid("The picture moves.", where, allowed="a picture with one frame")
     return Seen(raw, width * height)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from tarsia.serve.bounds import BOUNDS, PICTURES
 from tarsia.serve.http.keys import Keyring
 
 MIB: Final = 2**20
@@ -22,9 +23,11 @@ class Limits:
     messages: int = 256
     text: int = 1_000_000
     """Characters of all texts together."""
-    pictures: int = 16
-    picture: int = 16 * MIB
-    pixels: int = 32_000_000
+    pictures: int = PICTURES
+    picture: int = BOUNDS.bytes
+    pixels: int = BOUNDS.pixels
+    stretch: float = BOUNDS.stretch
+    """A picture's longer side against its shorter."""
     all_pixels: int = 128_000_000
     all_pictures: int = 64 * MIB
     """Bytes of a request's pictures together."""
