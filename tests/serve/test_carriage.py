@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +145,18 @@ def test_a_mapped_file_is_in_memory_once_it_was_read(tmp_path: Path) -> None:
     assert in_memory(mapped(tmp_path / "a"))
     assert Mapped().here(b"", tmp_path / "a") is not None
     assert not in_memory(torch.empty(0, dtype=torch.uint8))
+
+
+def test_of_others_files_nobody_says_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 10_000)
+    Mapped().read(b"", path)
+    own = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    monkeypatch.setattr(os, "access", lambda *args, **options: False)
+    assert Mapped().here(b"", path) is None
+    monkeypatch.setattr(os, "access", lambda *args, **options: True)
+    assert Mapped().here(b"", path) is not None  # what may be written is told of
+    monkeypatch.setattr(os, "access", lambda *args, **options: False)
+    monkeypatch.setattr(os, "geteuid", lambda: own)
+    assert Mapped().here(b"", path) is not None

@@ -13,6 +13,8 @@ import pytest
 from serve.http_world import HASH, SECRETS, Running, chat, data_url, keyring, picture_chat, png, running
 
 from tarsia.serve import wire
+from tarsia.serve.http.keys import Key
+from tarsia.serve.http.models import listed
 from tarsia.serve.http.settings import Settings
 from tarsia.serve.supervise import State
 
@@ -234,6 +236,13 @@ def test_a_lost_stream_is_an_error_and_never_done(plain: Running) -> None:
     with pytest.raises(openai.InternalServerError):
         ask(plain, "!lose")
     assert plain.logged()[-1]["outcome"] == "lost"
+
+
+def test_what_nothing_proves_is_listed_as_that() -> None:
+    key = Key(name="k", sha256="0" * 64, tenant="t", adapters=["*"])
+    held = [wire.Model(name=name, version=1, hash=HASH, unproved=why) for name, why in (("a", None), ("b", "no probe"))]
+    found = {model.id: model.tarsia.get("unproved") for model in listed(held, None, None, key).data}
+    assert found == {"a": None, "b": "no probe"}
 
 
 def test_models(plain: Running) -> None:

@@ -141,7 +141,7 @@ def test_without_a_library_nothing_is_known() -> None:
     pages.close()
 
 
-def test_what_is_unproved_is_refused_or_said(shop: Shop) -> None:
+def test_what_is_unproved_is_refused_or_said(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     shop.publish("a", adapter(workshop(FAMILY), "lora"))
     strict, loose = shop.pages(), None
     error = ended(strict, strict.want("a")).error
@@ -150,6 +150,11 @@ def test_what_is_unproved_is_refused_or_said(shop: Shop) -> None:
     loose = shop.pages(unproved="allow")
     assert waited(loose, loose.want("a")).unproved == "it has no probe"
     assert loose.unproved_pages() == {"a": "it has no probe"}
+    shop.publish("b", proven())
+    waited(loose, loose.want("b"))
+    assert {model.name: model.unproved for model in loose.models()} == {"a": "it has no probe", "b": None}
+    (told,) = [record.facts for record in caplog.records if "nothing proves" in record.getMessage()]
+    assert (told["adapter"], told["version"], told["why"]) == ("a", 1, "it has no probe")
 
 
 def changed(value: Adapter, by: float) -> Adapter:
@@ -327,6 +332,28 @@ def test_files_that_changed_are_looked_at_again(shop: Shop, at_once: None) -> No
     assert isinstance(error, LibraryError) and "not those that were published" in str(error)
     shop.publish("a", load(shop.root / "saved-1"))  # puts the files right
     assert waited(pages, pages.want("a")).name == "a"
+
+
+def test_files_that_change_between_the_check_and_the_reading_are_refused(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, other = shop.publish("a", proven()), shop.publish("b", proven(seed=1))
+    pages = shop.pages()
+    file, foreign = (shop.object(d) / "adapter_model.safetensors" for d in (digest, other))
+    file.parent.chmod(0o755)
+    whole, real = file.read_bytes(), pages._ground.read
+
+    def swapped(digest: bytes, path: Path) -> torch.Tensor:
+        file.unlink()
+        file.write_bytes(foreign.read_bytes())
+        return real(digest, path)
+
+    with monkeypatch.context() as between:
+        between.setattr(pages._ground, "read", swapped)
+        error = ended(pages, pages.want("a")).error
+    assert isinstance(error, ServeError) and "changed while they were read" in str(error)
+    file.write_bytes(whole)
+    assert waited(pages, pages.want("a")).name == "a"  # it is not refused once and for all
 
 
 def test_a_file_that_is_gone_is_an_error(shop: Shop) -> None:

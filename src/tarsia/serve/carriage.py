@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Mapped:
 
     def here(self, digest: bytes, path: Path) -> Tensor | None:
         whole = mapped(path)
-        return whole if in_memory(whole) else None
+        return whole if in_memory(whole) and said_of(path) else None
 
     def laid(self, whole: Tensor) -> Laid:
         return Laid(whole, lambda: True)
@@ -161,8 +162,18 @@ def mapped(path: Path) -> Tensor:
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
+def said_of(path: Path) -> bool:
+    """Whether the system says what of a file is in memory: of others' files, Linux says that all of it is."""
+    try:
+        return os.stat(path).st_uid == os.geteuid() or os.access(
+            path, os.W_OK, effective_ids=os.access in os.supports_effective_ids
+        )
+    except OSError:
+        return False
+
+
 def in_memory(whole: Tensor) -> bool:
-    """Whether the system has all of the mapped bytes in memory; False where it does not say."""
+    """Whether the system has all of the mapped bytes in memory; False where it does not say. See ``said_of``."""
     if sys.platform != "linux" or not whole.numel():
         return False
     said = torch.zeros(-(-whole.numel() // mmap.PAGESIZE), dtype=torch.uint8)

@@ -198,8 +198,11 @@ class Pages:
         said = stamp(folder, files)
         adapter, digest = fetch(self.host, self.library, version)
         whole = self._ground.read(digest, folder / TENSORS)
-        lasting = said == stamp(folder, files) and settled(folder, files)
-        return Found(adapter, digest, folder, files, said if lasting else None, whole)
+        if said != stamp(folder, files):  # what was checked and what was read may be two things
+            raise ServeError(
+                "refused", "The files were changed while they were read.", given=version.name, do="ask for it again"
+            )
+        return Found(adapter, digest, folder, files, said if settled(folder, files) else None, whole)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -292,7 +295,8 @@ class Pages:
         elif self._ground.device.type != "cpu":
             adapter = there(adapter, self._ground.device)
         made = page(self.board, version.name, adapter, found.digest, passed)
-        made.version, made.unproved = version.number, self._prove(made, found.adapter)
+        made.version = version.number
+        made.unproved = self._prove(made, found.adapter)
         if first is not None and found.said is not None and found.folder is not None:
             kept = keep(made, whole, found.folder, found.files, found.said)
             if kept is not None:
@@ -314,6 +318,9 @@ class Pages:
                 given=f"{made.name}: {why}",
                 do="save it with a probe (tarsia does), or let the server take unproved adapters",
             )
+        if why:
+            facts = {"adapter": made.name, "version": made.version, "hash": made.digest.hex(), "why": why}
+            _LOG.warning("an adapter is served that nothing proves", extra={"facts": facts})
         self._proved[made.digest] = why
         if len(self._proved) > _PROVED:
             del self._proved[next(iter(self._proved))]
@@ -355,6 +362,7 @@ class Pages:
 
     def models(self) -> list[wire.Model]:
         """What can be asked for."""
+        unproved = self._unproved()
         return [
             wire.Model(
                 name=version.name,
@@ -364,6 +372,7 @@ class Pages:
                 bytes=version.bytes,
                 source=version.source,
                 resident=version in self._tier,
+                unproved=unproved.get(version),
             )
             for version in self.shelf.all()
         ]
@@ -382,8 +391,11 @@ class Pages:
 
     def unproved_pages(self) -> dict[str, str]:
         """Names of what is here and unproved, and why."""
-        held = [self._tier.get(version) for version in self._tier.order()]
-        return {page.name: page.unproved for page in held if page is not None and page.unproved}
+        return {version.name: why for version, why in self._unproved().items()}
+
+    def _unproved(self) -> dict[Version, str]:
+        held = [(version, self._tier.get(version)) for version in self._tier.order()]
+        return {version: page.unproved for version, page in held if page is not None and page.unproved}
 
     def close(self) -> None:
         """End the thread, and leave the model as it was."""

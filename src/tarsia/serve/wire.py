@@ -289,7 +289,10 @@ class Failed(Failure):
 
 
 class Model(_Message):
-    """What may be asked for: an adapter of the library (its current version) or one that was loaded by name."""
+    """What may be asked for: an adapter of the library (its current version) or one that was loaded by name.
+
+    ``unproved`` is why nothing proves one that is ``resident``; None where something does.
+    """
 
     name: str
     version: int | None
@@ -298,6 +301,7 @@ class Model(_Message):
     bytes: int = 0
     source: str | None = None
     resident: bool = False
+    unproved: str | None = None
 
 
 class Answer(_Message):

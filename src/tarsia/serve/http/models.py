@@ -113,6 +113,7 @@ def listed(models: Sequence[Model], base: str | None, ready: Ready | None, key: 
             root = model.name if model.version is None else f"{model.name}@{model.version}"
             facts = _facts(model.name, root, base, length)
             facts.tarsia.update(version=model.version, hash=model.hash, methods=model.methods, bytes=model.bytes)
+            facts.tarsia.update({} if model.unproved is None else {"unproved": model.unproved})
             found.append(facts)
     return ModelList(data=found)
 
