@@ -32,7 +32,11 @@ RANK: Final = 8
 SELECT: Final = "language.*.{q,v}; vision.*.{q,v}"
 _BESIDE: Final = 1 << 17
 """Bytes of a page besides its numbers, at most."""
-THICK: Final = "language.*.{q,k,v,o,gate,up,down}"
+SMOL, MINI = "SmolLM2-135M", "mini-1"
+WHERE: Final = {"all": "language.*.{q,k,v,o,gate,up,down}", "qv": "language.*.{q,v}"}
+"""Where the adapters of a mixed batch lie: at every linear layer of the language model, or at queries and values."""
+THICK: Final = 16
+"""Their rank."""
 
 
 def root() -> Path:
@@ -54,11 +58,11 @@ def lora(select: str = SELECT, rank: int = RANK) -> Make:
     return Make((Part("lora", select, find("lora").configure({"rank": rank, "alpha": 2.0 * rank})),))
 
 
-def host() -> Host:
+def host(model: str = SMOL) -> Host:
     """The base, in float32 on the processor."""
     from tarsia.adapter import open_base
 
-    return open_base(str(smol.folder("small")), dtype="float32", device="cpu")
+    return open_base(str(smol.folder("small")) if model == SMOL else model, dtype="float32", device="cpu")
 
 
 def scene(base: Host) -> Mapping[str, Tensor]:
@@ -92,12 +96,12 @@ def library(
     return found
 
 
-def engine(held: Library, pool: int) -> Engine:
+def engine(held: Library, pool: int, model: str = SMOL) -> Engine:
     """An engine on a base of its own, whose pages hold so many of the library's adapters."""
     from tarsia.serve.engine import Engine
     from tarsia.serve.pages import Pages
 
-    own = host()
+    own = host(model)
     first = held.search()[0]
     room = pool * (4 * first.numbers + _BESIDE)
     return Engine(own, Pages(own, held, budget=room))
@@ -113,19 +117,27 @@ def prove(served: Engine, names: Sequence[str]) -> None:
         inside.run(served, [prompt] * len(some), some, 1)
 
 
-def thick(count: int) -> tuple[Engine, list[str]]:
-    """An engine that holds so many adapters of rank 16 at every linear layer of the language model, and their names."""
-    names = [f"thick-{i:04d}" for i in range(count)]
-    served = engine(library(count, lora(THICK, 16), "thick", root() / "thick"), 2 * count)
+def thick(count: int, where: str = "all", model: str = SMOL) -> Library:
+    """A library of so many adapters of rank 16, at ``WHERE`` of a base."""
+    prefix = "thick" if (where, model) == ("all", SMOL) else f"{where}-{model.lower()}".replace(".", "-")
+    made = lora(WHERE[where], THICK)
+    return library(count, made, prefix, root() / prefix, host(model) if model != SMOL else None)
+
+
+def loaded(count: int, where: str = "all", model: str = SMOL) -> tuple[Engine, list[str]]:
+    """An engine that holds so many of these, proved, and their names."""
+    held = thick(count, where, model)
+    names = sorted(version.name for version in held.search())[:count]
+    served = engine(held, 2 * count, model)
     prove(served, names)
     return served, names
 
 
-def peft(plain: Host, names: Sequence[str]) -> Any:
-    """PEFT's model over the host's, with these adapters loaded."""
+def peft(plain: Host, names: Sequence[str], model: str = SMOL) -> Any:
+    """PEFT's model over the host's, with these adapters, at every linear layer, loaded."""
     from peft import PeftModel
 
-    held = library(len(names), lora(THICK, 16), "thick", root() / "thick")
+    held = thick(len(names), "all", model)
     folders = [str(held.folder(held.version(name))) for name in names]
     made: Any = PeftModel.from_pretrained(plain.model, folders[0], adapter_name=names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -133,14 +145,13 @@ def peft(plain: Host, names: Sequence[str]) -> Any:
     return made.eval()
 
 
-def alone(plain: Host, name: str, asked: Text, tokens: int, held: Library | None = None) -> tuple[int, ...]:
+def alone(plain: Host, name: str, asked: Text, tokens: int, held: Library) -> tuple[int, ...]:
     """What Transformers says with the adapter attached to a host of its own, alone."""
     from tarsia.adapter import put
     from tarsia.core.attach import activate, detach
     from tarsia.library.opening import open_adapter
     from tarsia.serve.load import inside
 
-    held = held or library(1, lora(THICK, 16), "thick", root() / "thick")
     activate(plain.model)
     put(plain, open_adapter(held, name), name)
     try:

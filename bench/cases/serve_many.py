@@ -5,7 +5,7 @@ language model and of the vision tower (``bench.serving``), 2 MiB. In a round 48
 with a picture of its own and 24 words that nobody asked before, and 32 tokens are said to each; whom they ask is
 drawn by Zipf's law with exponent 1.1 among 2,000 or among 5. Both are the same engine with the same budget, and take
 turns (A B B A ...); ratios are medians of those within a round. Adapters were proved before (the first time that one
-is read takes a proof), and come from the page cache. Two answers a round are held, id for id, to the adapter attached
+is read takes a proof), and come from the page cache. One answer a round is held, id for id, to the adapter attached
 alone and Transformers' ``generate``.
 """
 
@@ -25,8 +25,8 @@ ZIPF = 1.1
 ROWS = 48
 TOKENS = 32
 WORDS = 24
-ROUNDS = 6
-CHECKED = 2
+ROUNDS = 5
+CHECKED = 1
 
 
 def drawn(number: int, many: int) -> list[str]:

@@ -1,9 +1,10 @@
 """16 rows with 16 adapters against PEFT's mixed batch (``adapter_names``) in Transformers' ``generate``: same answers.
 
-SmolLM2-135M in a LLaVA (``bench.smol``), float32; an adapter is a LoRA of rank 16 at every linear layer of the
-language model. 16 questions of 24 words, without and with a picture, are asked at once, one of each adapter, and 64
-tokens are said to each. Both read the same folders, take turns (A B B A ...) and are asked what was never asked
-before; every id that either says must be the other's. Ratios are medians of those within a round.
+On two bases in float32: SmolLM2-135M in a LLaVA (``bench.smol``) and the embedded mini-1, whose layers are narrow. An
+adapter is a LoRA of rank 16 at every linear layer of the language model. 16 questions of 24 words, without and with a
+picture, are asked at once, one of each adapter, and 32 tokens are said to each. Both read the same folders, take turns
+(A B B A ...) and are asked what was never asked before; every id that either says must be the other's. Ratios are
+medians of those within a round.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from bench.race import THREADS
 from bench.run import Values
 
 ROWS = 16
-TOKENS = 64
+TOKENS = 32
 WORDS = 24
 ROUNDS = 5
 
 
 def measure() -> Values:
-    """Without and with a picture."""
+    """Each base, without and with a picture."""
     import torch
 
+    torch.set_num_threads(THREADS)
+    values: Values = {}
+    for model in (serving.SMOL, serving.MINI):
+        values = {**values, **_raced(model)}
+    return values
+
+
+def _raced(model: str) -> Values:
     from tarsia.serve.load import inside
 
-    torch.set_num_threads(THREADS)
-    engine, names = serving.thick(ROWS)
-    plain = serving.host()
-    peft = serving.peft(plain, names)
+    engine, names = serving.loaded(ROWS, "all", model)
+    plain = serving.host(model)
+    peft = serving.peft(plain, names, model)
     values: dict[str, dict[str, float | int | str]] = {}
     turn = 1000
     for kind in ("text", "a picture each"):
@@ -48,8 +56,8 @@ def measure() -> Values:
             for name, one in found.items():
                 runs[name] += [one] if number else []
         for name, held in runs.items():
-            values[f"{name}, {kind}"] = {"tokens/s": round(median(one.rate for one in held), 1), "rounds": ROUNDS}
+            row = {"tokens/s": round(median(one.rate for one in held), 1), "rounds": ROUNDS, "threads": THREADS}
+            values[f"{model}, {kind}: {name}"] = row
         pairs = zip(runs["Tarsia"], runs["PEFT"], strict=True)
-        values[f"Tarsia, {kind}"]["times PEFT's"] = round(median(a.rate / b.rate for a, b in pairs), 2)
-        values[f"Tarsia, {kind}"]["threads"] = THREADS
+        values[f"{model}, {kind}: Tarsia"]["times PEFT's"] = round(median(a.rate / b.rate for a, b in pairs), 2)
     return values

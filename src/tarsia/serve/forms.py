@@ -148,7 +148,8 @@ def _form(host: Host, site: Site, patched: Patched, patch: Patch) -> Form:
             up, down, added = kind.delta(patch)
             if up is None or down is None:
                 return Thin(None, None, 1.0, shift=_float(added))
-            return Thin(*_alike(down, up), 1.0, shift=_float(added))
+            thin_down, thin_up = _alike(down, up)
+            return Thin(thin_down, thin_up, 1.0, shift=_float(added))
         if isinstance(patch, Scaling):
             given, out = patch.scaling()
             return Thin(None, None, 1.0, gain=_float(out), inner=_float(given))
