@@ -455,6 +455,34 @@ def test_an_adapter_is_fetched_while_its_request_is_read(talk):
     assert not worker.worker._early and [request.id for request in worker.engine.submitted] == [id_]
 
 
+def test_who_waits_to_be_read_keeps_no_adapter_and_has_few_fetched(talk):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(messages, pictures):
+        begun.set()
+        go.wait(10)
+        return read(messages, pictures)
+
+    worker = talk(read=slow, readers=1)
+    ids = [worker.ask("1", adapter=f"a{n}", tenant="a") for n in range(8)]
+    ids.append(worker.ask("1", adapter="b0", tenant="b"))
+    worker.send(wire.Models(id="m1"))
+    worker.until("answer", "m1")
+    assert worker.shelf.wanted == ["a0", "a1", "a2", "a3", "b0"]
+    worker.shelf.tickets["a1"].page = object()
+    end = time.monotonic() + 10
+    while not worker.shelf.tickets["a1"].released:  # though its request is not read
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    ids.append(worker.ask("1", adapter="a8", tenant="a"))
+    worker.send(wire.Models(id="m2"))
+    worker.until("answer", "m2")
+    assert worker.shelf.wanted[-1] == "a8" and not worker.engine.submitted
+    go.set()
+    assert all(worker.until("done", id_) for id_ in ids)
+    assert not worker.worker._early and all(ticket.released == 1 for ticket in worker.shelf.tickets.values())
+
+
 def test_what_breaks_on_the_shelf_is_told_to_who_asked(talk, caplog):
     worker = talk()
     worker.shelf.models = lambda: 1 / 0

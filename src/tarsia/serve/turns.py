@@ -34,6 +34,7 @@ UNTRUSTED: Final = 70
 _IN_A_ROW = 3  # steps that fail one after the other before nothing here is trusted
 _SOON = 0.002  # seconds between looks at adapters that are on their way
 _TOLD = 100  # requests that the log names
+_EARLY = 4  # adapters that are fetched for one tenant's requests before these are read
 _LOG = logging.getLogger("tarsia.serve.worker")
 
 
@@ -70,7 +71,7 @@ class Worker:
     _open: dict[str, Open] = field(default_factory=dict)
     _counts: Counts = field(default_factory=Counts)
     _loads: list[_Coming] = field(default_factory=list)
-    _early: dict[str, Ticket] = field(default_factory=dict)
+    _early: dict[str, tuple[str, Ticket]] = field(default_factory=dict)
     _draining: bool = False
     _failures: int = 0
     _moving: bool = True
@@ -141,6 +142,7 @@ class Worker:
         if self._busy:
             self._step()
             self._loaded()
+            self._fetched()
         if self._stats.due():
             told = {**self.house.engine.stats(), **self.house.shelf.stats()}
             self.outbox.put(self._counts.stats(told, len(self._desk)))
@@ -191,11 +193,13 @@ class Worker:
         return None
 
     def _fetch(self, command: wire.Generate) -> None:
-        """Have a request's adapter come, or refuse the request, while it is read."""
+        """Have a request's adapter come, or refuse the request, while it is read; so for a few of each tenant's."""
         if command.adapter in (None, AUTO) or command.id not in self._open:
             return
+        if sum(tenant == command.tenant for tenant, _ in self._early.values()) >= _EARLY:
+            return
         try:
-            self._early[command.id] = self.house.shelf.want(command.adapter)
+            self._early[command.id] = command.tenant, self.house.shelf.want(command.adapter)
         except Exception as error:  # noqa: BLE001 - as in `_submit`
             self._desk.forget(command.id)
             self._refuse(command.id, error)
@@ -234,8 +238,14 @@ class Worker:
 
     def _let(self, id_: str) -> None:
         """Let go of an adapter that was fetched for a request which is not with the engine."""
-        if (ticket := self._early.pop(id_, None)) is not None:
-            ticket.release()
+        if (early := self._early.pop(id_, None)) is not None:
+            early[1].release()
+
+    def _fetched(self) -> None:
+        """Let go of what has come: it stays where there is room, but who only waits keeps nobody's adapter out."""
+        for id_, (_, ticket) in [*self._early.items()]:
+            if ticket.page is not None or ticket.error is not None:
+                self._let(id_)
 
     def _routed(self, prompt: Prompt, command: wire.Generate) -> tuple[str | None, Mapping[str, Any]]:
         if self.house.route is None:
