@@ -536,7 +536,7 @@ def test_it_ends_where_what_it_hears_is_broken(talk, data):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_it_ends_where_it_is_deaf_or_mute_or_blind(talk, caplog):
+def test_it_ends_where_it_is_deaf_or_mute_or_blind(talk, caplog, capsys):
     deaf, mute, blind = talk(), talk(), talk(readers=1)
     blind.worker._desk._done = lambda sheet, found: 1 / 0
     blind.ask("1")
@@ -548,6 +548,7 @@ def test_it_ends_where_it_is_deaf_or_mute_or_blind(talk, caplog):
         assert worker.codes == [DONE]
     for why in ("the receiver broke", "nothing can be sent any more", "a reader broke"):
         assert f"the worker ends: {why}" in caplog.text
+    assert "nothing can be sent any more" in capsys.readouterr().err
 
 
 def test_nothing_is_done_while_there_is_nothing_to_do(talk):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -82,6 +83,8 @@ class Outbox:
             why = None
         except (OSError, BrokenFrame) as error:
             why = f"nothing can be sent any more: {error}"
+            if isinstance(error, BrokenFrame):  # the other side is there, and can not be told in any other way
+                print(f"tarsia.serve.worker: {why}", file=sys.stderr, flush=True)
         finally:  # a worker that says nothing must not live on, whatever made it mute
             if why is not None:
                 self._lost(why)
