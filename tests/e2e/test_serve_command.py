@@ -150,14 +150,16 @@ def test_what_is_published_while_it_serves_is_served(server: Server, shelf: Path
     assert answer.choices[0].message.content != before == server.ask("cats@1").choices[0].message.content
 
 
-def test_a_folder_is_loaded_under_a_name_and_an_unproved_one_is_not(server: Server, shelf: Path) -> None:
-    def load(name: str, folder: str) -> httpx.Response:
-        body = {"lora_name": name, "lora_path": str(shelf / folder)}
-        return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
+def load(server: Server, name: str, folder: Path) -> httpx.Response:
+    body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
+    return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
 
-    assert load("mine", "new").status_code == 200
-    assert server.ask("mine").choices[0].message.content == server.ask("cats").choices[0].message.content
-    refused = load("bad", "unproved")
+
+def test_a_folder_is_loaded_under_a_name_and_an_unproved_one_is_not(server: Server, shelf: Path) -> None:
+    assert load(server, "mine", shelf / "new").status_code == 200
+    Library.open(shelf / "library").publish(shelf / "new", "kittens")
+    assert server.ask("mine").choices[0].message.content == server.ask("kittens").choices[0].message.content
+    refused = load(server, "bad", shelf / "unproved")
     assert refused.status_code == 400 and "proves" in refused.text
     with pytest.raises(openai.NotFoundError):
         server.ask("bad")
@@ -176,7 +178,8 @@ def test_who_leaves_takes_nothing_more(server: Server) -> None:
     assert figure("completion_tokens_total") - before < 850
 
 
-def test_a_killed_worker_is_told_replaced_and_has_what_was_loaded(server: Server) -> None:
+def test_a_killed_worker_is_told_replaced_and_has_what_was_loaded(server: Server, shelf: Path) -> None:
+    assert load(server, "mine", shelf / "new").status_code == 200
     before, mine = server.worker, server.ask("mine").choices[0].message.content
     stream = server.ask("mini-1", stream=True, max_tokens=900, extra_body={"ignore_eos": True})
     next(iter(stream))
