@@ -39,9 +39,9 @@ _LIMITS: Final[dict[str, Any]] = {
 }
 # Nothing that a request could write into its schema changes any of these, or lets a keyword pass that is not held to.
 _RULES: Final[JsonCompileOptions] = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_flexible": True,
+    "item_separator": ", ",  # as json.dumps writes, and no other white space: a model that falls for it never ends
+    "key_separator": ": ",
+    "whitespace_flexible": False,
     "coerce_one_of": False,
     "lenient": False,
 }
@@ -52,34 +52,26 @@ _OPTIONS: Final = "x-guidance"
 _MULTIPLES: Final = 20_000
 _PATTERNS: Final = 32
 _LETTERS: Final = 4096
-_BLANKS: Final = 64  # letters of white space in a row: a model that falls for them would never come back
 _PROBE: Final = '{"a": [1, -2.5e3, "é 漢字 🙂 \\n"], "b": null}'
 
 
 class Constraint:
-    """What one answer may say next. Made by ``Grammar.constraint``.
+    """What one answer may say next. Made by ``Grammar.constraint``."""
 
-    ``blank`` is how many letters of white space each token is, int64 [vocabulary], 0 for one that is more than that.
-    """
-
-    def __init__(self, matcher: LLMatcher, blank: Tensor) -> None:
-        self._matcher, self._blank = matcher, blank
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
         self._allowed: Tensor | None = None
-        self._blanks = 0
 
     def mask(self) -> Tensor:
         """Which tokens may come next, bool [vocabulary]; ends of turn where the answer may end.
 
-        After a long run of white space no more of it, where anything else may come. Raises ServeError (invalid) where
-        telling would take too much work.
+        Raises ServeError (invalid) where telling would take too much work.
         """
         packed = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise self._laborious()
-        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little", count=len(self._blank))
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little", count=self._vocabulary)
         self._allowed = torch.from_numpy(bits).view(torch.bool)
-        if self._blanks >= _BLANKS and (others := self._allowed & (self._blank == 0)).any():
-            self._allowed = others
         return self._allowed
 
     def accept(self, token: int) -> None:
@@ -92,8 +84,6 @@ class Constraint:
                 raise self._laborious()
             raise ServeError("internal", "A token was drawn that the schema forbids.", given=f"token {token}")
         self._allowed = None
-        blank = int(self._blank[token])
-        self._blanks = self._blanks + blank if blank else 0
 
     @property
     def complete(self) -> bool:
@@ -117,12 +107,12 @@ class Constraint:
 class Grammar:
     """A schema, ready for any number of answers at once."""
 
-    def __init__(self, matcher: LLMatcher, blank: Tensor) -> None:
-        self._matcher, self._blank = matcher, blank
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
 
     def constraint(self) -> Constraint:
         """For one answer, at its beginning."""
-        return Constraint(self._matcher.deep_copy(), self._blank)
+        return Constraint(self._matcher.deep_copy(), self._vocabulary)
 
 
 class Compiler:
@@ -144,8 +134,6 @@ class Compiler:
         spelt = self._tokens.tokenize_str(_PROBE)
         if tokenizer.decode(spelt).strip() != _PROBE:
             raise _untold(repr(tokenizer.decode(spelt)))
-        letters = [self._tokens.decode_bytes([i]) for i in range(vocabulary)]
-        self._blank = torch.tensor([0 if raw.strip(b" \n\r\t") else len(raw) for raw in letters])
 
     def compile(self, schema: str) -> Grammar:
         """The grammar of a JSON schema's text; that of "{}" is any JSON value. Those used last are kept.
@@ -158,7 +146,7 @@ class Compiler:
             if schema in self._kept:
                 self._kept.move_to_end(schema)
                 return self._kept[schema]
-        made = Grammar(self._matcher(read(schema)), self._blank)
+        made = Grammar(self._matcher(read(schema)), self.vocabulary)
         with self._lock:
             self._kept[schema] = made
             while len(self._kept) > _KEPT:
