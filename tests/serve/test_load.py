@@ -137,7 +137,6 @@ def test_a_proxy_of_the_environment_is_not_asked(feigned, monkeypatch) -> None:
         "http://0.0.0.0",
         "http://[::1]:8000",
         "http://127.0.0.1:99999",
-        "http://127.0.0.1/elsewhere",
         "127.0.0.1:8000",
         "",
     ],
@@ -152,6 +151,11 @@ def test_nobody_but_this_machine_is_loaded(url) -> None:
 def test_an_address_is_taken() -> None:
     assert client.local("http://127.0.0.1:8123/") == "http://127.0.0.1:8123"
     assert client.local("http://127.0.0.1") == "http://127.0.0.1:80"
+    for given in ("http://127.0.0.1:8123/v1", "http://127.0.0.1:8123/v1/"):  # as OpenAI's client takes it
+        assert client.local(given) == "http://127.0.0.1:8123"
+    with pytest.raises(ConfigError, match="address has a path") as caught:
+        client.local("http://127.0.0.1/elsewhere")
+    assert "this machine" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rate", [None, 100.0])
@@ -270,6 +274,19 @@ def test_the_command_fails_where_questions_are_lost(feigned, capsys, tmp_path) -
     assert "too much &lt;b&gt;at once" in held and "the worker is gone" in held
 
 
+def test_who_is_told_to_come_again_is_not_lost_and_that_is_said(feigned, capsys) -> None:
+    made, url = feigned
+    made.models.append("busy")
+    options = ["--url", url, "--requests", 20, "--zipf", 0, "--model", "busy", "--model", NAMES[0]]
+    code, out, _ = bench(capsys, *options)
+    assert code == 0 and re.search(r"refused, which counts as no failure: \d+ x 429 overloaded", out)
+    assert "failed:" not in out
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "serve", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Exit code: 0" in said and "429" in said and "TARSIA_API_KEY" in said
+
+
 def test_a_key_comes_from_the_environment(feigned, capsys, monkeypatch) -> None:
     made, url = feigned
     monkeypatch.setenv("TARSIA_API_KEY", "secret")
@@ -306,6 +323,39 @@ def test_a_server_of_another_kind_is_told_from_ours(capsys) -> None:
     other.app.router.routes[:] = [r for r in other.app.router.routes if getattr(r, "path", "") != "/v1/models"]
     with serving(other) as url, pytest.raises(ServeError, match="lists no models"):
         asyncio.run(client.Client(url, max_tokens=1, seconds=5, connections=1).models())
+
+
+@pytest.mark.parametrize("status, told", [(401, "wants a key"), (403, "wants another key")])
+def test_a_server_that_wants_a_key_is_told_from_another_kind(capsys, status, told) -> None:
+    other = Feigned([])
+    other.app.router.routes[:] = [r for r in other.app.router.routes if getattr(r, "path", "") != "/v1/models"]
+    other.app.get("/v1/models", status_code=status)(lambda: {})
+    with serving(other) as url:
+        code, _, err = bench(capsys, "--url", url)
+    assert code == 2 and told in err and "TARSIA_API_KEY" in err and "tarsia serve" not in err
+
+
+@pytest.mark.parametrize("out", ["none/page.html", "folder", "folder/page.html/x"])
+def test_where_a_report_can_not_be_is_looked_at_before_the_load(feigned, capsys, tmp_path, out) -> None:
+    made, url = feigned
+    (tmp_path / "folder").mkdir()
+    code, _, err = bench(capsys, "--url", url, "--requests", 2, "--out", tmp_path / out)
+    assert code == 2 and "report can not be written" in err and made.asked == []
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_report_that_is_there_stays_until_there_is_another(tmp_path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("before")
+    report.writable(page)
+    assert page.read_text() == "before" and list(tmp_path.iterdir()) == [page]
+
+
+def test_numbers_are_told_whatever_becomes_of_the_report(feigned, capsys, tmp_path, monkeypatch) -> None:
+    url = feigned[1]
+    monkeypatch.setattr(report, "writable", lambda path: None)
+    code, out, err = bench(capsys, "--url", url, "--requests", 2, "--out", tmp_path / "none" / "page.html")
+    assert code == 2 and "2 of 2 answered" in out and "report can not be written" in err
 
 
 def test_a_page_that_can_not_be_written_is_said(tmp_path) -> None:

@@ -9,20 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tarsia.serve.load import KEY
+
 if TYPE_CHECKING:
     from tarsia.serve.load.asked import Mix
     from tarsia.serve.load.drive import Limits, Wrong
     from tarsia.serve.load.report import Told
 
 HELP = "load a running server, and report what it did"
-KEY = "TARSIA_API_KEY"
-"""The environment's variable that an API key is read from: what is typed is seen by others."""
+CODES = (
+    "Exit code: 0 where something was answered and nothing was lost (429, too much at once, is no loss), 1 where an "
+    "answer was lost or is another when it is asked again alone, 2 where it could not be done or not be written."
+)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``tarsia bench``."""
     verbs = parser.add_subparsers(metavar="WHAT", required=True)
-    sub = verbs.add_parser("serve", help=HELP, description=f"{__doc__} An API key is read from {KEY}.")
+    sub = verbs.add_parser("serve", help=HELP, description=f"{__doc__} An API key is read from {KEY}.", epilog=CODES)
     add = sub.add_argument
     add("--url", metavar="URL", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
     add("--adapters", metavar="N", type=int, help="the first N that the server lists (default: all)")
@@ -45,7 +49,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load the server; 1 where a question was lost or an answer is wrong."""
+    """Load the server; the code is one of CODES."""
     import asyncio
 
     from tarsia.core.errors import ConfigError
@@ -60,11 +64,13 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.pictured <= 1:
         raise ConfigError("A share is from 0 to 1.", given=f"--pictured {args.pictured}")
     client.local(args.url)
+    if args.out is not None:
+        report.writable(args.out)
     limits = Limits(args.requests, args.seconds, args.concurrency, args.rate, args.max_tokens)
     told = asyncio.run(_loaded(args, limits))
+    _say(args, told)
     if args.out is not None:
         report.write(report.page(told), args.out)
-    _say(args, told)
     return 0 if told.found.passed else 1
 
 
@@ -151,7 +157,8 @@ def _say(args: argparse.Namespace, told: Told) -> None:
     columns = ("ms", "median", "90 %", "99 %", "longest")
     output.table("", columns, rows, columns[1:])
     for kind, many in found.errors.items():
-        print(f"failed: {many} x {kind}: {found.told[kind]}")
+        what = "refused, which counts as no failure" if kind.startswith("429") else "failed"
+        print(f"{what}: {many} x {kind}: {found.told[kind]}")
     if found.checked is not None:
         print(f"asked again alone: {found.checked} questions, {len(found.wrong)} answers differ")
     for one in found.wrong[:5]:

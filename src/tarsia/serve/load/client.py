@@ -13,10 +13,13 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tarsia.core.errors import ConfigError, ServeError
+from tarsia.serve.load import KEY
 from tarsia.serve.load.asked import Question, body
 
 HOST: Final = "127.0.0.1"
 START: Final = "tarsia serve MODEL --library DIR"
+_ROOTS: Final = ("", "/", "/v1", "/v1/")
+_KEYLESS: Final = {401: "The server wants a key.", 403: "The server wants another key."}
 _LONGEST: Final = 200
 """Characters of a server's words that are kept."""
 
@@ -59,20 +62,25 @@ class Answered:
 
 
 def local(url: str) -> str:
-    """The server's address. Raises ConfigError for any but http://127.0.0.1: this loads, and must not load others."""
+    """The server's address; /v1, which OpenAI's client wants, may be there.
+
+    Raises ConfigError for any but http://127.0.0.1: this loads, and must not load others.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
     plain = parts.scheme == "http" and parts.hostname == HOST and not parts.username and not parts.password
-    if not plain or parts.path not in ("", "/") or parts.query or parts.fragment or port == 0:
+    if not plain or parts.query or parts.fragment or port == 0:
         raise ConfigError(
             "A load test talks to a server on this machine alone.",
             given=url,
             allowed=f"http://{HOST}:PORT",
             do="run it where the server runs",
         )
+    if parts.path not in _ROOTS:
+        raise ConfigError("The server's address has a path.", given=url, allowed=f"http://{HOST}:{port or 80}")
     return f"http://{HOST}:{port or 80}"
 
 
@@ -102,6 +110,8 @@ class Client:
         """What /v1/models lists. Raises ServeError where no server answers, or another than was expected."""
         try:
             said = await self.held.get("/v1/models")
+            if said.status_code in _KEYLESS:
+                raise ServeError("invalid", _KEYLESS[said.status_code], given=self.url, do=f"set {KEY}")
             said.raise_for_status()
             listed: list[dict[str, Any]] = said.json()["data"]
         except httpx.TransportError as error:

@@ -78,15 +78,36 @@ def summary(told: Told) -> dict[str, Any]:
     }
 
 
+def writable(path: Path) -> None:
+    """Raises ConfigError where a file can not be written there now; what is there stays."""
+    if path.is_dir():
+        raise _unwritable(path, "a folder")
+    try:
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise _unwritable(path, error.strerror) from None
+
+
 def write(text: str, path: Path) -> None:
     """Write a file whole or not at all. Raises ConfigError where it can not be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
-        partial.write_text(text, encoding="utf8")
-        os.replace(partial, path)
+        try:
+            partial.write_text(text, encoding="utf8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError("The report can not be written.", given=f"{path}: {error}", do="give another --out") from None
+        raise _unwritable(path, error.strerror) from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _unwritable(path: Path, why: str | None) -> ConfigError:
+    return ConfigError("The report can not be written.", given=f"{path}: {why}", do="give another --out")
 
 
 def ms(seconds: float | None) -> str:
