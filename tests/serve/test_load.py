@@ -329,7 +329,7 @@ def test_a_server_of_another_kind_is_told_from_ours(capsys) -> None:
 def test_a_server_that_wants_a_key_is_told_from_another_kind(capsys, status, told) -> None:
     other = Feigned([])
     other.app.router.routes[:] = [r for r in other.app.router.routes if getattr(r, "path", "") != "/v1/models"]
-    other.app.get("/v1/models", status_code=status)(lambda: {})
+    other.app.get("/v1/models", status_code=status)(lambda: {"error": ""})
     with serving(other) as url:
         code, _, err = bench(capsys, "--url", url)
     assert code == 2 and told in err and "TARSIA_API_KEY" in err and "tarsia serve" not in err
