@@ -23,7 +23,7 @@ from tarsia.serve import wire
 from tarsia.serve.http.app import app
 from tarsia.serve.http.listen import config
 from tarsia.serve.http.logs import Journal
-from tarsia.serve.http.models import base_name, check_names
+from tarsia.serve.http.models import base_name, hidden, unreached
 from tarsia.serve.http.settings import Settings
 from tarsia.serve.supervise import Supervisor
 
@@ -137,13 +137,16 @@ class _Run:
     async def _models(self) -> Sequence[wire.Model] | None:
         """What may be asked for beside the base, if the worker is still there to say it.
 
-        Raises ConfigError where one of them would never answer.
+        Warns of what no request reaches by its name.
         """
         try:
             found = await self.supervisor.models()
         except ServeError:  # the worker is lost already, which the log tells; another one starts
             return None
-        check_names(found, base_name(self.asked.settings.name, self.supervisor.ready))
+        base = base_name(self.asked.settings.name, self.supervisor.ready)
+        for name in hidden(found, base):
+            said = f"warning: the name {name} means something else here, so the library's adapter is hidden"
+            self.screen.line(f"{said}: {unreached(name, base)}")
         return found
 
     def _greet(self, models: Sequence[wire.Model]) -> None:

@@ -97,7 +97,8 @@ class Server:
             raise unready(self.service) or Refusal.of(error) from None
         hidden = set(models.hidden(found, self.base))
         for name in hidden - self._hidden:
-            self.journal.write("hidden", {"level": "warning", "adapter": name, "do": "publish it under another name"})
+            do = models.unreached(name, self.base)
+            self.journal.write("hidden", {"level": "warning", "adapter": name, "do": do})
         self._hidden = hidden
         return found
 

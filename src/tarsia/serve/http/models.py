@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Final
 
-from tarsia.core.errors import ConfigError, LibraryError
+from tarsia.core.errors import LibraryError
 from tarsia.library.places import Reference
 from tarsia.serve.http.answers import ModelFacts, ModelList, Permission
 from tarsia.serve.http.errors import Refusal
@@ -34,16 +34,10 @@ def hidden(models: Sequence[Model], base: str | None) -> list[str]:
     return sorted(model.name for model in models if model.source is None and model.name in (base, AUTO))
 
 
-def check_names(models: Sequence[Model], base: str | None) -> None:
-    """Raises ConfigError where there are such adapters."""
-    for name in hidden(models, base):
-        named = "the base is asked for" if name == base else "the router is asked to choose"
-        do = "publish it under another name, and withdraw this one"
-        raise ConfigError(
-            "An adapter of the library could not be reached by its name.",
-            given=f"{name}, by which {named}",
-            do=f"serve the base under another name (--name), or {do}" if name == base else do,
-        )
+def unreached(name: str, base: str | None) -> str:
+    """What to do about one of them."""
+    do = f"publish it under another name, or ask for it by its version ({name}@1)"
+    return f"serve the base under another name (--name), {do}" if name == base else do
 
 
 @dataclass(frozen=True, slots=True)
