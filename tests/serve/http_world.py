@@ -111,9 +111,9 @@ class Fake:
         try:
             by = self._by(command)
             if last.startswith("!fail "):
-                raise ServeError(
-                    last.split()[1], "It can not be done.", given="/etc/secret" if "refused" in last else "x"
-                )
+                kind = last.split()[1]
+                given = "/etc/secret" if kind in ("refused", "damaged") else "x"
+                raise ServeError(kind, "It can not be done.", given=given)
         except ServeError as error:
             return to.hear(wire.Failed.about(command.id, error))
         if last == "!other":

@@ -294,6 +294,14 @@ def test_a_base_without_eyes(plain: Running) -> None:
 # Keys ----------------------------------------------------------------------------------------------------------------
 
 
+def test_damage_is_the_servers_fault_and_no_path_of_it_is_told(plain: Running) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(plain, "!fail damaged")
+    error = caught.value.body
+    assert isinstance(error, dict) and error["code"] == "adapter_damaged" and error["type"] == "server_error"
+    assert "/etc" not in caught.value.message
+
+
 def test_keys(keyed: Running) -> None:
     assert ask(keyed, key="acme", model="acme-ocr").choices[0].message.content == "you said hello"
     assert keyed.fake.asked[-1][0].tenant == "acme"

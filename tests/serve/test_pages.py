@@ -21,7 +21,7 @@ from served_adapters import OPTIONS, adapter, bare, logits, workshop
 from tarsia.adapter import Adapter, load, save
 from tarsia.adapter.value import Patched
 from tarsia.core.attach import slots
-from tarsia.core.errors import AdapterError, LibraryError, ServeError
+from tarsia.core.errors import AdapterError, ServeError
 from tarsia.library import Library, opening
 from tarsia.serve.forms import tensors
 from tarsia.serve.page import Page
@@ -315,7 +315,7 @@ def test_alike_pages_share_their_mould(shop: Shop, at_once: None) -> None:
     assert len(pages._moulds) == 3 and len(pages._moulds._shared) == 1
 
 
-def test_files_that_changed_are_looked_at_again(shop: Shop, at_once: None) -> None:
+def test_files_that_changed_are_looked_at_again(shop: Shop, at_once: None, caplog: pytest.LogCaptureFixture) -> None:
     digest, other = shop.publish("a", proven()), shop.publish("b", proven(seed=1))
     pages = shop.pages(budget=budget_of(shop, "a", 1.2))
     ticket = pages.want("a")
@@ -329,7 +329,11 @@ def test_files_that_changed_are_looked_at_again(shop: Shop, at_once: None) -> No
     file.chmod(0o644)
     file.write_bytes(foreign.read_bytes())
     error = ended(pages, pages.want("a")).error
-    assert isinstance(error, LibraryError) and "not those that were published" in str(error)
+    assert isinstance(error, ServeError) and error.kind == "damaged"
+    assert str(shop.root) not in str(error) and file.name not in str(error)
+    (told,) = [record.facts for record in caplog.records if "can not be read" in record.getMessage()]
+    assert (told["adapter"], told["version"], told["hash"]) == ("a", 1, digest)
+    assert "not those that were published" in told["why"] and file.name in told["why"]
     shop.publish("a", load(shop.root / "saved-1"))  # puts the files right
     assert waited(pages, pages.want("a")).name == "a"
 
@@ -361,7 +365,17 @@ def test_a_file_that_is_gone_is_an_error(shop: Shop) -> None:
     pages = shop.pages()
     shop.object(digest).chmod(0o755)
     (shop.object(digest) / "adapter_model.safetensors").unlink()
-    assert isinstance(ended(pages, pages.want("a")).error, LibraryError)
+    error = ended(pages, pages.want("a")).error
+    assert isinstance(error, ServeError) and error.kind == "damaged"
+
+
+def test_a_folder_that_is_no_adapter_is_refused(shop: Shop, tmp_path: Path) -> None:
+    """Its path is in what was given alone, which no client is told."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "tarsia.json").write_text("{}")
+    pages = shop.pages()
+    error = ended(pages, pages.bring("b", str(tmp_path / "x"))).error
+    assert isinstance(error, ServeError) and error.kind == "refused" and str(tmp_path) not in error.what
 
 
 def test_memory_stays_flat(shop: Shop, at_once: None) -> None:

@@ -97,7 +97,7 @@ class ServeError(TarsiaError):
     """A request that can not be served, or a server that can not serve.
 
     ``kind`` says what became of the request, in a word that a client can act on: invalid, unknown_adapter, refused,
-    too_long, timeout, overloaded, lost, internal.
+    damaged, too_long, timeout, overloaded, lost, internal.
     """
 
     def __init__(

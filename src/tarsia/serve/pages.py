@@ -210,7 +210,7 @@ class Pages:
         """Take in what has come: make room, make its page, prove it. One proof a call, so that rows go on meanwhile."""
         for coming, found in self._fetcher.taken():
             if isinstance(found, TarsiaError):
-                self._refuse(coming, found, lasting=False)
+                self._refuse(coming, _unread(coming.version, found), lasting=False)
             else:
                 coming.found = found
         for coming in [*self._coming.values()]:
@@ -403,6 +403,17 @@ class Pages:
         for version in self._tier.order():
             self._tier.take(version)
         self.board.remove()
+
+
+def _unread(version: Version, error: TarsiaError) -> ServeError:
+    """What is told of an adapter whose files can not be read: of the library's own it is the server's fault."""
+    if isinstance(error, ServeError):
+        return error
+    if version.folder is not None:
+        return ServeError("refused", error.what, given=error.given, allowed=error.allowed, do=error.do)
+    facts = {"adapter": version.name, "version": version.number, "hash": version.digest.hex(), "why": str(error)}
+    _LOG.error("an adapter's files can not be read", extra={"facts": facts})
+    return ServeError("damaged", "The adapter's files are not those that were published.", given=version.reference)
 
 
 def _unforeseen(error: Exception) -> ServeError:

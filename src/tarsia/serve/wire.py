@@ -29,7 +29,7 @@ from tarsia.serve.frames import BrokenFrame, Frame
 from tarsia.serve.request import Sampling
 
 FailureKind: TypeAlias = Literal[
-    "invalid", "unknown_adapter", "refused", "too_long", "timeout", "overloaded", "lost", "internal"
+    "invalid", "unknown_adapter", "refused", "damaged", "too_long", "timeout", "overloaded", "lost", "internal"
 ]
 LEAST_LOGPROB: Final = -9999.0
 """Stands for the logarithm of 0, which JSON can not write."""

@@ -34,6 +34,7 @@ _KINDS: Final[Mapping[str, tuple[int, str]]] = {
     "invalid": (400, "invalid_request"),
     "unknown_adapter": (404, "model_not_found"),
     "refused": (400, "adapter_refused"),
+    "damaged": (500, "adapter_damaged"),
     "too_long": (400, "context_length_exceeded"),
     "timeout": (504, "timeout"),
     "overloaded": (429, "overloaded"),
@@ -69,7 +70,7 @@ class Refusal(Exception):
             return cls.unknown()
         if error.kind == "internal":
             told = "The server could not answer this request; its log says more under the request's id."
-        elif error.kind == "refused":  # what is given may be a path of this machine
+        elif error.kind in ("refused", "damaged"):  # what is given may be a path of this machine
             told = TarsiaError(error.what, do=error.do)
         return cls(status, told, code=code, again=AGAIN if status in (429, 503) else None)
 
