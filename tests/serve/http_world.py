@@ -98,12 +98,14 @@ class Fake:
         if name is None:
             return None
         bare = name.partition("@")[0].partition("#")[0]
-        number, digest = ADAPTERS.get(bare, (None, HASH)) if bare not in self.aliases else (None, HASH)
+        source = self.aliases.get(bare, bare).partition("@")[0]
+        number, digest = ADAPTERS.get(source, (None, HASH))
         if bare not in ADAPTERS and bare not in self.aliases:
             raise ServeError(
                 "unknown_adapter", "The library has no adapter of this name.", do="did you mean rival-plan?"
             )
-        return wire.ServedAdapter(name=bare, version=number, hash=digest)
+        known = f"{source}@{number}" if bare != source and number is not None else None
+        return wire.ServedAdapter(name=bare, version=number, hash=digest, source=known)
 
     async def _say(self, command: wire.Generate, to: Conversation) -> None:
         parts = [part for message in command.messages for part in message.content]
@@ -156,7 +158,8 @@ class Fake:
         if self.state is not State.READY:
             raise ServeError("overloaded", "not ready")
         own = [wire.Model(name=n, version=v, hash=h, methods="lora", bytes=9) for n, (v, h) in ADAPTERS.items()]
-        return (*own, *(wire.Model(name=n, version=None, hash=HASH, source=s) for n, s in self.aliases.items()))
+        held = {name: ADAPTERS.get(source.partition("@")[0], (None,))[0] for name, source in self.aliases.items()}
+        return (*own, *(wire.Model(name=n, version=held[n], hash=HASH, source=s) for n, s in self.aliases.items()))
 
     async def load(self, name: str, source: str) -> wire.Model:
         if source.startswith("broken"):

@@ -53,8 +53,24 @@ def test_the_answer_says_which_version_answered(plain: Running) -> None:
     raw = client(plain).chat.completions.with_raw_response.create(**chat(model="acme-ocr@3"))
     assert raw.headers["x-tarsia-adapter"] == "acme-ocr@3"
     assert raw.headers["x-tarsia-adapter-hash"] == HASH
-    assert raw.parse().tarsia["adapter"] == {"name": "acme-ocr", "version": 3, "hash": HASH}
+    assert raw.parse().tarsia["adapter"] == {"name": "acme-ocr", "version": 3, "hash": HASH, "source": None}
     assert plain.fake.asked[-1][0].adapter == "acme-ocr@3"
+
+
+def test_an_alias_says_which_version_of_which_adapter_answered(keyed: Running) -> None:
+    keyed.fake.aliases.update({"acme-live": "acme-ocr", "acme-theirs": "rival-plan@7", "acme-file": "/somewhere/x"})
+    try:
+        names = ("live", "theirs", "file", "ocr")
+        told = {name: ask(keyed, key="acme", model=f"acme-{name}").tarsia["adapter"] for name in names}
+        roots = {model.id: model.root for model in client(keyed, "acme").models.list()}
+    finally:
+        keyed.fake.aliases.clear()
+    assert {name: one["source"] for name, one in told.items()} == {
+        "live": "acme-ocr@3", "theirs": None, "file": None, "ocr": None
+    }  # fmt: skip
+    assert told["live"]["name"] == "acme-live" and told["live"]["version"] == 3
+    assert roots["acme-live"] == roots["acme-ocr"] == "acme-ocr@3"
+    assert roots["acme-theirs"] == "acme-theirs" and roots["acme-file"] == "acme-file"
 
 
 def test_auto_says_what_was_chosen(plain: Running) -> None:

@@ -407,9 +407,11 @@ def test_an_alias_of_a_reference_follows_it(shop: Shop, at_once: None) -> None:
     pages = shop.pages()
     pages.alias("mine", "a")
     page = waited(pages, pages.want("mine"))
-    assert (page.name, page.version) == ("mine", 1)
+    assert (page.name, page.version, page.source) == ("mine", 1, "a@1")
+    assert waited(pages, pages.want("a")).source is None
     shop.publish("a", proven(seed=1))
-    assert waited(pages, pages.want("mine")).version == 2
+    page = waited(pages, pages.want("mine"))
+    assert (page.version, page.source) == (2, "a@2")
     assert {(m.name, m.source) for m in pages.models()} == {("a", None), ("mine", "a")}
     pages.drop("mine")
     with pytest.raises(ServeError, match="no such adapter"):

@@ -42,6 +42,11 @@ class Version:
     folder: Path | None = None
     bytes: int = 0
 
+    @property
+    def origin(self) -> str | None:
+        """What the library calls an alias's version; None for a name of its own, and for a folder."""
+        return self.reference if self.source is not None and self.folder is None else None
+
 
 class Shelf:
     """What names mean: those of a library, and aliases. Every answer is of now: what others publish is seen.

@@ -285,7 +285,7 @@ class Pages:
     def _made(self, version: Version, found: Found | Warm, whole: Tensor) -> Page:
         if isinstance(found, Warm):
             made = again(found.kept, whole)
-            made.name, made.version = version.name, version.number
+            made.name, made.version, made.source = version.name, version.number, version.origin
             return made
         adapter, passed = found.adapter, front(self.host, found.adapter)
         file = None if found.folder is None else found.folder / TENSORS
@@ -295,7 +295,7 @@ class Pages:
         elif self._ground.device.type != "cpu":
             adapter = there(adapter, self._ground.device)
         made = page(self.board, version.name, adapter, found.digest, passed)
-        made.version = version.number
+        made.version, made.source = version.number, version.origin
         made.unproved = self._prove(made, found.adapter)
         if first is not None and found.said is not None and found.folder is not None:
             kept = keep(made, whole, found.folder, found.files, found.said)

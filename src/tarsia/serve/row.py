@@ -49,12 +49,9 @@ class Job:
 
     def started(self, cached: int) -> Event:
         """That it has begun, with which version of which adapter."""
-        page = self.page
-        adapter = (
-            None
-            if page is None
-            else {"name": page.name, "version": getattr(page, "version", None), "hash": page.digest.hex()}
-        )
+        page, adapter = self.page, None
+        if page is not None:
+            adapter = {"name": page.name, "version": page.version, "hash": page.digest.hex(), "source": page.source}
         data: dict[str, Any] = {
             "adapter": adapter,
             "prompt_tokens": len(self.request.prompt.ids),

@@ -184,11 +184,15 @@ class Ready(_Message):
 
 
 class ServedAdapter(_Message):
-    """An adapter as a request got it: the version that it started with, and the hash of its content."""
+    """An adapter as a request got it: the version that it started with, and the hash of its content.
+
+    ``source`` is the library's own reference, with its version, where the name is one that was loaded.
+    """
 
     name: str
     version: int | None
     hash: str
+    source: str | None = None
 
 
 class Started(_Message):

@@ -45,11 +45,12 @@ class Logprobs(BaseModel):
 
 
 class AdapterFacts(BaseModel):
-    """The version of an adapter that answered."""
+    """The version of an adapter that answered; of a name that was loaded, ``source`` is the library's for it."""
 
     name: str
     version: int | None
     hash: str
+    source: str | None
 
 
 class TarsiaFacts(BaseModel):
@@ -178,7 +179,7 @@ class Health(BaseModel):
 def facts(started: Started) -> TarsiaFacts:
     """Who answers."""
     by = started.adapter
-    adapter = None if by is None else AdapterFacts(name=by.name, version=by.version, hash=by.hash)
+    adapter = None if by is None else AdapterFacts(**by.model_dump())
     return TarsiaFacts(adapter=adapter, routed=started.routed, cached_tokens=started.cached_tokens)
 
 

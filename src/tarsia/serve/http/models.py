@@ -79,6 +79,14 @@ def _is(asked: Reference, by: ServedAdapter) -> bool:
     )
 
 
+def sourced(key: Key, started: Started) -> Started:
+    """The same without the source of a name that was loaded where the key may not use that."""
+    by = started.adapter
+    if by is None or by.source is None or key.may(Reference.parse(by.source).name):
+        return started
+    return started.model_copy(update={"adapter": by.model_copy(update={"source": None})})
+
+
 def asked(name: str, base: str | None, key: Key, *, routed: bool) -> Asked:
     """What a name means. Raises Refusal (404), the same for what is not there and what is not this key's."""
     if name == base and key.base:
@@ -104,12 +112,19 @@ def listed(models: Sequence[Model], base: str | None, ready: Ready | None, key: 
         found.append(_facts(base, base, None, length))
     for model in models:
         if key.may(model.name) and model.name not in (base, AUTO):
-            root = model.name if model.version is None else f"{model.name}@{model.version}"
-            facts = _facts(model.name, root, base, length)
+            facts = _facts(model.name, _root(model, key), base, length)
             facts.tarsia.update(version=model.version, hash=model.hash, methods=model.methods, bytes=model.bytes)
             facts.tarsia.update({} if model.unproved is None else {"unproved": model.unproved})
             found.append(facts)
     return ModelList(data=found)
+
+
+def _root(model: Model, key: Key) -> str:
+    """What the library calls what a name means now; the name itself for a folder, and for what is not this key's."""
+    if model.version is None:
+        return model.name
+    name = model.name if model.source is None else Reference.parse(model.source).name
+    return f"{name}@{model.version}" if key.may(name) else model.name
 
 
 def find(models: ModelList, name: str) -> ModelFacts:

@@ -16,7 +16,7 @@ from tarsia.serve.http.errors import AGAIN, Refusal
 from tarsia.serve.http.gate import Ticket
 from tarsia.serve.http.limits import Seat
 from tarsia.serve.http.metrics import NONE, Metrics
-from tarsia.serve.http.models import Asked
+from tarsia.serve.http.models import Asked, sourced
 from tarsia.serve.http.service import Service
 from tarsia.serve.supervise import State
 from tarsia.serve.wire import Done, Failed, Generate, RequestEvent, Started, Text
@@ -102,7 +102,7 @@ class Run:
         if not isinstance(event, Started):
             raise Refusal(500, "The worker answered before it began.", code="internal_error")
         self.asked.check(self.seat.key, event)
-        self._started = event
+        event = self._started = sourced(self.seat.key, event)
         self.metrics.queue.dec()
         self.metrics.running.inc()
         return event
