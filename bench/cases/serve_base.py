@@ -22,7 +22,7 @@ from bench.run import Values
 ROWS = (8, 16)
 TOKENS = 32
 WORDS = 24
-ROUNDS = 5
+ROUNDS = 3
 CHECKED = 1
 
 
