@@ -17,6 +17,10 @@ from tarsia.serve.http.settings import Limits
 
 MEDIA: Final = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
 """Media types that are taken, and what PIL calls them."""
+_MAGIC: Final = re.compile(
+    rb"(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<JPEG>\xff\xd8\xff)|(?P<GIF>GIF8[79]a)|(?P<WEBP>RIFF.{4}WEBP)", re.DOTALL
+)
+"""How files begin: by this alone the worker's decoder tells them apart, and they are looked at here."""
 
 _ALLOWED: Final = "image/png, image/jpeg, image/webp, image/gif"
 _DATA: Final = re.compile(r"data:(?P<media>[a-z0-9.+/-]{1,64});base64,", re.IGNORECASE)
@@ -33,7 +37,7 @@ class Seen:
 
 
 def of_data(url: str, limits: Limits, where: str) -> Seen:
-    """The picture in a data URL, whose header says what the URL says. Raises Refusal (400)."""
+    """The picture in a data URL. Raises Refusal (400)."""
     head = _DATA.match(url[:100])
     if head is None:
         raise Refusal.invalid(
@@ -49,19 +53,26 @@ def of_data(url: str, limits: Limits, where: str) -> Seen:
 
 
 def checked(raw: bytes, media: str, limits: Limits, where: str) -> Seen:
-    """A picture with its pixels, by its header. Raises Refusal (400) for what it is not, and for what is too large."""
+    """A picture with its pixels, by its header.
+
+    ``media`` has to be a picture's that is taken; which of them the file is its bytes say, as clients often do not.
+    Raises Refusal (400) for what is none, and for what is too large.
+    """
     if media not in MEDIA:
         raise Refusal.invalid("Pictures of this type are not taken.", where, given=shown(media), allowed=_ALLOWED)
     if len(raw) > limits.picture:
         raise Refusal.invalid("The picture has too many bytes.", where, given=len(raw), allowed=limits.picture)
+    begun = _MAGIC.match(raw)
+    if begun is None:
+        raise Refusal.invalid("This is no picture.", where, given=media, allowed=_ALLOWED, do="send a picture's file")
+    kind = str(begun.lastgroup)
     try:
-        width, height, frames = _HEADERS[MEDIA[media]](raw)
+        width, height, frames = _HEADERS[kind](raw)
     except Image.DecompressionBombError:
         raise Refusal.invalid("The picture has too many pixels.", where, allowed=f"{limits.pixels} in all") from None
     except Exception as error:  # noqa: BLE001 (PIL raises anything for a broken file: SyntaxError, struct.error, ...)
-        raise Refusal.invalid(
-            "This is no picture of the type that it is said to be.", where, given=f"{media}: {type(error).__name__}"
-        ) from None
+        given = f"{kind}: {type(error).__name__}"
+        raise Refusal.invalid("The picture is damaged.", where, given=given, do="send another file") from None
     if not (0 < width <= _SIDE and 0 < height <= _SIDE) or width * height > limits.pixels:
         raise Refusal.invalid(
             "The picture has too many pixels.", where, given=f"{width} x {height}", allowed=f"{limits.pixels} in all"
