@@ -204,6 +204,42 @@ def test_nothing_is_left_out_silently(plain: Running, more: dict[str, Any], name
     assert len(plain.fake.asked) == before
 
 
+def _content(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+@pytest.mark.parametrize(
+    "more, place, told",
+    [
+        ({"messages": [{"role": "developer", "content": "x"}]}, "messages.0.role", "'developer'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'tool'"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "has to be said"),
+        ({"messages": [{"role": "x" * 999, "content": "x"}]}, "messages.0.role", "(1001 characters)"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "has to be said"),
+        ({"messages": [{"role": "user", "content": "x", "user": 1}]}, "messages.0.user", "not supported"),
+        (_content({"type": "audio"}), "messages.0.content.0.type", "'audio'"),
+        (_content({"type": "text", "text": 1}), "messages.0.content.0.text", "string"),
+        (_content({"type": "image_url"}), "messages.0.content.0.image_url", "has to be said"),
+        (_content({"type": "image_url", "image_url": "http://x"}), "messages.0.content.0.image_url", ""),
+        (_content({"type": "image_url", "image_url": {}}), "messages.0.content.0.image_url.url", "has to be said"),
+        (_content({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}),
+         "messages.0.content.0.image_url.detail", "auto"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'xml'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "has to be said"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "strict": False}}},
+         "response_format.json_schema.strict", "can not be false"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+         "response_format.json_schema.schema", "has to be said"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_by_its_place(plain: Running, more: dict[str, Any], place: str, told: str) -> None:
+    answer = httpx.post(f"{plain.url}/v1/chat/completions", json=chat() | more)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, place)
+    given = next(line.split()[1] for line in error["message"].splitlines() if "given:" in line)
+    assert given.rstrip(":") == place and told in error["message"]
+
+
 def test_a_query_is_not_left_out_silently(plain: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="after"):
         ask(plain, extra_query={"api-version": "1"})

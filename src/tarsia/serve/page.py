@@ -29,11 +29,11 @@ _HEADER = 1 << 20  # bytes of a file beside its tensors
 class Page:
     """One version of an adapter, in memory.
 
-    ``version`` is its number in the library, ``source`` what the library calls it where ``name`` is an alias. ``digest``
-    is of its content, ``entries`` int64 [sites, 12] is what the kernels read of its forms, ``lead`` are the keys and
-    values before each of its rows, () where there are none. ``front`` is a digest of what of it pictures pass before
-    they come to the decoder, b"" where they pass nothing. ``bytes`` is what it takes while it is here. ``unproved``
-    says why its outputs were not held to those of the day it was saved, "" where they were.
+    ``version`` is its number in the library, ``source`` what the library calls it where ``name`` is an alias.
+    ``digest`` is of its content. ``entries`` int64 [sites, 12] is what the kernels read of its forms. ``lead`` are the
+    keys and values before each of its rows, () where there are none. ``front`` is a digest of what of it pictures pass
+    before they come to the decoder, b"" where they pass nothing. ``bytes`` is what it takes while it is here.
+    ``unproved`` says why its outputs were not held to those of the day it was saved, "" where they were.
     """
 
     name: str

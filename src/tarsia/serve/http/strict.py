@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -29,7 +30,7 @@ async def read(request: Request, model: type[_M], limits: Limits) -> _M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _explained(error, model) from None
+        raise _explained(error, model, values) from None
 
 
 def loads(body: bytes, limits: Limits) -> Any:
@@ -95,28 +96,44 @@ _KINDS: Final = {
     "extra_forbidden": "This is not supported here, and nothing is left out silently.",
     "missing": "This has to be said.",
     "union_tag_invalid": "There is none of this kind.",
+    "union_tag_not_found": "This has to be said.",
 }
+_TAGS: Final = ("role", "type")
+"""Fields that say which of several types is meant: pydantic writes what they say in a place, beside where they are."""
 
 
-def _explained(error: ValidationError, model: type[BaseModel]) -> Refusal:
-    """What is wrong, by its name; what was given is not repeated: it may be a picture.
+def _explained(error: ValidationError, model: type[BaseModel], values: Any) -> Refusal:
+    """What is wrong, by its name; what was given is not repeated: it may be a picture. A type's name is, shortened.
 
     Of several things it is the deepest: where a field may be of two types, one of them was meant.
     """
     found = error.errors(include_url=False, include_input=False)
     first = max(found, key=lambda one: len(one["loc"]))
-    place = ".".join(
-        str(part) if isinstance(part, int) or part.isidentifier() else shown(part)
-        for part in first["loc"]
-        if isinstance(part, int) or not _BRANCH.fullmatch(part)
-    )
+    parts, told = _place(first["loc"], values), first.get("ctx", {})
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        parts.append(str(told["discriminator"]).strip("'"))
+    place = ".".join(str(part) if isinstance(part, int) or part.isidentifier() else shown(part) for part in parts)
     names = sorted(model.model_fields)
     top = first["type"] == "extra_forbidden" and len(first["loc"]) == 1
-    kinds = first.get("ctx", {}).get("expected_tags")
+    kinds, tag = told.get("expected_tags"), f": {shown(told['tag'])}" if "tag" in told else ""
     return Refusal.invalid(
         _KINDS.get(first["type"], f"{first['msg'].removeprefix('Value error, ')}."),
         place[:200] or None,
-        given=place[:200] or "the body",
+        given=f"{place[:200]}{tag}" if place else "the body",
         allowed=", ".join(names) if top else kinds,
         do="leave it out" if first["type"] == "extra_forbidden" else None,
     )
+
+
+def _place(loc: Sequence[int | str], values: Any) -> list[int | str]:
+    """Where something is in the body: what pydantic says without the names of its types."""
+    parts, here, tagged = list[int | str](), values, False
+    for part in loc:
+        held = here if isinstance(here, dict) else {}
+        if not tagged and any(held.get(name) == part for name in _TAGS):
+            tagged = True  # a field may have the same name, and comes after it
+        elif part in held or isinstance(part, int) or not _BRANCH.fullmatch(part):
+            parts.append(part)
+            known = part in held or (isinstance(here, list) and isinstance(part, int))
+            here, tagged = here[part] if known else None, False
+    return parts
