@@ -164,6 +164,8 @@ class Fake:
     async def load(self, name: str, source: str) -> wire.Model:
         if source.startswith("broken"):
             raise ServeError("refused", "The adapter's outputs are not those of the day it was saved.")
+        if source.startswith("absent"):
+            raise ServeError("unknown_adapter", "There is no such adapter.", given="x: the library has versions 1, 2")
         self.aliases[name] = source
         self.loaded.append(source)
         return wire.Model(name=name, version=None, hash=HASH, source=source)

@@ -346,6 +346,21 @@ def test_a_base_without_eyes(plain: Running) -> None:
 # Keys ----------------------------------------------------------------------------------------------------------------
 
 
+def test_a_picture_that_is_nobodys_is_told_as_that(keyed: Running) -> None:
+    """The worker says that it knows no adapter for it; the key may not have the base."""
+    with pytest.raises(openai.PermissionDeniedError, match="base") as caught:
+        ask(keyed, "!fail unknown_adapter", key="rival", model="auto")
+    assert isinstance(caught.value.body, dict) and caught.value.body["code"] == "abstained"
+    assert "/v1/models" not in caught.value.message
+
+
+def test_a_source_that_is_not_there_is_named(keyed: Running) -> None:
+    answer = post(keyed, "/v1/load_lora_adapter", {"lora_name": "x3", "lora_path": "absent@9"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (404, "lora_path", "model_not_found")
+    assert "absent@9" in error["message"] and "/v1/models" not in error["message"]
+
+
 def test_damage_is_the_servers_fault_and_no_path_of_it_is_told(plain: Running) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
         ask(plain, "!fail damaged")

@@ -287,7 +287,8 @@ async def test_draining_ends_in_time_and_says_what_was_lost():
     async with supervised() as supervisor:
         pid, running = supervisor.pid, await supervisor.generate(asked("wait"))
         assert not await supervisor.drain(0.05)
-        assert [event async for event in running][-1].kind == "lost"
+        last = [event async for event in running][-1]
+        assert last.kind == "lost" and last.message == "The server ended." and last.do is None
         assert gone(pid)
 
 

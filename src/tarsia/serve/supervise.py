@@ -393,7 +393,8 @@ class Supervisor:
             self.state = State.LOST
         worker.stream.close()
         expected = self.state is State.DRAINING
-        self._over(ServeError("lost", "The worker was lost.", given=why, do="ask again"))
+        lost = ServeError("lost", "The worker was lost.", given=why, do="ask again")
+        self._over(ServeError("lost", "The server ended.") if expected else lost)
         code = await _gone(worker.process, _CLOSING if why == _ENDED else 0.0)
         if not expected and worker.unable is None:
             _LOG.error("the worker was lost: %s (%s)", why, _ending(code))

@@ -275,6 +275,8 @@ async def load(request: Request) -> PlainTextResponse:
     try:
         await server.service.load(name, source)
     except ServeError as error:
+        if error.kind == "unknown_adapter":
+            raise Refusal.no_source(body.lora_path) from None
         raise unready(server.service) or Refusal.of(error) from None
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -86,6 +86,19 @@ class Refusal(Exception):
         )
 
     @classmethod
+    def no_source(cls, path: str) -> Self:
+        """There is nothing of the library's to load, or it is none of this key's: which one is not said."""
+        do = "tarsia library list, and tarsia library show NAME for its versions"
+        error = TarsiaError("The library has no such adapter for this key.", given=shown(path), do=do)
+        return cls(404, error, code="model_not_found", param="lora_path")
+
+    @classmethod
+    def abstained(cls) -> Self:
+        """The router leaves a request to the base, which the key may not use."""
+        what = "No adapter of this key's is for these pictures, and the key may not use the base."
+        return cls(403, TarsiaError(what, do="ask for one by its name"), code="abstained", param="model")
+
+    @classmethod
     def invalid(cls, what: str, param: str | None = None, **told: Any) -> Self:
         """A request that makes no sense; ``told`` is given, allowed and do."""
         return cls(400, TarsiaError(what, **told), code="invalid_request", param=param)

@@ -47,7 +47,7 @@ def source(path: str, sources: Sequence[str], key: Key) -> str:
     except LibraryError:
         return _folder(path, sources)
     if not key.may(reference.name):
-        raise Refusal.unknown()
+        raise Refusal.no_source(path)
     return str(reference)
 
 

@@ -57,9 +57,7 @@ class Asked:
         by = started.adapter
         if self.adapter == AUTO:
             if by is None and not key.base:
-                raise Refusal(
-                    403, "No adapter is for this picture, and this key may not use the base.", code="abstained"
-                )
+                raise Refusal.abstained()
             told = [(started.routed or {}).get(name) for name in _ROUTED]
             right = all(key.may(name) for name in (by and by.name, *told) if isinstance(name, str))
         elif self.reference is None:

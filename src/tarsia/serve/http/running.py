@@ -18,6 +18,7 @@ from tarsia.serve.http.limits import Seat
 from tarsia.serve.http.metrics import NONE, Metrics
 from tarsia.serve.http.models import Asked, sourced
 from tarsia.serve.http.service import Service
+from tarsia.serve.request import AUTO
 from tarsia.serve.supervise import State
 from tarsia.serve.wire import Done, Failed, Generate, RequestEvent, Started, Text
 
@@ -140,6 +141,8 @@ class Run:
         except StopAsyncIteration:
             raise Refusal(503, "The worker ended the answer before its end.", code="worker_lost", again=AGAIN) from None
         if isinstance(event, Failed):
+            if event.kind == "unknown_adapter" and self.asked.adapter == AUTO and not self.seat.key.base:
+                raise Refusal.abstained()
             raise Refusal.of(event.error)
         return event
 
