@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,6 +56,17 @@ def test_the_answer_says_which_version_answered(plain: Running) -> None:
     assert raw.headers["x-tarsia-adapter-hash"] == HASH
     assert raw.parse().tarsia["adapter"] == {"name": "acme-ocr", "version": 3, "hash": HASH, "source": None}
     assert plain.fake.asked[-1][0].adapter == "acme-ocr@3"
+
+
+def test_the_documented_example_runs(
+    plain: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf8")
+    example = page.partition("```python\n")[2].partition("```")[0].replace("http://127.0.0.1:8000", plain.url)
+    (tmp_path / "sign.png").write_bytes(png())
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace('"signs"', '"acme-ocr"'), {})
+    assert "you said Which sign is this?" in capsys.readouterr().out
 
 
 def test_an_alias_says_which_version_of_which_adapter_answered(keyed: Running) -> None:
