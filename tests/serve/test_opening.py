@@ -78,6 +78,25 @@ def test_everything_is_opened_as_it_was_told(library):
         torch.set_num_threads(threads)
 
 
+def test_adapters_of_another_base_are_counted_as_it_opens(library, tmp_path, caplog):
+    """Those of another one are named: of 25 the first 20. Who says of no base is taken to be of this one."""
+    host = open_base("mini-1")
+    opening.count(library, host)
+    assert not caplog.records
+    own, other = library.search()[0], "files:" + "0" * 64
+    foreign = [replace(own, name=f"x{i}", weights=other) for i in range(25)]
+    unknown = replace(own, name="old", weights=None, architecture=None)
+
+    class Shelf:
+        def search(self):
+            return [own, unknown, *foreign]
+
+    opening.count(Shelf(), host)
+    (told,) = [record.facts for record in caplog.records]
+    assert (told["of_this_base"], told["of_another"]) == (2, 25)
+    assert told["first"] == [f"x{i}@1" for i in range(20)]
+
+
 def test_a_base_in_four_bits_is_served(library):
     configure = wire.Configure(model="mini-1", dtype="float32", device="cpu", threads=1, four_bits={"kind": "nf4"})
     house = opening.opened(configure, lambda what: None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging as log
 import os
 import time
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import asdict
+from typing import Final, Literal
 
 import torch
 from transformers.utils import logging
@@ -21,6 +23,9 @@ from tarsia.serve.pages import GIB, Pages
 from tarsia.serve.read import Reader
 from tarsia.serve.routing import Chosen
 
+_TOLD: Final = 20  # adapters that the log names
+_LOG = log.getLogger("tarsia.serve.opening")
+
 
 def opened(configure: wire.Configure, tell: Callable[[str], None]) -> House:
     """Open everything; ``tell`` is told what goes on, for people. Raises TarsiaError where something can not be."""
@@ -33,6 +38,7 @@ def opened(configure: wire.Configure, tell: Callable[[str], None]) -> House:
     if configure.library is not None:
         tell(f"opening the library {configure.library}")
         library = Library.open(configure.library)
+        count(library, host)
     unproved: Literal["refuse", "allow"] = "allow" if configure.unproved else "refuse"
     pages = Pages(host, library, budget=configure.adapter_bytes or GIB, unproved=unproved)
     tell("holding the engine's pass to the base's own")
@@ -44,6 +50,15 @@ def opened(configure: wire.Configure, tell: Callable[[str], None]) -> House:
         route = Chosen(host, library)
     ready = _ready(host, engine, routed=route is not None, seconds=time.monotonic() - begun)
     return House(engine, pages, reader.read, engine.voice.prepare, ready, route)
+
+
+def count(library: Library, host: Host) -> None:
+    """Have the log tell of adapters of another base: each is listed, and refused where it is asked for."""
+    own, versions = asdict(host.fingerprint), library.search()
+    others = [v.reference for v in versions if v.weights is not None and v.fingerprint != own]
+    if others:
+        told = {"of_this_base": len(versions) - len(others), "of_another": len(others), "first": others[:_TOLD]}
+        _LOG.warning("adapters of another base are in the library: they are refused", extra={"facts": told})
 
 
 def cores() -> int:
