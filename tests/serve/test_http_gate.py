@@ -262,7 +262,7 @@ def test_an_answer_that_takes_too_long(tight: Running) -> None:
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
     streamed = post(tight, chat("!stall", stream=True))
     assert streamed.status_code == 200 and "[DONE]" not in streamed.text and '"code":"timeout"' in streamed.text
-    assert tight.fake.open == set()
+    assert tight.soon(lambda: not tight.fake.open)
 
 
 def test_a_client_that_does_not_read_is_left(tight: Running) -> None:

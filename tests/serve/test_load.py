@@ -174,7 +174,7 @@ def test_at_a_rate_questions_come_whether_or_not_earlier_ones_are_answered(feign
     assert found.answered == 30
     gaps = [b.began - a.began for a, b in pairwise(answered)]
     assert len({round(gap, 4) for gap in gaps}) > 5
-    assert made.most > 4
+    assert made.most > 1
 
 
 @pytest.mark.parametrize(

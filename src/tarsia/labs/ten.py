@@ -174,8 +174,8 @@ def _switches(
 def paged(model: str, folders: Sequence[Path], at: Path) -> Times:
     """A server's way: pages of a library, each proved before; with room for all of them, and for one alone."""
     library = Library.make(at)
-    names = [f"task-{i}" for i in range(PAGES)]
-    for name, folder in zip(names, folders[:PAGES], strict=True):
+    names = [f"task-{i}" for i in range(min(PAGES, len(folders)))]
+    for name, folder in zip(names, folders, strict=False):
         library.publish(folder, name)
     size = 4 * library.version(names[0]).numbers + BESIDE
     found = {}

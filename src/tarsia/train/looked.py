@@ -10,7 +10,7 @@ import torch
 
 from tarsia.adapter.prototypes import FEWEST, Look
 from tarsia.adapter.signature import picture_inputs, signature, view
-from tarsia.core.errors import AdapterError
+from tarsia.core.errors import TarsiaError
 from tarsia.data.samples import Picture
 from tarsia.train.run import Run
 
@@ -26,7 +26,7 @@ def looked(run: Run) -> dict[str, Any]:
         try:
             for picture in _pictures(run, most):
                 found.append(signature(run.host, picture_inputs(run.host, picture)))
-        except AdapterError as error:
+        except TarsiaError as error:  # a run is not lost for what its card can not say
             return {"none": f"{error.what} {error.given or ''}".strip()}
     if len(found) < FEWEST:
         return {"none": f"{len(found)} pictures in the rows that were trained on, of {FEWEST} that are needed"}

@@ -218,7 +218,7 @@ is used by all rows, and from some row on the multiply-adds bind it instead; the
 roofline says, as it counts bytes alone.
 
 A row's numbers do not depend on its neighbours: of {ROWS[-1]} rows of a batch
-{{{{ value("same: bits", "rows that differ", "d") }}}} differ from what they are alone.
+{{{{ value("same: bits", "rows that differ") }}}} differ from what they are alone.
 """
 
 CHAPTER: Final = Chapter(
