@@ -62,6 +62,7 @@ class Server:
         return int(children[0])
 
     def end(self) -> None:
+        self.client.close()
         self.process.kill()
         self.process.wait()
 

@@ -264,3 +264,4 @@ def running(settings: Settings | None = None, service: Any = None) -> Iterator[R
         thread.join(20)
         listener.close()
         assert not thread.is_alive()
+        loop.close()
