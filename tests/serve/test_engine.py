@@ -115,6 +115,37 @@ def test_several_answers_are_each_of_its_own_seed_and_share_the_prompt() -> None
     assert [ids(again, choice) for choice in range(3)] == found
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_rows_that_outgrow_the_memory_give_way_and_say_the_same(family: str) -> None:
+    """Answers of 24 tokens where prompts fit and answers do not: some read again what they have said."""
+    one, block = served(family), 4
+    alone = engine(one.pages(), rows=1, block=block)
+    requests = [asked(one.prompts[row], name, 24) for row in (2, 0, 1) for name in (None, "low", "prompt", "prefix")]
+    requests += [asked(one.prompts[1], "low", 24, temperature=1.5, seed=5, choices=3)]
+    expected = {request.id: run(alone, [request])[request.id] for request in requests}
+    longest = alone.blocks.needed(max(len(prompt.ids) for prompt in one.prompts) + 5 + 24)
+    room = alone.line.bytes // alone.line.count * (longest + 3)
+    serving = engine(one.pages(), cache_bytes=room, block=block, chunk=20)
+    found = run(serving, requests)
+    assert serving.stats()["preemptions"] > 3
+    for request in requests:
+        for choice in range(request.sampling.choices):
+            assert ids(found[request.id], choice) == ids(expected[request.id], choice)
+        assert [e.kind for e in found[request.id]].count("started") == 1
+    assert serving.stats()["prompt_tokens"] == alone.stats()["prompt_tokens"]
+    assert serving.blocks.available == serving.blocks.count
+
+
+def test_an_answer_takes_blocks_as_it_grows_and_not_for_the_longest_that_it_may_be() -> None:
+    one = served("llava")
+    serving = engine(one.pages(), block=4, cache_bytes=1 << 17)
+    most = serving.most - len(one.prompts[0].ids)
+    for _ in range(3):
+        serving.submit(asked(one.prompts[0], None, most))
+    serving.step()
+    assert serving.stats()["running"] == 3
+
+
 @pytest.mark.parametrize("wanted", [10**6, None])
 def test_what_is_too_long_is_refused_with_figures(wanted: int | None) -> None:
     one = served("llava")

@@ -219,7 +219,8 @@ def test_quantiles_are_values_that_were_seen() -> None:
     values = [float(i) for i in range(1, 101)]
     assert [figures.quantile(values, q) for q in (0.5, 0.9, 0.99, 1.0)] == [50, 90, 99, 100]
     assert [figures.quantile([7.0], q) for q in (0.5, 0.99)] == [7, 7]
-    assert figures.Spread.of([None, 3.0, None]) == figures.Spread(1, 3.0, 3.0, 3.0, 3.0)
+    assert figures.Spread.of([None, 3.0, None]) == figures.Spread(1, 3.0, None, None, 3.0)  # too few for a tenth
+    assert figures.Spread.of(values) == figures.Spread(100, 50, 90, 99, 100)
     assert figures.Spread.of([]).middle is None
 
 

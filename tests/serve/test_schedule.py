@@ -84,6 +84,19 @@ def test_every_request_has_its_turn_once(asked: list[tuple[str, int]]) -> None:
     assert not len(queue)
 
 
+def test_who_must_begin_again_comes_before_its_tenant_s_others() -> None:
+    queue: Queue[One] = Queue()
+    ones = [One("a") for _ in range(3)]
+    for one in ones:
+        queue.add(one)
+    queue.begin(ones[0])
+    queue.begin(ones[1])
+    queue.again(ones[1])
+    queue.again(ones[0])
+    assert list(queue) == ones
+    assert served(queue, 5) == ones
+
+
 def test_what_is_dropped_does_not_come() -> None:
     queue: Queue[One] = Queue()
     ones = [One("a"), One("b"), One("a")]

@@ -40,10 +40,26 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what is not known is refused by the verb that does not know it."""
+        known, extra = super().parse_known_args(args, namespace)
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}")
+        return known, extra
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with the nearest word where one was misspelt."""
         from tarsia.core.errors import ConfigError
 
+        unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
+        if unknown is not None:
+            option = next((word for word in unknown[1].split() if word.startswith("-")), "")
+            near = difflib.get_close_matches(option.partition("=")[0], self._option_string_actions, 1, 0.6)
+            raise ConfigError(
+                f"{self.prog} does not take this.",
+                given=unknown[1],
+                do=f"did you mean {near[0]}?" if near else f"see {self.prog} --help",
+            )
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from ([^)]*)\)", message)
         help_ = f"see {self.prog} --help"
         if wrong is None:

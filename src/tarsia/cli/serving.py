@@ -156,12 +156,15 @@ class _Run:
         host, port = self.sock.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         base = base_name(self.asked.settings.name, ready) or ready.model
+        own = sum(not model.foreign for model in models)
         if self.asked.as_json:
-            output.line({"address": address, "base": base, "adapters": len(models), **ready.model_dump()})
+            output.line({"address": address, "base": base, "adapters": own, **ready.model_dump()})
             return
         library = self.asked.configure.library
         print(f"{base}, {ready.form}, {ready.dtype} on {ready.device}; {ready.most_tokens:,} tokens a request")
-        print(f"{len(models)} adapters of {library}" if library else "no library: the base alone")
+        others = f", {len(models) - own} more are of another base" if own < len(models) else ""
+        held = f"{own} adapter{'s' * (own != 1)} of {library}{others}"
+        print(held if library else "no library: the base alone")
         print(f"serves at {address}" + (f", documented at {address}/docs" if self.asked.settings.docs else ""))
         print(_example(address, base, self.asked.settings), flush=True)
 

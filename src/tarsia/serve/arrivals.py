@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ class Version:
     """One immutable content under a name. ``number`` is the library's, None for a folder.
 
     ``digest`` is the content's, of a folder what the system says of its files. ``source`` is what an alias stands for,
-    None for a name of the library's own.
+    None for a name of the library's own. ``foreign``: it says that it is of another base.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Version:
     reference: str = ""
     folder: Path | None = None
     bytes: int = 0
+    foreign: bool = False
 
     @property
     def origin(self) -> str | None:
@@ -52,11 +53,11 @@ class Shelf:
     """What names mean: those of a library, and aliases. Every answer is of now: what others publish is seen.
 
     The index is asked again only where one of its files is another than it was. Where somebody publishes under the
-    name of an alias, the alias ends there, and the log tells of it.
+    name of an alias, the alias ends there, and the log tells of it. ``base`` is what adapters of this base say of it.
     """
 
-    def __init__(self, library: Library | None) -> None:
-        self.library = library
+    def __init__(self, library: Library | None, base: Mapping[str, Any] | None = None) -> None:
+        self.library, self._base = library, base
         self.aliases: dict[str, str] = {}
         self._known: dict[str, Version] = {}
         self._stamp: tuple[Any, ...] = ()
@@ -111,7 +112,7 @@ class Shelf:
                 version = self.library.version(reference)
             except LibraryError as error:
                 raise _unknown(asked, error.what, self.aliases, error.do) from None
-            found = _of(version)
+            found = self._of(version)
             if settled:
                 self._stamp = stamp
                 if len(self._known) >= _CURRENT:
@@ -136,16 +137,22 @@ class Shelf:
 
     def all(self) -> list[Version]:
         """Every name's current version, and what every alias means; aliases that mean nothing now are left out."""
-        made = {} if self.library is None else {v.name: _of(v) for v in self.library.search()}
+        made = {} if self.library is None else {v.name: self._of(v) for v in self.library.search()}
         for name in [*self.aliases]:
             with suppress(ServeError):
                 made[name] = self.resolve(name)
         return list(made.values())
 
+    def _of(self, record: Record) -> Version:
+        digest, foreign = bytes.fromhex(record.hash), self._base is not None and of_another(record, self._base)
+        return Version(
+            record.name, record.number, digest, record.methods, None, record.reference, None, record.bytes, foreign
+        )
 
-def _of(version: Record) -> Version:
-    digest, methods = bytes.fromhex(version.hash), version.methods
-    return Version(version.name, version.number, digest, methods, None, version.reference, None, version.bytes)
+
+def of_another(record: Record, base: Mapping[str, Any]) -> bool:
+    """Whether an adapter says that it is of another base than ``base``."""
+    return record.weights is not None and record.fingerprint != base
 
 
 def _folder(name: str, folder: Path) -> Version:

@@ -136,6 +136,7 @@ class Engine:
         self.pages.pump()
         self._expire()
         self._admit()
+        self._grow()
         turn = list(self._turn())
         if turn:
             begun = time.perf_counter()
@@ -149,10 +150,8 @@ class Engine:
         parts = [row.part(count) for row, count in turn]
         logits = self.line.run(parts)
         drawing = [row for (row, _), part in zip(turn, parts, strict=True) if part.wanted]
-        for (row, count), part in zip(turn, parts, strict=True):
-            self._queue.charge(row.tenant, count)
-            row.advance(count, self.blocks)
-            self._counts["read" if part.embeds is not None else "written"] += count
+        for row, count in turn:
+            self._queue.charge(row.tenant, row.advance(count, self.blocks))
         if not drawing:
             return
         for row, one in zip(drawing, draw(logits, [row.drawer for row in drawing]), strict=True):
@@ -180,6 +179,7 @@ class Engine:
             "prefix_hits": found["prefix_hits"],
             "prefix_misses": found["prefix_misses"],
             "block_evictions": self.blocks.forgotten,
+            "preemptions": found["preempted"],
             "picture_hits": self.front.hits,
             "picture_misses": self.front.misses,
             "picture_bytes": self.front.held,
@@ -216,11 +216,11 @@ class Engine:
                 ahead += 1
             if not job.ready or not row.may_begin:
                 continue
-            needed = self.blocks.needed(row.most)
             if row.most > self.most:  # with what its adapter lays before it
                 self._fail(job, _too_long(row.length, job.wanted, self.most))
                 continue
-            if needed > self.blocks.available:
+            # a block more for each that runs: who begins now is not to be taken out again at once
+            if self.blocks.needed(row.reach) + len(self._running) > self.blocks.available:
                 break  # who came first is not passed by who needs less
             if self._begun(row):
                 unread += row.unread
@@ -255,13 +255,28 @@ class Engine:
             return False
         self._queue.begin(row)
         self._running.append(row)
-        self._counts["prefix_hits" if row.cached else "prefix_misses"] += 1
-        self._counts["prompt"] += row.length
-        self._counts["cached"] += row.cached
+        if not row.postponed:
+            self._counts["prefix_hits" if row.cached else "prefix_misses"] += 1
+            self._counts["prompt"] += row.length
+            self._counts["cached"] += row.cached
         if not job.begun:
             job.begun = True
             self._told.append(job.started(row.cached))
         return True
+
+    def _grow(self) -> None:
+        """Let each row that writes have the block of its next token, of the row that began last where none is left."""
+        for row in [*self._running]:
+            while row in self._running and row.writes and not row.grow(self.blocks):
+                self._postpone(self._running[-1])
+
+    def _postpone(self, row: Row) -> None:
+        """Take a row's blocks: it reads again what it has read and said, as soon as there is room."""
+        self._running.remove(row)
+        row.leave(self.blocks)
+        row.postponed = True
+        self._queue.again(row)
+        self._counts["preempted"] += 1
 
     def _turn(self) -> Iterator[tuple[Row, int]]:
         """Whose tokens the next pass reads, and how many: of all who write one, then of prompts, the oldest first."""
@@ -270,7 +285,7 @@ class Engine:
         for row in self._running:
             if row.writes or left <= 0:
                 continue
-            count = row.unread if row.whole else min(row.unread, left)
+            count = row.next if row.whole else min(row.next, left)
             left -= count
             yield row, count
 

@@ -17,6 +17,7 @@ from tarsia.adapter.four_bits import described
 from tarsia.core.site import Component
 from tarsia.library import Library
 from tarsia.serve import wire
+from tarsia.serve.arrivals import of_another
 from tarsia.serve.engine import Engine, Limits
 from tarsia.serve.house import House
 from tarsia.serve.pages import GIB, Pages
@@ -53,9 +54,9 @@ def opened(configure: wire.Configure, tell: Callable[[str], None]) -> House:
 
 
 def count(library: Library, host: Host) -> None:
-    """Have the log tell of adapters of another base: each is listed, and refused where it is asked for."""
+    """Have the log tell of adapters of another base: they are not listed, and refused where they are asked for."""
     own, versions = asdict(host.fingerprint), library.search()
-    others = [v.reference for v in versions if v.weights is not None and v.fingerprint != own]
+    others = [v.reference for v in versions if of_another(v, own)]
     if others:
         told = {"of_this_base": len(versions) - len(others), "of_another": len(others), "first": others[:_TOLD]}
         _LOG.warning("adapters of another base are in the library: they are refused", extra={"facts": told})

@@ -7,7 +7,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -123,7 +123,7 @@ class Pages:
         self.board = Board(host)
         place = host.model.get_input_embeddings().weight.device  # type: ignore[operator]
         self._ground = ground or carriage.ground(place, 4 * budget if host_budget is None else host_budget)
-        self.shelf = Shelf(library)
+        self.shelf = Shelf(library, asdict(host.fingerprint))
         self._tier: Tier[Version, Page] = Tier(budget, self._gone)
         self._coming: OrderedDict[Version, _Coming] = OrderedDict()
         self._refused: OrderedDict[Version, TarsiaError] = OrderedDict()
@@ -373,6 +373,7 @@ class Pages:
                 source=version.source,
                 resident=version in self._tier,
                 unproved=unproved.get(version),
+                foreign=version.foreign,
             )
             for version in self.shelf.all()
         ]

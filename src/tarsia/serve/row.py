@@ -74,8 +74,11 @@ class Row:
         self.done = 0
         self.cached = 0
         self.over = False
+        self.postponed = False
+        """Whether its blocks were taken for another's, once or more."""
         self._keys: list[bytes] = []
         self._known = 0
+        self._paid = 0
 
     @property
     def length(self) -> int:
@@ -93,13 +96,24 @@ class Row:
         return self.ahead + self.length + self.job.wanted
 
     @property
+    def reach(self) -> int:
+        """Positions that it must have room for as soon as it begins: all that it has, and one token."""
+        return self.ahead + self.length + max(1, len(self.said))
+
+    @property
     def unread(self) -> int:
-        """Tokens of the prompt that are not read yet."""
-        return max(0, self.ahead + self.length - self.done)
+        """Tokens that are not read yet: of the prompt, and of what it had said when its blocks were taken."""
+        return max(0, self.ahead + self.length + max(0, len(self.said) - 1) - self.done)
+
+    @property
+    def next(self) -> int:
+        """Tokens of those that one part may have: it is of the prompt, or of what was said."""
+        prompt = self.ahead + self.length - self.done
+        return prompt if prompt > 0 else self.unread
 
     @property
     def writes(self) -> bool:
-        """Whether its prompt is read."""
+        """Whether all is read but the last that it said."""
         return not self.unread
 
     @property
@@ -114,34 +128,46 @@ class Row:
         return self is first or first.over or (first.done > 0 and first.writes)
 
     def begin(self, blocks: Blocks, line: Line) -> None:
-        """Take blocks; those of a prompt, or its beginning, that was read before are found."""
-        read, page, prompt = self._read, self.job.page, self.job.request.prompt
+        """Take blocks for what there is; those of a prompt, or its beginning, that was read before are found."""
+        read, page = self._read, self.job.page
         if read.shape is None:
-            self._keys = self._chain(prompt.ids, blocks)
-            reusable = (self.ahead + self.length - 1) // blocks.size
-            found = blocks.find(self._keys[:reusable])
+            ids = [*self.job.request.prompt.ids, *self.said[:-1]]
+            self._keys = self._chain(ids, blocks)
+            # a prompt's last token is read whatever was read before: for what follows it
+            found = blocks.find(self._keys[: (self.ahead + len(ids) - (not self.said)) // blocks.size])
             if len(found) * blocks.size < self.ahead:
                 blocks.give(found)
                 found = []
             self.blocks = found
+        self._known = len(self.blocks)
         self.done = len(self.blocks) * blocks.size
-        self.cached = max(0, self.done - self.ahead)
-        taken = blocks.take(blocks.needed(self.most) - len(self.blocks))
+        taken = blocks.take(blocks.needed(self.reach) - len(self.blocks))
         if taken is None:
             raise AssertionError("it was asked for before whether there are as many blocks")
         self.blocks += taken
         if page is not None and self.ahead and not self.done:
             line.lead(self.blocks, page.lead)
             self.done = self.ahead
+        if not self.postponed:
+            self.cached = max(0, self.done - self.ahead)
+            self._paid = self.done
+
+    def grow(self, blocks: Blocks) -> bool:
+        """Have the block of its next token; False where there is none."""
+        missing = blocks.needed(self.done + 1) - len(self.blocks)
+        taken = blocks.take(missing) if missing > 0 else []
+        self.blocks += taken or []
+        return taken is not None
 
     def part(self, count: int) -> Part:
-        """The next ``count`` tokens that a pass reads."""
+        """The next ``count`` tokens that a pass reads: of the prompt, or of what was said."""
         read, page = self._read, self.job.page
-        if self.writes:
-            at = torch.full((len(read.positions), 1), read.next + self.ahead + len(self.said) - 1)
-            at = at.to(read.positions.device)
-            return Part(page, self.blocks, self.done, self.said[-1:], None, at)
         start = self.done - self.ahead
+        first = start - self.length
+        if first >= 0:
+            at = torch.arange(first, first + count, device=read.positions.device) + read.next + self.ahead
+            at = at.expand(len(read.positions), -1)
+            return Part(page, self.blocks, self.done, self.said[first:][:count], None, at, wanted=self.writes)
         own = slice(start, start + count)
         places, deep = read.deeper(own)
         return Part(
@@ -154,16 +180,19 @@ class Row:
             shape=read.shape,
             places=places,
             deep=deep,
-            wanted=own.stop == self.length,
+            wanted=own.stop == self.length and not self.said,
         )
 
-    def advance(self, count: int, blocks: Blocks) -> None:
-        """``count`` more tokens are read; blocks that are full now can be found by others."""
+    def advance(self, count: int, blocks: Blocks) -> int:
+        """``count`` more tokens are read: how many of them for the first time. Full blocks can be found by others."""
         self.done += count
         full = min(self.done // blocks.size, len(self._keys))
         for i in range(self._known, full):
             blocks.know(self.blocks[i], self._keys[i])
         self._known = max(full, self._known)
+        new = max(0, self.done - self._paid)
+        self._paid += new
+        return new
 
     def say(self, drawn: Drawn) -> list[Event]:
         """Take the next token: what is told of it."""

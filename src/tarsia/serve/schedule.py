@@ -83,6 +83,12 @@ class Queue(Generic[W]):
         line.waiting.remove(one)
         line.running += 1
 
+    def again(self, one: W) -> None:
+        """``one`` does not run for now: it waits before its tenant's others."""
+        line = self._tenants[one.tenant]
+        line.running -= 1
+        line.waiting.appendleft(one)
+
     def drop(self, gone: Callable[[W], bool]) -> list[W]:
         """Take out of what waits all that is ``gone``."""
         out: list[W] = []

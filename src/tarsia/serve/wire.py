@@ -295,7 +295,8 @@ class Failed(Failure):
 class Model(_Message):
     """What may be asked for: an adapter of the library (its current version) or one that was loaded by name.
 
-    ``unproved`` is why nothing proves one that is ``resident``; None where something does.
+    ``unproved`` is why nothing proves one that is ``resident``; None where something does. ``foreign``: it is of
+    another base, and refused where it is asked for.
     """
 
     name: str
@@ -306,6 +307,7 @@ class Model(_Message):
     source: str | None = None
     resident: bool = False
     unproved: str | None = None
+    foreign: bool = False
 
 
 class Answer(_Message):
@@ -357,6 +359,7 @@ class Stats(_Message):
     adapter_evictions: int = 0
     adapter_refusals: int = 0
     block_evictions: int = 0
+    preemptions: int = 0
     adapters: dict[str, AdapterStats] = {}
 
 

@@ -122,7 +122,8 @@ def app(service: Service, settings: Settings, journal: Journal | None = None) ->
         assert isinstance(error, HTTPException)
         status = error.status_code if error.status_code in (404, 405) else 400
         what = "There is nothing here." if status != 405 else "This is not done here."
-        told = TarsiaError(what, given=f"{request.method} {shown(request.url.path)}", do="GET /docs says what there is")
+        do = "GET /docs says what there is" if settings.docs else "see docs/serving.md"
+        told = TarsiaError(what, given=f"{request.method} {shown(request.url.path)}", do=do)
         refusal = Refusal(status, told, code="not_found" if status == 404 else "method_not_allowed")
         response = refusal.response
         response.headers.update(error.headers or {})
@@ -253,7 +254,7 @@ async def list_models(request: Request) -> ModelList:
 
 @_ROUTES.get("/v1/models/{model:path}", summary="One of them", responses=_errors(*_KEYED))
 async def one_model(request: Request, model: str) -> ModelFacts:
-    """By its name, name@version or name#hash."""
+    """By its name, or by name@version or name#hash where that is what the name means now."""
     return models.find(await list_models(request), model)
 
 
@@ -293,9 +294,11 @@ async def unload(request: Request) -> PlainTextResponse:
     server, key = _server(request), ticket(request.scope).key
     loading.permitted(server.settings, key)
     body = await read(request, schema.UnloadRequest, server.settings.limits)
-    held = {model.name: model for model in await server.models() if model.source is not None}
-    if body.lora_name not in held:
-        error = TarsiaError("The lora adapter cannot be found.", given=shown(body.lora_name))
+    held = {model.name: model.source is not None for model in await server.models() if key.may(model.name)}
+    if not held.get(body.lora_name):
+        what = "The lora adapter cannot be found: it is the library's, and was not loaded by request."
+        what = what if body.lora_name in held else "The lora adapter cannot be found."
+        error = TarsiaError(what, given=shown(body.lora_name), allowed="names that were loaded")
         raise Refusal(404, error, code="model_not_found", param="lora_name")
     try:
         await server.service.unload(body.lora_name)

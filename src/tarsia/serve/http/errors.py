@@ -75,15 +75,11 @@ class Refusal(Exception):
         return cls(status, told, code=code, again=AGAIN if status in (429, 503) else None)
 
     @classmethod
-    def unknown(cls) -> Self:
-        """There is no such model, or it is none of this key's: which one is not said."""
-        do = "GET /v1/models lists what this key may use"
-        return cls(
-            404,
-            TarsiaError("No model of this name is here for this key.", do=do),
-            code="model_not_found",
-            param="model",
-        )
+    def unknown(cls, error: TarsiaError | None = None) -> Self:
+        """There is no such model, or it is none of this key's: which one only ``error`` says, to who may see all."""
+        do = "GET /v1/models lists what may be used here"
+        told = error or TarsiaError("There is no such model, or it is none of this key's.", do=do)
+        return cls(404, told, code="model_not_found", param="model")
 
     @classmethod
     def no_source(cls, path: str) -> Self:

@@ -29,6 +29,7 @@ _WORKER_COUNTERS: Final = {
     "picture_hits": "Pictures that were encoded before", "picture_misses": "Pictures that were encoded",
     "adapter_loads": "Adapters taken into memory", "adapter_evictions": "Adapters that made room for others",
     "adapter_refusals": "Adapters refused at loading", "block_evictions": "Blocks of the cache that made room",
+    "preemptions": "Answers that gave their blocks to others, and read again what they had",
 }
 _WORKER_GAUGES: Final = {
     "reading": "Requests whose prompt is encoded", "waiting": "Requests that wait for a place in a step",

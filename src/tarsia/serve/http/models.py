@@ -95,21 +95,21 @@ def asked(name: str, base: str | None, key: Key, *, routed: bool) -> Asked:
         return Asked(name, AUTO, None)
     try:
         reference = Reference.parse(name)
-    except LibraryError:
-        raise Refusal.unknown() from None
+    except LibraryError as error:
+        raise Refusal.unknown(error if key.unbounded else None) from None
     if name == base or not key.may(reference.name):
         raise Refusal.unknown()
     return Asked(name, str(reference), reference)
 
 
 def listed(models: Sequence[Model], base: str | None, ready: Ready | None, key: Key) -> ModelList:
-    """The base and the adapters that a key may use."""
+    """The base and the adapters that a key may use, without those of another base."""
     length = None if ready is None else min(ready.context, ready.most_tokens)
     found = []
     if base is not None and key.base:
         found.append(_facts(base, base, None, length))
     for model in models:
-        if key.may(model.name) and model.name not in (base, AUTO):
+        if key.may(model.name) and model.name not in (base, AUTO) and not model.foreign:
             facts = _facts(model.name, _root(model, key), base, length)
             facts.tarsia.update(version=model.version, hash=model.hash, methods=model.methods, bytes=model.bytes)
             facts.tarsia.update({} if model.unproved is None else {"unproved": model.unproved})
@@ -126,7 +126,10 @@ def _root(model: Model, key: Key) -> str:
 
 
 def find(models: ModelList, name: str) -> ModelFacts:
-    """One of the models that are listed, by its name, name@version or name#hash. Raises Refusal (404)."""
+    """One of the models that are listed, by its name, or the version or hash that this means now.
+
+    Raises Refusal (404).
+    """
     for model in models.data:
         if model.id == name:
             return model

@@ -98,7 +98,7 @@ class Run:
         try:
             self._conversation = await service.generate(command, pictures)
         except ServeError as error:
-            raise unready(service) or Refusal.of(error) from None
+            raise unready(service) or self._refusal(error) from None
         event = await self._next()
         if not isinstance(event, Started):
             raise Refusal(500, "The worker answered before it began.", code="internal_error")
@@ -143,8 +143,13 @@ class Run:
         if isinstance(event, Failed):
             if event.kind == "unknown_adapter" and self.asked.adapter == AUTO and not self.seat.key.base:
                 raise Refusal.abstained()
-            raise Refusal.of(event.error)
+            raise self._refusal(event.error)
         return event
+
+    def _refusal(self, error: ServeError) -> Refusal:
+        if error.kind == "unknown_adapter":
+            return Refusal.unknown(error if self.seat.key.unbounded else None)
+        return Refusal.of(error)
 
     def failed(self, refusal: Refusal) -> None:
         """It ends with an error."""

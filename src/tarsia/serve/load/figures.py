@@ -10,12 +10,13 @@ from typing import Final
 from tarsia.serve.load.client import Answered
 from tarsia.serve.load.drive import Wrong
 
-QUANTILES: Final = (0.5, 0.9, 0.99)
+QUANTILES: Final = ((0.5, 1), (0.9, 10), (0.99, 100))
+"""Quantiles that are told, and of how many values at the least."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Quantiles of some seconds, and how many there are; None where there are none."""
+    """Quantiles of some seconds, and how many there are; None where too few lie beyond to say one."""
 
     count: int
     middle: float | None
@@ -29,7 +30,7 @@ class Spread:
         held = sorted(value for value in values if value is not None)
         if not held:
             return cls(0, None, None, None, None)
-        middle, ninety, worst = (quantile(held, q) for q in QUANTILES)
+        middle, ninety, worst = (quantile(held, q) if len(held) >= least else None for q, least in QUANTILES)
         return cls(len(held), middle, ninety, worst, held[-1])
 
 

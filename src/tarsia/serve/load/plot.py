@@ -11,11 +11,14 @@ from tarsia.serve.load.figures import Figures, flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import MaxNLocator
 
 _GREEN: Final = "#2f6f5e"
 _RED: Final = "#c4553b"
 _BLUE: Final = "#4a6fa5"
 _GREY: Final = "#9aa0a6"
+_FEW: Final = 30
+"""Adapters that are drawn on an even scale."""
 
 
 def picture(answered: Sequence[Answered], found: Figures) -> bytes:
@@ -54,7 +57,8 @@ def _waiting(axes: Axes, answered: Sequence[Answered]) -> None:
         if held:
             shares = [100 * (i + 1) / len(held) for i in range(len(held))]
             axes.step(held, shares, where="post", color=colour, lw=1.8, label=label)
-    axes.set_title("share of answers, %, within so many ms")
+    axes.set_title("share of answers, %, by then")
+    axes.set_xlabel("ms", fontsize=9)
     axes.set_ylim(0, 101)
     if good:
         axes.set_xscale("log")
@@ -65,7 +69,8 @@ def _time(axes: Axes, answered: Sequence[Answered]) -> None:
     middles, tokens, running = flow(answered)
     axes.fill_between(middles, tokens, step="mid", color=_GREEN, alpha=0.25, lw=0)
     axes.step(middles, tokens, where="mid", color=_GREEN, lw=1.4)
-    axes.set_title("tokens a second (green), requests under way (grey), over seconds")
+    axes.set_title("tokens a second, and requests under way (grey)")
+    axes.set_xlabel("seconds", fontsize=9)
     axes.set_ylim(bottom=0)
     beside = axes.twinx()
     beside.step(middles, running, where="mid", color=_GREY, lw=1.2)
@@ -82,9 +87,9 @@ def _adapters(axes: Axes, found: Figures) -> None:
     """Whether an adapter that is seldom asked for waits longer."""
     held = [(i + 1, 1000 * one.first.middle) for i, one in enumerate(found.adapters) if one.first.middle is not None]
     axes.plot([x for x, _ in held], [y for _, y in held], "o", color=_GREEN, ms=4, alpha=0.7, mew=0)
-    axes.set_title("median ms to the first text, by adapter, the most asked first")
+    axes.set_title("median ms to the first text, by adapter")
     if held:
-        axes.set_xscale("log")
+        _ranked(axes, len(found.adapters))
         axes.set_ylim(bottom=0)
 
 
@@ -94,7 +99,27 @@ def _shares(axes: Axes, found: Figures) -> None:
     failed = [(i, one.failed) for i, one in zip(ranks, found.adapters, strict=True) if one.failed]
     if failed:
         axes.plot([x for x, _ in failed], [y for _, y in failed], "x", color=_RED, label="failed")
-    axes.set_title("requests by adapter, the most asked first")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set_title("requests by adapter")
+    _ranked(axes, len(found.adapters))
+    if len(found.adapters) > _FEW:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(_whole())
     axes.legend(frameon=False, fontsize=9)
+
+
+def _whole() -> MaxNLocator:
+    """Marks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
+def _ranked(axes: Axes, count: int) -> None:
+    """Adapters along, the most asked first: a few by their places, many by the place's order."""
+    axes.set_xlabel("adapter, the most asked first", fontsize=9)
+    if count > _FEW:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(_whole())
