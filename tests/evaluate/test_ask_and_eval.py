@@ -187,6 +187,8 @@ REFUSED = {
     "adapter twice": (["ask", "base", "--adapter", "belt", "--adapter", "belt/", "?"], "Two adapters", "belt"),
     "missing data": (["eval", "base", "--data", "nope.jsonl"], "missing", "nope.jsonl"),
     "unknown metric": (["eval", "base", "--data", "rows.jsonl", "--metric", "exat"], "no metric", "did you mean exact"),
+    "misspelt option": (["ask", "base", "--adaptor", "belt", "?"], "does not take this", "did you mean --adapter"),
+    "strange option": (["ask", "base", "?", "--quux"], "tarsia ask does not take", "see tarsia ask --help"),
     "one name twice": (["eval", "base", "--data", "rows.jsonl", "--data", "rows.jsonl"], "one name", "NAME=SOURCE"),
     "limit 0": (["eval", "base", "--data", "rows.jsonl", "--limit", "0"], "at least 1", "--limit 0"),
     "before nothing": (["eval", "base", "--data", "rows.jsonl", "--before"], "No adapter", "--adapter FOLDER"),

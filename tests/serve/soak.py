@@ -433,6 +433,8 @@ class Soak:
         return found
 
 
+CACHE = 24 * 16 * 3072
+"""Bytes of keys and values: mini-1's for 384 tokens, so that answers must give way to each other."""
 FLAT = 5.0
 """Percent that a process may have grown."""
 
@@ -453,6 +455,7 @@ def soak(
             before.publish(name)
         size = max(content.folder.joinpath("adapter_model.safetensors").stat().st_size for content in world.contents)
         options = ["--precision", "float32", "--loading", "--adapter-bytes", str(6 * size), "--threads", "1"]
+        options += ["--cache-bytes", str(CACHE)]
         prepared = time.perf_counter() - began
         with served(library.places.root, out / "soak.log", options) as (process, url):
             one = Soak(world, library, url, process.pid, seconds)

@@ -321,6 +321,20 @@ def test_what_nothing_proves_is_listed_as_that() -> None:
     assert found == {"a": None, "b": "no probe"}
 
 
+def test_what_is_of_another_base_is_not_listed() -> None:
+    key = Key(name="k", sha256="0" * 64, tenant="t", adapters=["*"])
+    held = [wire.Model(name=name, version=1, hash=HASH, foreign=name == "b") for name in "ab"]
+    assert [model.id for model in listed(held, "base", None, key).data] == ["base", "a"]
+
+
+def test_who_may_see_all_is_told_what_is_there_of_a_name(plain: Running, keyed: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match="did you mean rival-plan"):
+        ask(plain, model="rival-plam")
+    with pytest.raises(openai.NotFoundError) as caught:
+        ask(keyed, key="rival", model="rival-plam")
+    assert "did you mean" not in str(caught.value)
+
+
 def test_models(plain: Running) -> None:
     found = {model.id: model for model in client(plain).models.list().data}
     assert set(found) == {"mini-1", "acme-ocr", "acme-tone", "rival-plan"}
@@ -471,6 +485,8 @@ def test_loading_and_unloading_as_vllm_says_it(keyed: Running) -> None:
     gone = post(keyed, "/v1/unload_lora_adapter", {"lora_name": "mine"})
     assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'mine' removed successfully.")
     assert post(keyed, "/v1/unload_lora_adapter", {"lora_name": "mine"}).status_code == 404
+    shelved = post(keyed, "/v1/unload_lora_adapter", {"lora_name": "acme-ocr"})
+    assert shelved.status_code == 404 and "the library's" in shelved.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import io
 import logging
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tarsia.adapter.prototypes import Look
 from tarsia.adapter.signature import signature, view
 from tarsia.core.errors import AdapterError, LibraryError
 from tarsia.library import Library
-from tarsia.serve import opening, routing, wire, worker
+from tarsia.serve import arrivals, opening, routing, wire, worker
 from tarsia.serve.frames import Connection
 from tarsia.serve.read import Reader
 from tarsia.serve.request import Prompt, Request, Sampling
@@ -95,6 +95,8 @@ def test_adapters_of_another_base_are_counted_as_it_opens(library, tmp_path, cap
     (told,) = [record.facts for record in caplog.records]
     assert (told["of_this_base"], told["of_another"]) == (2, 25)
     assert told["first"] == [f"x{i}@1" for i in range(20)]
+    shelf = arrivals.Shelf(Shelf(), asdict(host.fingerprint))
+    assert {v.name: v.foreign for v in shelf.all()} == {v.name: v in foreign for v in (own, unknown, *foreign)}
 
 
 def test_a_base_in_four_bits_is_served(library):
