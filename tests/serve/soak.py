@@ -434,7 +434,7 @@ class Soak:
 
 
 CACHE = 24 * 16 * 3072
-"""Bytes of keys and values: mini-1's for 384 tokens, so that answers must give way to each other."""
+"""Bytes of keys and values: mini-1's for 384 tokens, so that prompts wait and what was read is forgotten."""
 FLAT = 5.0
 """Percent that a process may have grown."""
 

@@ -16,6 +16,9 @@ from tarsia.core.errors import ServeError
 from tarsia.serve.engine import Engine, run
 from tarsia.serve.request import Event, Prompt, Request
 
+LONGEST = 24
+TOKEN = 3 * 2 * 2 * 8 * 4
+"""Bytes of a token's keys and values in the tiny LLaVA: layers, both, heads, width, float32."""
 NAMES = (None, "low", "dora", "neck", "projector", "prompt", "prefix")
 
 
@@ -31,21 +34,22 @@ def expected() -> dict[tuple[str | None, int], list[int]]:
     one = served("llava")
     serving = engine(one.pages(), rows=1, chunk=1000)
     rows = [(name, row) for name in NAMES for row in range(len(one.prompts))]
-    return {(n, r): said_alone(serving, asked(one.prompts[r], n, 12)) for n, r in rows}
+    return {(n, r): said_alone(serving, asked(one.prompts[r], n, LONGEST)) for n, r in rows}
 
 
 @settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(st.integers(0, 2**32), st.integers(1, 7), st.integers(1, 60), st.integers(2, 9))
+@given(st.integers(0, 2**32), st.integers(1, 7), st.integers(1, 60), st.integers(2, 9), st.integers(8, 60))
 def test_rows_that_come_and_go_change_nothing(
-    expected: dict[tuple[str | None, int], list[int]], seed: int, rows: int, chunk: int, block: int
+    expected: dict[tuple[str | None, int], list[int]], seed: int, rows: int, chunk: int, block: int, more: int
 ) -> None:
     one, draw = served("llava"), random.Random(seed)
-    # room for two rows of the longest, so that some wait for blocks of others
-    serving = engine(one.pages(), rows=rows, chunk=chunk, block=block, cache_bytes=1 << 17)
+    # room for the longest row and little more, so that some wait for blocks of others, and give their own
+    room = (max(len(prompt.ids) for prompt in one.prompts) + LONGEST + more) * TOKEN
+    serving = engine(one.pages(), rows=rows, chunk=chunk, block=block, cache_bytes=room)
     wanted = {}
     for _ in range(14):
         name, row = draw.choice(NAMES), draw.randrange(len(one.prompts))
-        tokens = draw.randint(1, 12)
+        tokens = draw.randint(1, LONGEST)
         request = replace(asked(one.prompts[row], name, tokens), tenant=draw.choice("ab"))
         wanted[request.id] = request, expected[name, row][:tokens]
     waiting, gone, told = list(wanted), set[str](), dict[str, list[Event]]()
