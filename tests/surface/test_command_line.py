@@ -84,8 +84,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["doctr"], ["given:   doctr", "allowed:", "did you mean doctor?"]),
         ([], ["VERB", "tarsia --help"]),
-        (["doctor", "--jsn"], ["--jsn", "--help"]),
-        (["doctor", "--js"], ["--js", "--help"]),
+        (["doctor", "--jsn"], ["given:   --jsn", "did you mean --json?"]),
+        (["doctor", "--js"], ["given:   --js", "did you mean --json?"]),
+        (["doctor", "--quux"], ["given:   --quux", "see tarsia doctor --help"]),
     ],
 )
 def test_a_misspelt_command_is_refused_in_words(arguments: list[str], words: list[str]) -> None:
