@@ -176,7 +176,7 @@ def draw(found: Found, figure: Figure) -> None:
     axes.set_xlim(0.8, 20000)
     axes.set_xticks(numbers, [f"{int(number):,}" for number in numbers])
     axes.minorticks_off()
-    axes.set_ylim(0, 1.1 * max(found.series["mixed"] + found.series["apart"]))
+    axes.set_ylim(0, 1.1 * max(map(max, (found.series["mixed"], found.series["apart"]))))
     axes.set_xlabel("adapters that are asked for")
     axes.set_title("tokens a second")
 
