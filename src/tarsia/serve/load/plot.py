@@ -11,6 +11,7 @@ from tarsia.serve.load.figures import Figures, flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.ticker import MaxNLocator
 
 _GREEN: Final = "#2f6f5e"
@@ -62,7 +63,8 @@ def _waiting(axes: Axes, answered: Sequence[Answered]) -> None:
     axes.set_ylim(0, 101)
     if good:
         axes.set_xscale("log")
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        _plain(axes.xaxis)
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def _time(axes: Axes, answered: Sequence[Answered]) -> None:
@@ -103,10 +105,18 @@ def _shares(axes: Axes, found: Figures) -> None:
     _ranked(axes, len(found.adapters))
     if len(found.adapters) > _FEW:
         axes.set_yscale("log")
+        _plain(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(_whole())
     axes.legend(frameon=False, fontsize=9)
+
+
+def _plain(axis: Axis) -> None:
+    """Numbers as they are written, not as powers of ten."""
+    axis.set_major_formatter("{x:g}")
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter("{x:g}" if high < 12 * low else "")
 
 
 def _whole() -> MaxNLocator:
@@ -121,5 +131,6 @@ def _ranked(axes: Axes, count: int) -> None:
     axes.set_xlabel("adapter, the most asked first", fontsize=9)
     if count > _FEW:
         axes.set_xscale("log")
+        _plain(axes.xaxis)
     else:
         axes.xaxis.set_major_locator(_whole())
